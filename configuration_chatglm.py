@@ -1,0 +1,186 @@
+"""The configuration of a ChatGLM model: its fields, their defaults and what may not be combined.
+
+Owns: the sizes of the model, the ids of the special tokens per vocabulary generation, and the
+check that the installed transformers is recent enough. Knows nothing of tensors or of text.
+"""
+
+from typing import Any
+
+import transformers
+from packaging import version
+from transformers import PretrainedConfig
+
+OLDEST_TRANSFORMERS = "4.56.2"
+
+# The model's embedding rows of the two released vocabularies, and where their text ids begin:
+# the first generation keeps 20000 image tokens in front of them.
+TEXT_OFFSETS = {130528: 0, 150528: 20000}
+
+# Ids relative to the text offset, equal in both released vocabularies.
+SPECIAL_TOKEN_IDS = {
+    "pad_token_id": 3,
+    "mask_token_id": 130000,
+    "gmask_token_id": 130001,
+    "bos_token_id": 130004,
+    "eos_token_id": 130005,
+}
+
+QUANTIZATION_BITS = (0, 4, 8)
+
+
+def require_transformers(installed: str) -> None:
+    """Stop early, with one clear line, on a transformers release that lacks what the code needs.
+
+    Args:
+        installed: the version string of the installed transformers.
+
+    Raises:
+        ImportError: if it is older than `OLDEST_TRANSFORMERS`.
+    """
+    if version.parse(installed) < version.parse(OLDEST_TRANSFORMERS):
+        raise ImportError(
+            f"This ChatGLM code needs transformers >= {OLDEST_TRANSFORMERS}, found {installed}: "
+            "run `pip install -U transformers`, or use the original remote code "
+            "(revision v1.1.0 of THUDM/chatglm-6b), which works up to transformers 4.33.3."
+        )
+
+
+require_transformers(transformers.__version__)
+
+
+class ChatGLMConfig(PretrainedConfig):
+    """Sizes, token ids and options of a ChatGLM model.
+
+    Args:
+        vocab_size: rows of the embedding; 130528 (current) or 150528 (first release) decide the
+            default token ids below.
+        hidden_size: width of the residual stream.
+        num_layers: number of blocks, also readable as `num_hidden_layers`.
+        num_attention_heads: heads per block; `hidden_size / num_attention_heads` is the head size.
+        inner_hidden_size: width of the feed-forward layer, usually `4 * hidden_size`.
+        layernorm_epsilon: epsilon of every layer norm.
+        max_sequence_length: the window, in tokens, that the weights were trained for. `chat`
+            keeps to it; `forward` does not enforce it.
+        use_cache: whether keys and values are cached while generating.
+        bos_token_id, eos_token_id, mask_token_id, gmask_token_id, pad_token_id: ids of `<sop>`,
+            `<eop>`, `[MASK]`, `[gMASK]` and `<pad>`; default by `vocab_size`.
+        position_encoding_2d: two rotary positions a token (all released weights) or one.
+        quantization_bit: 0 for plain weights, 4 or 8 for a quantized checkpoint.
+        pre_seq_len: length of a P-Tuning v2 prefix, or None for a model without one.
+        prefix_projection: whether the prefix goes through a two-layer network.
+        tie_word_embeddings: whether `lm_head` is the embedding matrix (all released weights).
+
+    Raises:
+        ValueError: for sizes that do not divide, an unknown `quantization_bit`, a `pre_seq_len`
+            below 1, or token ids missing beside a `vocab_size` of our own.
+    """
+
+    model_type = "chatglm"
+    keys_to_ignore_at_inference = ("past_key_values",)
+    attribute_map = {
+        "num_hidden_layers": "num_layers",
+        "intermediate_size": "inner_hidden_size",
+        "max_position_embeddings": "max_sequence_length",
+    }
+    base_model_tp_plan = {
+        "layers.*.attention.query_key_value": "colwise",
+        "layers.*.attention.dense": "rowwise",
+        "layers.*.mlp.dense_h_to_4h": "colwise",
+        "layers.*.mlp.dense_4h_to_h": "rowwise",
+    }
+
+    def __init__(
+        self,
+        vocab_size: int = 130528,
+        hidden_size: int = 4096,
+        num_layers: int = 28,
+        num_attention_heads: int = 32,
+        inner_hidden_size: int = 16384,
+        layernorm_epsilon: float = 1e-5,
+        max_sequence_length: int = 2048,
+        use_cache: bool = True,
+        bos_token_id: int | None = None,
+        eos_token_id: int | None = None,
+        mask_token_id: int | None = None,
+        gmask_token_id: int | None = None,
+        pad_token_id: int | None = None,
+        position_encoding_2d: bool = True,
+        quantization_bit: int = 0,
+        pre_seq_len: int | None = None,
+        prefix_projection: bool = False,
+        tie_word_embeddings: bool = True,
+        **kwargs: Any,
+    ) -> None:
+        self.vocab_size = vocab_size
+        self.hidden_size = hidden_size
+        self.num_layers = num_layers
+        self.num_attention_heads = num_attention_heads
+        self.inner_hidden_size = inner_hidden_size
+        self.layernorm_epsilon = layernorm_epsilon
+        self.max_sequence_length = max_sequence_length
+        self.use_cache = use_cache
+        self.position_encoding_2d = position_encoding_2d
+        self.quantization_bit = quantization_bit
+        self.pre_seq_len: Any = pre_seq_len
+        self.prefix_projection = prefix_projection
+        token_ids = {
+            "bos_token_id": bos_token_id,
+            "eos_token_id": eos_token_id,
+            "mask_token_id": mask_token_id,
+            "gmask_token_id": gmask_token_id,
+            "pad_token_id": pad_token_id,
+        }
+        token_ids = _complete_token_ids(vocab_size, token_ids)
+        self.mask_token_id = token_ids.pop("mask_token_id")
+        self.gmask_token_id = token_ids.pop("gmask_token_id")
+        self._check_sizes()
+        # transformers 5 unties by default; the released weights are tied.
+        super().__init__(**token_ids, **{"tie_word_embeddings": tie_word_embeddings}, **kwargs)
+
+    @property
+    def head_dim(self) -> int:
+        """Width of one attention head."""
+        return self.hidden_size // self.num_attention_heads
+
+    @property
+    def num_positions(self) -> int:
+        """Rows of the position ids: the position, and with 2-D positions the block position."""
+        return 2 if self.position_encoding_2d else 1
+
+    def _check_sizes(self) -> None:
+        if self.hidden_size % self.num_attention_heads:
+            raise ValueError(
+                f"hidden_size ({self.hidden_size}) must be a multiple of num_attention_heads "
+                f"({self.num_attention_heads})."
+            )
+        if self.head_dim % (2 * self.num_positions):
+            raise ValueError(
+                f"hidden_size / num_attention_heads is {self.head_dim}; rotary positions need a "
+                f"multiple of {2 * self.num_positions}. Change num_attention_heads."
+            )
+        if self.quantization_bit not in QUANTIZATION_BITS:
+            raise ValueError(
+                f"quantization_bit must be one of {QUANTIZATION_BITS}, got {self.quantization_bit}."
+            )
+        if self.pre_seq_len is not None and self.pre_seq_len < 1:
+            raise ValueError(
+                f"pre_seq_len must be at least 1, got {self.pre_seq_len}; leave it out (None) for "
+                "a model without a prefix."
+            )
+
+
+def _complete_token_ids(vocab_size: int, token_ids: dict[str, int | None]) -> dict[str, Any]:
+    """Fill in ids that old configurations leave out, from the generation `vocab_size` names."""
+    missing = [name for name, token_id in token_ids.items() if token_id is None]
+    if not missing:
+        return token_ids
+    if vocab_size not in TEXT_OFFSETS:
+        raise ValueError(
+            f"vocab_size {vocab_size} is neither of the released vocabularies "
+            f"{tuple(TEXT_OFFSETS)}, so {', '.join(missing)} must be given."
+        )
+    offset = TEXT_OFFSETS[vocab_size]
+    return token_ids | {name: offset + SPECIAL_TOKEN_IDS[name] for name in missing}
+
+
+__all__ = ["ChatGLMConfig"]
