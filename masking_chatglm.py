@@ -1,0 +1,307 @@
+"""The geometry of a GLM input, once: where the context ends, what sees what, and which positions.
+
+Two special tokens say it all. The mask token (`[gMASK]`, or `[MASK]` in a row without one) marks
+the blank; the first `<sop>` starts the text that fills it. Everything before `<sop>` is context:
+its tokens see one another in both directions and count 0, 1, 2, ... on the first position axis
+while the block position is 0. From `<sop>` on, tokens see only back, stay at the blank's position
+on the first axis, and count 1, 2, 3, ... on the block axis.
+
+The rules are total: a row without `<sop>` is all context, a row without a mask token fills the
+blank at its end, a row of pads is all hidden. Padding may stand anywhere; it never counts.
+
+Owns masks and positions for prompts, batches and decoding steps. Knows nothing of layers or text,
+asks a cache only for its length and notes on it which tokens it holds, and does not import
+transformers.
+
+Shapes: `B` batch, `S` new tokens, `T` all tokens so far, `K` keys (columns the new tokens may see),
+`P` position axes (2, or 1 for models without 2-D positions).
+Polarity: a 2-D `attention_mask` is 1 for real tokens; a boolean 4-D one, as the original used it,
+is True where attention is *hidden*.
+"""
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+UNKNOWN_TOKEN = -1  # a column whose id is not known, such as a prompt given as embeddings
+
+
+class SpecialIds(NamedTuple):
+    """The ids of the tokens that shape an input."""
+
+    bos: int
+    mask: int
+    gmask: int
+
+
+class Geometry(NamedTuple):
+    """What a forward pass needs to know about the place of its new tokens.
+
+    `position_ids` is `(B, P, S)`; `attention_mask` is `(B, 1, S, K)`, boolean, True = hidden.
+    """
+
+    position_ids: Tensor
+    attention_mask: Tensor
+
+
+class Border(NamedTuple):
+    """Where each row of a batch turns from context to answer; all fields are `(B, T)`.
+
+    `ranks` counts real tokens from 0; `is_context` marks real tokens before the first `<sop>`;
+    `context_lengths` counts them (the same number in every column).
+    """
+
+    ranks: Tensor
+    is_context: Tensor
+    context_lengths: Tensor
+
+
+def find_real_tokens(input_ids: Tensor, attention_mask: Tensor | None) -> Tensor:
+    """Return which columns hold real tokens, `(B, T)` boolean.
+
+    Args:
+        input_ids: `(B, T)`.
+        attention_mask: `(B, T)`, non-zero for real tokens, of any dtype; None if all are real.
+
+    Raises:
+        ValueError: if the mask has another shape than the ids.
+    """
+    if attention_mask is None:
+        return torch.ones_like(input_ids, dtype=torch.bool)
+    if attention_mask.shape != input_ids.shape:
+        raise ValueError(
+            f"attention_mask has shape {tuple(attention_mask.shape)} but the tokens so far have "
+            f"{tuple(input_ids.shape)}; pass one column for every token, cached ones included."
+        )
+    return attention_mask != 0
+
+
+def find_border(input_ids: Tensor, is_real: Tensor, special_ids: SpecialIds) -> Border:
+    """Find the end of the context in every row: the first real `<sop>`, or the row's end."""
+    is_bos = (input_ids == special_ids.bos) & is_real
+    is_context = is_real & (is_bos.cumsum(dim=1) == 0)
+    ranks = (is_real.long().cumsum(dim=1) - 1).clamp(min=0)
+    context_lengths = is_context.sum(dim=1, keepdim=True).expand_as(ranks)
+    return Border(ranks, is_context, context_lengths)
+
+
+def find_mask_positions(
+    input_ids: Tensor, is_real: Tensor, border: Border, special_ids: SpecialIds, columns: Tensor
+) -> Tensor:
+    """Return the position of the blank as the tokens in some columns know it, `(B, S)`.
+
+    It is the rank of the first `[gMASK]`, else of the first `[MASK]`, else of the last context
+    token. A token knows nothing of what comes after it, so that a `[gMASK]` the model itself
+    writes into an answer moves the blank from there on, with a cache and without.
+
+    Args:
+        input_ids, is_real: `(B, T)`.
+        columns: `(S,)`, the places of the tokens.
+    """
+    mask_positions = (border.context_lengths[:, :1] - 1).clamp(min=0)  # (B, 1)
+    for token_id in (special_ids.mask, special_ids.gmask):
+        found = (input_ids == token_id) & is_real  # (B, T)
+        column = found.int().argmax(dim=1, keepdim=True)  # (B, 1), 0 also where none was found
+        is_known = found.any(dim=1, keepdim=True) & (column <= columns)  # (B, S)
+        mask_positions = torch.where(is_known, border.ranks.gather(1, column), mask_positions)
+    return mask_positions.expand(-1, columns.numel())
+
+
+def build_position_ids(
+    input_ids: Tensor,
+    is_real: Tensor,
+    border: Border,
+    special_ids: SpecialIds,
+    past_length: int = 0,
+    num_positions: int = 2,
+) -> Tensor:
+    """Build the positions of the new tokens, `(B, P, S)`.
+
+    With one axis, the original keeps counting past `<sop>` in a prompt that has a `[gMASK]`, but
+    stays at the blank in decoding steps; both are kept, as both were what such models computed.
+
+    Args:
+        input_ids: `(B, T)`, all tokens so far.
+        is_real: `(B, T)`.
+        border: of the same columns.
+        past_length: how many of the T columns are not new; more than 0 in a decoding step.
+        num_positions: 2, or 1 for a model without 2-D positions.
+    """
+    columns = torch.arange(past_length, input_ids.shape[1], device=input_ids.device)  # (S,)
+    blanks = find_mask_positions(input_ids, is_real, border, special_ids, columns)
+    ranks, context_lengths = (x[:, past_length:] for x in (border.ranks, border.context_lengths))
+    is_answer = is_real[:, past_length:] & (ranks >= context_lengths)
+    is_held = is_answer
+    if num_positions == 1 and past_length == 0:
+        has_gmask = ((input_ids == special_ids.gmask) & is_real).any(dim=1, keepdim=True)
+        is_held = is_answer & ~has_gmask
+    position_ids = torch.where(is_held, blanks, ranks)
+    if num_positions == 1:
+        return position_ids.unsqueeze(1)
+    block_position_ids = (ranks - context_lengths + 1) * is_answer
+    return torch.stack((position_ids, block_position_ids), dim=1)
+
+
+def build_attention_mask(
+    is_context: Tensor, is_real: Tensor, past_length: int = 0, key_length: int | None = None
+) -> Tensor:
+    """Build the mask of the new tokens, `(B, 1, S, K)`, boolean, True = hidden.
+
+    A prompt's context is open to the whole row; everything else is seen only from later columns.
+    In a decoding step all that is new looks back only, context or not, as one token a step would.
+    The row of a pad is hidden throughout.
+
+    Args:
+        is_context, is_real: `(B, T)`.
+        past_length: how many of the T columns are not new.
+        key_length: K, for caches that reserve more columns than are filled; default T.
+    """
+    length = is_real.shape[1]
+    key_length = length if key_length is None else key_length
+    columns = torch.arange(key_length, device=is_real.device)  # (K,)
+    queries = torch.arange(past_length, length, device=is_real.device)  # (S,)
+    is_visible = columns <= queries.unsqueeze(1)  # (S, K)
+    unfilled = (0, key_length - length)
+    if past_length == 0:
+        is_open = torch.nn.functional.pad(is_context, unfilled)  # (B, K)
+        is_visible = is_visible | is_open.unsqueeze(1)  # (B, S, K)
+    is_visible = is_visible & torch.nn.functional.pad(is_real, unfilled).unsqueeze(1)
+    is_visible = is_visible & is_real[:, past_length:].unsqueeze(2)
+    return ~is_visible.unsqueeze(1)  # (B, 1, S, K)
+
+
+def build_geometry(
+    input_ids: Tensor,
+    attention_mask: Tensor | None,
+    special_ids: SpecialIds,
+    past_length: int = 0,
+    key_length: int | None = None,
+    num_positions: int = 2,
+) -> Geometry:
+    """Build positions and mask of the new tokens of a prompt or of a decoding step.
+
+    Args:
+        input_ids: `(B, T)`, all tokens so far, cached ones included.
+        attention_mask: `(B, T)`, non-zero for real tokens, or None.
+        special_ids: the ids that shape the input.
+        past_length: how many of the T columns are cached; 0 for a prompt.
+        key_length: number of columns of the mask, at least T; default T.
+        num_positions: 2, or 1 for a model without 2-D positions.
+
+    Raises:
+        ValueError: if the mask does not fit the ids.
+    """
+    is_real = find_real_tokens(input_ids, attention_mask)
+    border = find_border(input_ids, is_real, special_ids)
+    return Geometry(
+        build_position_ids(input_ids, is_real, border, special_ids, past_length, num_positions),
+        build_attention_mask(border.is_context, is_real, past_length, key_length),
+    )
+
+
+def locate_new_tokens(
+    input_ids: Tensor,
+    attention_mask: Tensor | None,
+    past_key_values: Any,
+    special_ids: SpecialIds,
+    num_positions: int = 2,
+) -> Geometry:
+    """Build the geometry of new ids behind a cache, and note on the cache which ids it then holds.
+
+    Cached columns that nothing was noted about are virtual tokens (peft's prefix tuning): open to
+    all, and without a position.
+
+    Args:
+        input_ids: `(B, S)`, the new tokens.
+        attention_mask: `(B, T)` over all tokens, or None; virtual ones may be left out.
+        past_key_values: a cache of transformers, or None.
+        special_ids, num_positions: as for `build_geometry`.
+
+    Raises:
+        ValueError: if mask or batch do not fit the tokens so far.
+    """
+    past_length = 0 if past_key_values is None else int(past_key_values.get_seq_length())
+    noted = _recall_tokens(past_key_values, past_length, input_ids)
+    num_virtual = past_length - noted.shape[1]
+    all_ids = torch.cat((noted, input_ids), dim=1)  # (B, T)
+    if past_key_values is not None:
+        past_key_values.noted_tokens = all_ids
+    if attention_mask is not None and attention_mask.shape[1] > all_ids.shape[1]:
+        attention_mask = attention_mask[:, num_virtual:]
+    key_length = reserved_length(past_key_values)
+    geometry = build_geometry(
+        all_ids,
+        attention_mask,
+        special_ids,
+        past_length=noted.shape[1],
+        key_length=None if key_length is None else key_length - num_virtual,
+        num_positions=num_positions,
+    )
+    hidden_mask = torch.nn.functional.pad(geometry.attention_mask, (num_virtual, 0), value=False)
+    return geometry._replace(attention_mask=hidden_mask)
+
+
+def _recall_tokens(past_key_values: Any, past_length: int, input_ids: Tensor) -> Tensor:
+    """Return the ids noted on a cache, `(B, at most past_length)`; a cropped cache keeps fewer."""
+    noted = getattr(past_key_values, "noted_tokens", None)
+    if noted is None or past_length == 0:
+        return input_ids[:, :0]
+    if noted.shape[0] != input_ids.shape[0]:
+        raise ValueError(
+            f"The cache holds {noted.shape[0]} rows but the new tokens have {input_ids.shape[0]}; "
+            "pass as many rows, or position_ids and attention_mask of your own."
+        )
+    return noted[:, :past_length].to(input_ids)
+
+
+def reserved_length(past_key_values: Any) -> int | None:
+    """Return the columns a static cache reserves; None for caches that grow, and for no cache."""
+    if past_key_values is None or not past_key_values.is_compileable:
+        return None
+    return past_key_values.layers[0].max_cache_len
+
+
+def accept_hidden_mask(attention_mask: Tensor | None) -> Tensor | None:
+    """Return a mask per query, `(B, 1, S, K)` with True = hidden; None if the mask is 2-D.
+
+    Raises:
+        ValueError: for integers, which could mean either polarity.
+    """
+    if attention_mask is None or attention_mask.dim() == 2:
+        return None
+    if attention_mask.dim() == 3:
+        attention_mask = attention_mask.unsqueeze(1)
+    if attention_mask.dtype == torch.bool:
+        return attention_mask
+    if not attention_mask.is_floating_point():
+        raise ValueError(
+            f"A {attention_mask.dim()}-D attention_mask must be boolean (True = hidden) or float "
+            f"(added to the scores), got {attention_mask.dtype}; or pass (batch, length) of 0 and "
+            "1, where 1 is a real token."
+        )
+    return attention_mask < 0
+
+
+def align_token_columns(input_ids: Tensor, length: int) -> Tensor:
+    """Left-fill ids `(B, S)` with unknown tokens to `length` columns, `(B, length)`."""
+    missing = max(length - input_ids.shape[1], 0)
+    return torch.nn.functional.pad(input_ids, (missing, 0), value=UNKNOWN_TOKEN)
+
+
+def fold_attention_mask(attention_mask: Tensor) -> Tensor:
+    """Fold a boolean 4-D mask (True = hidden) to `(B, K)`: 1 for columns that some token sees."""
+    return (~attention_mask).any(dim=2).any(dim=1).long()
+
+
+def move_padding_left(input_ids: Tensor, attention_mask: Tensor) -> tuple[Tensor, Tensor]:
+    """Shift every row's real tokens to its right end, keeping their order.
+
+    Generation appends to the right, so pads standing there would come between prompt and answer.
+
+    Args:
+        input_ids, attention_mask: `(B, T)`.
+    """
+    is_real = attention_mask != 0
+    order = is_real.int().argsort(dim=1, stable=True)  # (B, T), pads first
+    return input_ids.gather(1, order), attention_mask.gather(1, order)
