@@ -1,0 +1,288 @@
+"""Token by token: what transformers' `generate` must know of GLM, and streaming.
+
+Owns the inputs of every decoding step, the stream of ids, and what happens to scores that are no
+numbers. Knows nothing of text, prompts or layers.
+
+Shapes: `B` rows (prompts times beams), `S` new tokens, `T` all tokens so far, `V` vocabulary.
+"""
+
+import queue
+import threading
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.generation.logits_process import LogitsProcessor, LogitsProcessorList
+from transformers.generation.stopping_criteria import StoppingCriteria, StoppingCriteriaList
+from transformers.generation.streamers import BaseStreamer
+from transformers.generation.utils import GenerationMixin
+
+from .masking_chatglm import (
+    align_token_columns,
+    build_geometry,
+    fold_attention_mask,
+    move_padding_left,
+    reserved_length,
+)
+
+FALLBACK_SCORE = 5e4
+
+CAUSAL_ONLY = (
+    "{} of transformers reads prompts causally, but ChatGLM's prompt tokens see one another in "
+    "both directions: it would answer wrongly. Use generate() on padded batches."
+)
+
+# What `generate` hands through to the forward pass as it is.
+PASSED_ON = (
+    "use_cache",
+    "logits_to_keep",
+    "output_attentions",
+    "output_hidden_states",
+    "cache_position",
+)
+
+
+class InvalidScoreLogitsProcessor(LogitsProcessor):
+    """Lets a row survive scores that are no numbers: it then says a space.
+
+    A row with a NaN or +inf, or without any finite score, gets 0 everywhere and `FALLBACK_SCORE`
+    at `fallback_id`. The original did this to all rows if one was broken, and to rows with a
+    -inf, which is how other processors forbid a token.
+    """
+
+    def __init__(self, fallback_id: int) -> None:
+        self.fallback_id = fallback_id
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        """Return scores `(B, V)` with the broken rows replaced."""
+        is_broken = scores.isnan() | scores.isposinf()
+        is_broken = is_broken.any(dim=-1) | scores.isneginf().all(dim=-1)
+        fallback = torch.zeros_like(scores)
+        fallback[:, self.fallback_id] = FALLBACK_SCORE
+        return torch.where(is_broken.unsqueeze(1), fallback, scores)
+
+
+class StopOnCancel(StoppingCriteria):
+    """Stops all rows once an event is set, from whatever thread."""
+
+    def __init__(self, event: threading.Event) -> None:
+        self.event = event
+
+    def __call__(self, input_ids: Tensor, scores: Tensor, **kwargs: Any) -> Tensor:
+        return torch.full(input_ids.shape[:1], self.event.is_set(), device=input_ids.device)
+
+
+class QueueStreamer(BaseStreamer):
+    """Hands on what `generate` puts: the prompt `(B, S)`, then new tokens `(B,)`, then the end."""
+
+    def __init__(self) -> None:
+        self.queue: queue.SimpleQueue[Tensor | BaseException | None] = queue.SimpleQueue()
+
+    def put(self, value: Tensor) -> None:
+        self.queue.put(value)
+
+    def end(self) -> None:
+        """Do nothing: the thread that runs `generate` marks the end, errors included."""
+
+    def __iter__(self) -> Iterator[Tensor]:
+        while (item := self.queue.get()) is not None:
+            if isinstance(item, BaseException):
+                raise item
+            yield item
+
+
+class GLMGenerationMixin(GenerationMixin):
+    """Teaches transformers' generation GLM's positions and masks, and adds `stream_generate`."""
+
+    config: Any
+    transformer: Any
+
+    @torch.no_grad()
+    def stream_generate(
+        self,
+        input_ids: Tensor,
+        generation_config: Any = None,
+        logits_processor: LogitsProcessorList | None = None,
+        stopping_criteria: StoppingCriteriaList | None = None,
+        prefix_allowed_tokens_fn: Any = None,
+        **kwargs: Any,
+    ) -> Iterator[Tensor]:
+        """Generate token by token: yield prompt and answer so far, `(B, T)`.
+
+        An end token that finishes the last row is not yielded. `generate` runs in a thread of its
+        own; closing the iterator stops it after the token it is at and waits for it.
+        """
+        cancelled = threading.Event()
+        streamer = QueueStreamer()
+        criteria = StoppingCriteriaList([*(stopping_criteria or []), StopOnCancel(cancelled)])
+        kwargs |= {
+            "generation_config": generation_config,
+            "logits_processor": logits_processor,
+            "stopping_criteria": criteria,
+            "prefix_allowed_tokens_fn": prefix_allowed_tokens_fn,
+            "streamer": streamer,
+        }
+        eos_ids = self._end_ids(generation_config, kwargs.get("eos_token_id"))
+        worker = threading.Thread(
+            target=self._generate_into, args=(streamer, input_ids, kwargs), daemon=True
+        )
+        worker.start()
+        try:
+            yield from _accumulate(streamer, eos_ids)
+        finally:
+            cancelled.set()
+            worker.join()
+
+    def _generate_into(
+        self, streamer: QueueStreamer, input_ids: Tensor, kwargs: dict[str, Any]
+    ) -> None:
+        """Run `generate` and end the stream with what became of it."""
+        try:
+            self.generate(input_ids, **kwargs)
+            streamer.queue.put(None)
+        except BaseException as error:  # the consumer raises it
+            streamer.queue.put(error)
+
+    def _end_ids(self, generation_config: Any, eos_token_id: Any) -> Tensor:
+        """Return the ids that end a row, `(number,)`."""
+        if eos_token_id is None:
+            config = self.generation_config if generation_config is None else generation_config
+            eos_token_id = config.eos_token_id
+        if eos_token_id is None:
+            return torch.empty(0, dtype=torch.long)
+        return torch.as_tensor(eos_token_id).reshape(-1).cpu()
+
+    @torch.no_grad()
+    def generate(self, inputs: Tensor | None = None, *args: Any, **kwargs: Any) -> Any:
+        """Generate as transformers does, from any input that GLM's geometry allows.
+
+        Besides the usual arguments: `attention_mask` may be the original's boolean 4-D mask
+        (True = hidden), and `position_ids` the original's `(B, 2, S)`, used for the prompt and
+        continued from its last column. Rows padded on the right are shifted to the right end
+        first, so that what is generated follows the prompt; the output shows them so.
+
+        Raises:
+            ValueError: for chunked prefill or paged caches, which need a causal prompt.
+        """
+        _refuse_causal_options(kwargs)
+        if self.config.num_positions == 1:
+            # The original caches whatever it is told, and with one position axis that matters.
+            kwargs["use_cache"] = True
+        if inputs is None and kwargs.get("input_ids") is not None:
+            inputs = kwargs.pop("input_ids")
+        attention_mask = kwargs.get("attention_mask")
+        if attention_mask is not None and attention_mask.dim() == 4:
+            kwargs["attention_mask"] = fold_attention_mask(attention_mask)
+        position_ids = kwargs.pop("position_ids", None)
+        if position_ids is not None and position_ids.dim() == self.config.num_positions + 1:
+            kwargs["prompt_position_ids"] = position_ids
+        elif inputs is not None and kwargs.get("past_key_values") is None:
+            inputs = self._align_right(inputs, kwargs)
+        # The mixin is typed for the finished model only.
+        return super().generate(inputs, *args, **kwargs)  # pyright: ignore[reportAttributeAccessIssue]
+
+    def _align_right(self, input_ids: Tensor, kwargs: dict[str, Any]) -> Tensor:
+        """Shift right-padded rows to the right end, and their mask in `kwargs` with them."""
+        attention_mask = kwargs.get("attention_mask")
+        if input_ids.dim() != 2 or input_ids.shape[1] == 0 or "inputs_embeds" in kwargs:
+            return input_ids
+        if attention_mask is None:
+            attention_mask = (input_ids != self.config.pad_token_id).long()
+        if attention_mask.shape != input_ids.shape or bool((attention_mask[:, -1] != 0).all()):
+            return input_ids
+        input_ids, kwargs["attention_mask"] = move_padding_left(input_ids, attention_mask)
+        return input_ids
+
+    def prepare_inputs_for_generation(
+        self,
+        input_ids: Tensor,
+        past_key_values: Any = None,
+        attention_mask: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        prompt_position_ids: Tensor | None = None,
+        **kwargs: Any,
+    ) -> dict[str, Any]:
+        """Return the inputs of the next forward pass: new tokens, their positions and mask.
+
+        Args:
+            input_ids: `(B, T)`, all tokens so far; fewer behind a prompt given as embeddings.
+            attention_mask: `(B, T)` or None.
+            prompt_position_ids: the caller's own positions of the prompt, `(B, P, S)`.
+        """
+        past_length = 0 if past_key_values is None else int(past_key_values.get_seq_length())
+        prompt_embeds = inputs_embeds if past_length == 0 else None
+        least = past_length + 1 if prompt_embeds is None else prompt_embeds.shape[1]
+        input_ids = align_token_columns(input_ids, least)
+        geometry = build_geometry(
+            input_ids,
+            attention_mask,
+            self.transformer.special_ids,
+            past_length=past_length,
+            key_length=reserved_length(past_key_values),
+            num_positions=self.config.num_positions,
+        )
+        position_ids = geometry.position_ids
+        if prompt_position_ids is not None:
+            position_ids = continue_position_ids(prompt_position_ids, input_ids.shape[1])
+            position_ids = position_ids[..., past_length:]
+        new_ids = input_ids[:, past_length:].contiguous()
+        return {name: kwargs[name] for name in PASSED_ON if name in kwargs} | {
+            "input_ids": new_ids if prompt_embeds is None else None,
+            "inputs_embeds": prompt_embeds,
+            "past_key_values": past_key_values,
+            "position_ids": position_ids,
+            "attention_mask": geometry.attention_mask,
+        }
+
+    def generate_batch(self, *args: Any, **kwargs: Any) -> Any:
+        """Refuse transformers' continuous batching."""
+        raise NotImplementedError(CAUSAL_ONLY.format("Continuous batching"))
+
+    def init_continuous_batching(self, *args: Any, **kwargs: Any) -> Any:
+        """Refuse transformers' continuous batching."""
+        raise NotImplementedError(CAUSAL_ONLY.format("Continuous batching"))
+
+
+def continue_position_ids(position_ids: Tensor, length: int) -> Tensor:
+    """Extend a prompt's positions `(B, P, S)` to `length` columns as decoding does.
+
+    The position is held; the block position, or with one axis nothing, counts on.
+    """
+    num_new = length - position_ids.shape[-1]
+    if position_ids.dim() == 2:
+        position_ids = position_ids.unsqueeze(1)
+    steps = torch.arange(1, num_new + 1, device=position_ids.device)
+    new = position_ids[..., -1:].expand(-1, -1, max(num_new, 0)).clone()
+    if position_ids.shape[1] == 2:
+        new[:, 1] += steps
+    return torch.cat((position_ids, new), dim=-1)
+
+
+def _refuse_causal_options(kwargs: dict[str, Any]) -> None:
+    """Raise for options that would cut a prompt into causal pieces."""
+    config = kwargs.get("generation_config")
+    options = {
+        name: kwargs.get(name) or getattr(config, name, None)
+        for name in ("prefill_chunk_size", "cache_implementation")
+    }
+    if options["prefill_chunk_size"]:
+        raise ValueError(CAUSAL_ONLY.format("Chunked prefill (prefill_chunk_size)"))
+    if options["cache_implementation"] == "paged":
+        raise ValueError(CAUSAL_ONLY.format('cache_implementation="paged"'))
+
+
+def _accumulate(streamer: QueueStreamer, eos_ids: Tensor) -> Iterator[Tensor]:
+    """Yield the growing ids `(B, T)`, but not the end token that finishes the last row."""
+    pieces = iter(streamer)
+    input_ids = next(pieces)
+    is_finished = torch.zeros(input_ids.shape[0], dtype=torch.bool)
+    for tokens in pieces:
+        is_finished |= torch.isin(tokens, eos_ids)
+        if is_finished.all():
+            continue
+        input_ids = torch.cat((input_ids, tokens.unsqueeze(1)), dim=1)
+        yield input_ids
+
+
+__all__ = ["GLMGenerationMixin", "InvalidScoreLogitsProcessor"]
