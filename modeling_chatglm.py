@@ -1,0 +1,650 @@
+"""The ChatGLM network: modules only, leaves first.
+
+Owns the blocks, the heads and their losses. Knows nothing of text; where a token stands and what
+it sees comes from `masking_chatglm`, talking comes from `generation_chatglm`, packed weights from
+`quantization`.
+
+Shapes: `B` batch, `S` new tokens, `K` keys (past, new and prefix), `N` heads, `D` head dim,
+`H` hidden, `P` position axes, `L` layers, `V` vocabulary.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+import transformers
+from packaging import version
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.cache_utils import Cache, DynamicCache
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_outputs import (
+    BaseModelOutputWithPast,
+    CausalLMOutputWithPast,
+    SequenceClassifierOutputWithPast,
+)
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from .configuration_chatglm import ChatGLMConfig
+from .conversation_chatglm import ChatMixin
+from .generation_chatglm import GLMGenerationMixin
+from .masking_chatglm import (
+    UNKNOWN_TOKEN,
+    SpecialIds,
+    accept_hidden_mask,
+    fold_attention_mask,
+    locate_new_tokens,
+    reserved_length,
+)
+from .quantization import quantize_model
+
+# The released weights were trained with 28 layers, and the original code uses this number for a
+# model of any depth.
+RESIDUAL_LAYERS = 28
+
+ROTARY_BASE = 10000.0
+
+# transformers 4 knows the plan "split columns, gather the output" by another name.
+GATHERED_COLUMNS = (
+    "colwise_gather_output" if version.parse(transformers.__version__).major >= 5 else "colwise_rep"
+)
+
+
+class RotaryEmbedding(nn.Module):
+    """Turns position ids into the cosines and sines that rotate queries and keys.
+
+    Every position axis owns `D / P` of a head's dimensions.
+    """
+
+    def __init__(self, config: ChatGLMConfig) -> None:
+        super().__init__()
+        self.rotary_dim = config.head_dim // config.num_positions
+
+    def forward(self, position_ids: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """Return cosines and sines, each `(B, 1, P, S, D / P)`, for `position_ids` `(B, P, S)`."""
+        exponents = torch.arange(0, self.rotary_dim, 2, device=position_ids.device).float()
+        frequencies = 1.0 / ROTARY_BASE ** (exponents / self.rotary_dim)
+        # The weights were trained with frequencies rounded to half; the angles stay in float32,
+        # since half angles are off by up to 0.5 rad at position 2047.
+        frequencies = frequencies.half().float()
+        angles = position_ids.unsqueeze(-1).float() * frequencies  # (B, P, S, D/2P)
+        angles = torch.cat((angles, angles), dim=-1).unsqueeze(1)  # (B, 1, P, S, D/P)
+        return angles.cos().to(dtype), angles.sin().to(dtype)
+
+
+def rotate_half(states: Tensor) -> Tensor:
+    """Map the two halves (a, b) of the last dimension to (-b, a)."""
+    first, second = states.chunk(2, dim=-1)
+    return torch.cat((-second, first), dim=-1)
+
+
+def apply_rotary(states: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotate queries or keys by all of their positions.
+
+    With two axes the first half of every head turns with the token's position, the second half
+    with its block position, which is 0 (no turn) over the context.
+
+    Args:
+        states: `(B, N, S, D)`.
+        cos, sin: `(B, 1, P, S, D / P)`.
+    """
+    num_positions = cos.shape[2]
+    parts = states.unflatten(-1, (num_positions, -1)).transpose(2, 3)  # (B, N, P, S, D/P)
+    rotated = parts * cos + rotate_half(parts) * sin
+    return rotated.transpose(2, 3).flatten(-2)  # (B, N, S, D)
+
+
+def eager_attention_forward(
+    module: Any,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float,
+    dropout: float = 0.0,
+    **kwargs: Any,
+) -> tuple[Tensor, Tensor]:
+    """Attend as the original does, and return the weights too; the twin of the fused kernels.
+
+    The original divides queries by the layer's number and multiplies the float32 scores by it
+    again, which keeps half-precision scores in range.
+
+    Args:
+        query: `(B, N, S, D)`. key, value: `(B, N, K, D)`.
+        attention_mask: `(B, 1, S, K)`, added to the scores, or None.
+        scaling: the factor on the scores, `1 / sqrt(D)`.
+
+    Returns:
+        The attended values `(B, S, N, D)` and the weights `(B, N, S, K)`.
+    """
+    layer_number = module.layer_idx + 1
+    scores = torch.matmul(query * (scaling / layer_number), key.transpose(-1, -2))
+    scores = scores.float() * layer_number  # (B, N, S, K)
+    if attention_mask is not None:
+        scores = scores + attention_mask.float()
+    attn_weights = nn.functional.softmax(scores, dim=-1).to(query.dtype)
+    attn_output = torch.matmul(attn_weights, value)  # (B, N, S, D)
+    return attn_output.transpose(1, 2), attn_weights
+
+
+class SelfAttention(nn.Module):
+    """Multi-head attention with one matrix for queries, keys and values.
+
+    The rows of that matrix are grouped by head, each head's query, key and value side by side, so
+    a shard of the rows is a set of whole heads.
+    """
+
+    def __init__(self, config: ChatGLMConfig, layer_idx: int) -> None:
+        super().__init__()
+        self.config = config
+        self.layer_idx = layer_idx
+        self.head_dim = config.head_dim
+        self.scaling = config.head_dim**-0.5
+        self.is_causal = False
+        self.query_key_value = nn.Linear(config.hidden_size, 3 * config.hidden_size)
+        self.dense = nn.Linear(config.hidden_size, config.hidden_size)
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        attention_mask: Tensor | None,
+        position_embeddings: tuple[Tensor, Tensor],
+        prefix_states: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        output_attentions: bool = False,
+        **kwargs: Any,
+    ) -> tuple[Tensor, Tensor | None]:
+        input_shape = hidden_states.shape[:-1]  # (B, S)
+        mixed = self.query_key_value(hidden_states).view(*input_shape, -1, 3 * self.head_dim)
+        query_states, key_states, value_states = mixed.transpose(1, 2).chunk(3, dim=-1)
+        query_states = apply_rotary(query_states, *position_embeddings)  # (B, N, S, D)
+        key_states = apply_rotary(key_states, *position_embeddings)
+        if past_key_values is not None:
+            # transformers before 5.13 needs to be told where a static cache is written.
+            where = {"cache_position": kwargs.get("cache_position")}
+            key_states, value_states = past_key_values.update(
+                key_states, value_states, self.layer_idx, where
+            )
+        if prefix_states is not None:
+            key_states, value_states = prepend_prefix(prefix_states, key_states, value_states)
+        attn_output, attn_weights = self._attention_function(output_attentions)(
+            self,
+            query_states,
+            key_states,
+            value_states,
+            attention_mask,
+            scaling=self.scaling,
+            is_causal=False,
+        )
+        attn_output = attn_output.reshape(*input_shape, -1)  # (B, S, N * D)
+        return self.dense(attn_output), attn_weights
+
+    def _attention_function(self, output_attentions: bool) -> Callable[..., tuple[Tensor, Any]]:
+        """Choose the kernel; only the eager one returns weights."""
+        # transformers searches this source, 4.56 to 5.0 for the text
+        # "ALL_ATTENTION_FUNCTIONS[self.config._attn_implementation]", later ones for the call.
+        name = self.config._attn_implementation
+        if output_attentions or name is None or name == "eager":
+            return eager_attention_forward
+        return ALL_ATTENTION_FUNCTIONS.get_interface(name, eager_attention_forward)
+
+
+def prepend_prefix(prefix_states: Tensor, key_states: Tensor, value_states: Tensor) -> list[Tensor]:
+    """Put a layer's P-Tuning prefix `(2, B, N, pre_seq_len, D)` in front of keys and values."""
+    pairs = zip(prefix_states.to(key_states.dtype), (key_states, value_states))
+    return [torch.cat((prefix, states), dim=2) for prefix, states in pairs]
+
+
+class GLU(nn.Module):
+    """The feed-forward layer: widen, tanh GELU, narrow. Not gated, whatever its official name."""
+
+    def __init__(self, config: ChatGLMConfig) -> None:
+        super().__init__()
+        self.dense_h_to_4h = nn.Linear(config.hidden_size, config.inner_hidden_size)
+        self.dense_4h_to_h = nn.Linear(config.inner_hidden_size, config.hidden_size)
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        intermediate = self.dense_h_to_4h(hidden_states)
+        return self.dense_4h_to_h(nn.functional.gelu(intermediate, approximate="tanh"))
+
+
+class GLMBlock(GradientCheckpointingLayer):
+    """One transformer layer. The residual is taken *after* each norm and scaled (DeepNorm):
+
+    h -- LN1 --+-- attention --(+)-- LN2 --+-- mlp --(+)--> h
+               |                |          |          |
+               +---- * alpha ---+          +- * alpha +        alpha = sqrt(2 * 28)
+    """
+
+    def __init__(self, config: ChatGLMConfig, layer_idx: int) -> None:
+        super().__init__()
+        self.alpha = math.sqrt(2 * RESIDUAL_LAYERS)
+        norm = {"normalized_shape": config.hidden_size, "eps": config.layernorm_epsilon}
+        self.input_layernorm = nn.LayerNorm(**norm)
+        self.attention = SelfAttention(config, layer_idx)
+        self.post_attention_layernorm = nn.LayerNorm(**norm)
+        self.mlp = GLU(config)
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        attention_mask: Tensor | None,
+        position_embeddings: tuple[Tensor, Tensor],
+        prefix_states: Tensor | None = None,
+        **kwargs: Any,
+    ) -> tuple[Tensor, Tensor | None]:
+        """Return the new `(B, S, H)` and, if asked for, the attention weights `(B, N, S, K)`."""
+        attention_input = self.input_layernorm(hidden_states)
+        attn_output, attn_weights = self.attention(
+            attention_input, attention_mask, position_embeddings, prefix_states, **kwargs
+        )
+        mlp_input = self.post_attention_layernorm(attention_input * self.alpha + attn_output)
+        return mlp_input * self.alpha + self.mlp(mlp_input), attn_weights
+
+
+class PrefixEncoder(nn.Module):
+    """The trained keys and values of a P-Tuning v2 prefix (https://arxiv.org/abs/2110.07602)."""
+
+    def __init__(self, config: ChatGLMConfig, pre_seq_len: int) -> None:
+        super().__init__()
+        self.prefix_projection = config.prefix_projection
+        states_size = config.num_layers * config.hidden_size * 2
+        if config.prefix_projection:
+            self.embedding = nn.Embedding(pre_seq_len, config.hidden_size)
+            self.trans = nn.Sequential(
+                nn.Linear(config.hidden_size, config.hidden_size),
+                nn.Tanh(),
+                nn.Linear(config.hidden_size, states_size),
+            )
+        else:
+            self.embedding = nn.Embedding(pre_seq_len, states_size)
+
+    def forward(self) -> Tensor:
+        """Return the states of all layers, `(pre_seq_len, L * 2 * H)`."""
+        states = self.embedding.weight
+        return self.trans(states) if self.prefix_projection else states
+
+
+class ChatGLMPreTrainedModel(PreTrainedModel):
+    """What transformers needs to know to load, place, split and initialize the network."""
+
+    config_class = ChatGLMConfig
+    base_model_prefix = "transformer"
+    supports_gradient_checkpointing = True
+    _no_split_modules = ["GLMBlock"]
+    _skip_keys_device_placement = ["past_key_values"]
+    _keys_to_ignore_on_load_unexpected = [r"rotary_emb\.inv_freq"]
+    _supports_sdpa = True
+    _supports_attention_backend = True
+    _can_compile_fullgraph = True
+
+    def _init_weights(self, module: nn.Module) -> None:
+        """Initialize for training from nothing.
+
+        The normed, scaled residual stays at the unigram plateau with the usual N(0, 0.02); Xavier
+        everywhere learns (docs/mini.md).
+        """
+        if isinstance(module, nn.Linear):
+            nn.init.xavier_normal_(module.weight)
+            if module.bias is not None:
+                nn.init.zeros_(module.bias)
+        elif isinstance(module, nn.LayerNorm):
+            nn.init.ones_(module.weight)
+            nn.init.zeros_(module.bias)
+        elif isinstance(module, nn.Embedding):
+            nn.init.xavier_normal_(module.weight)
+        elif isinstance(module, PrefixEncoder):
+            nn.init.normal_(module.embedding.weight)
+
+
+class ChatGLMModel(ChatGLMPreTrainedModel):
+    """The stack of blocks between token ids and the last hidden states.
+
+    `forward` takes:
+        input_ids: `(B, S)`, the new tokens.
+        attention_mask: `(B, T)`, 1 for real tokens, over past and new ones; or the original's
+            boolean `(B, 1, S, K)`, True = hidden; or None if all tokens are real.
+        position_ids: the original's `(B, P, S)`. By default they follow from the ids; 1-D ranges,
+            as generic trainers pass them, are ignored.
+        past_key_values: the keys and values of the T - S tokens before; extended in place.
+        inputs_embeds: `(B, S, H)` in place of the embedded ids. Beside `input_ids` the ids still
+            say where the tokens stand; without, and without `position_ids`, all is context.
+        use_cache, output_attentions, output_hidden_states, return_dict: as in transformers.
+    It returns the last hidden states `(B, S, H)`, the cache, and if asked for: L + 1 hidden states
+    (the embeddings, then each block's output, the last one after the final norm) and L attention
+    weights `(B, N, S, K)`. It raises ValueError if neither ids nor embeddings are given, or if the
+    mask does not fit them.
+    """
+
+    def __init__(self, config: ChatGLMConfig) -> None:
+        super().__init__(config)
+        self.pre_seq_len = config.pre_seq_len
+        self.special_ids = SpecialIds(
+            config.bos_token_id, config.mask_token_id, config.gmask_token_id
+        )
+        self.word_embeddings = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.rotary_emb = RotaryEmbedding(config)
+        self.layers = nn.ModuleList(GLMBlock(config, i) for i in range(config.num_layers))
+        self.final_layernorm = nn.LayerNorm(config.hidden_size, eps=config.layernorm_epsilon)
+        self.gradient_checkpointing = False
+        if self.pre_seq_len is not None:
+            self.requires_grad_(False)
+            self.prefix_encoder = PrefixEncoder(config, self.pre_seq_len)
+            self.prefix_dropout = nn.Dropout(0.1)
+        self.post_init()
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.word_embeddings
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        self.word_embeddings = value
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: Tensor | None = None,
+        use_cache: bool | None = None,
+        output_attentions: bool | None = None,
+        output_hidden_states: bool | None = None,
+        return_dict: bool | None = None,
+        **kwargs: Any,
+    ) -> BaseModelOutputWithPast | tuple:
+        """Run the blocks over new tokens; arguments and errors are in the class's description."""
+        config = self.config
+        output_attentions = _default(output_attentions, config.output_attentions)
+        output_hidden_states = _default(output_hidden_states, config.output_hidden_states)
+        use_cache = _default(use_cache, config.use_cache) and not self._is_checkpointing()
+        embeddings = self._embed(input_ids, inputs_embeds)
+        if use_cache and past_key_values is None:
+            past_key_values = DynamicCache()
+        position_ids, hidden_mask = self._locate(
+            input_ids, embeddings, attention_mask, position_ids, past_key_values
+        )
+        hidden_states, all_hidden_states, all_attentions = self._run_blocks(
+            embeddings,
+            self._build_attention_bias(hidden_mask, embeddings.dtype),
+            self.rotary_emb(position_ids, embeddings.dtype),
+            output_hidden_states,
+            past_key_values=past_key_values,
+            output_attentions=output_attentions,
+            cache_position=kwargs.get("cache_position"),
+        )
+        hidden_states = self.final_layernorm(hidden_states)
+        output = BaseModelOutputWithPast(
+            last_hidden_state=hidden_states,
+            past_key_values=past_key_values if use_cache else None,
+            hidden_states=(*all_hidden_states, hidden_states) if output_hidden_states else None,
+            attentions=all_attentions if output_attentions else None,
+        )
+        return output if _default(return_dict, config.return_dict) else output.to_tuple()
+
+    def _embed(self, input_ids: Tensor | None, inputs_embeds: Tensor | None) -> Tensor:
+        """Return what the blocks start from, `(B, S, H)`."""
+        if inputs_embeds is not None:
+            return inputs_embeds
+        if input_ids is None:
+            raise ValueError("Pass input_ids or inputs_embeds; both are None.")
+        return self.word_embeddings(input_ids)
+
+    def _is_checkpointing(self) -> bool:
+        return self.gradient_checkpointing and self.training
+
+    def _run_blocks(
+        self,
+        hidden_states: Tensor,
+        attention_bias: Tensor | None,
+        position_embeddings: tuple[Tensor, Tensor],
+        output_hidden_states: bool,
+        **kwargs: Any,
+    ) -> tuple[Tensor, tuple[Tensor, ...], tuple[Any, ...]]:
+        """Return the last output, the blocks' inputs if asked for, and their attention weights."""
+        all_inputs, all_attentions = (), ()
+        for layer, prefix_states in zip(self.layers, self._build_prefixes(hidden_states)):
+            if output_hidden_states:
+                all_inputs += (hidden_states,)
+            hidden_states, attn_weights = layer(
+                hidden_states, attention_bias, position_embeddings, prefix_states, **kwargs
+            )
+            all_attentions += (attn_weights,)
+        return hidden_states, all_inputs, all_attentions
+
+    def _build_prefixes(self, inputs_embeds: Tensor) -> Sequence[Tensor | None]:
+        """Return every layer's P-Tuning prefix, `(2, B, N, pre_seq_len, D)`, or Nones."""
+        if self.pre_seq_len is None:
+            return [None] * len(self.layers)
+        states = self.prefix_encoder().to(inputs_embeds.dtype)
+        states = states.expand(inputs_embeds.shape[0], -1, -1)
+        states = states.unflatten(-1, (len(self.layers), 2, -1, self.config.head_dim))
+        states = self.prefix_dropout(states)  # (B, pre_seq_len, L, 2, N, D)
+        return states.permute(2, 3, 0, 4, 1, 5).unbind(0)
+
+    def _build_attention_bias(
+        self, hidden_mask: Tensor | None, dtype: torch.dtype
+    ) -> Tensor | None:
+        """Turn a mask `(B, 1, S, K)`, True = hidden, into what is added to the scores.
+
+        The lowest number instead of -inf lets a row of pads attend evenly, as in the original,
+        where -inf would make it NaN. A prefix is open to every token.
+        """
+        if hidden_mask is None:
+            return None
+        if self.pre_seq_len is not None:
+            hidden_mask = nn.functional.pad(hidden_mask, (self.pre_seq_len, 0), value=False)
+        bias = torch.zeros_like(hidden_mask, dtype=dtype)
+        return bias.masked_fill(hidden_mask, torch.finfo(dtype).min)
+
+    def _locate(
+        self,
+        input_ids: Tensor | None,
+        inputs_embeds: Tensor,
+        attention_mask: Tensor | None,
+        position_ids: Tensor | None,
+        past_key_values: Cache | None,
+    ) -> tuple[Tensor, Tensor | None]:
+        """Return the positions and the mask (True = hidden) of the new tokens.
+
+        What the caller gave in GLM's own shape is used; the rest follows from the ids.
+        """
+        position_ids = self._accept_position_ids(position_ids)
+        hidden_mask = accept_hidden_mask(attention_mask)
+        is_growing = reserved_length(past_key_values) is None
+        is_single = inputs_embeds.shape[1] == 1 and attention_mask is None and is_growing
+        if position_ids is not None and (hidden_mask is not None or is_single):
+            return position_ids, hidden_mask
+        if input_ids is None:
+            input_ids = self._imagine_ids(inputs_embeds, position_ids)
+        if hidden_mask is not None:
+            attention_mask = fold_attention_mask(hidden_mask)
+        geometry = locate_new_tokens(
+            input_ids,
+            attention_mask,
+            past_key_values,
+            self.special_ids,
+            self.config.num_positions,
+        )
+        return (
+            geometry.position_ids if position_ids is None else position_ids,
+            geometry.attention_mask if hidden_mask is None else hidden_mask,
+        )
+
+    def _accept_position_ids(self, position_ids: Tensor | None) -> Tensor | None:
+        """Pass on `(B, P, S)`; trainers and peft hand over plain ranges, which say nothing here."""
+        if position_ids is None or position_ids.dim() == 3:
+            return position_ids
+        return None if self.config.position_encoding_2d else position_ids.unsqueeze(1)
+
+    def _imagine_ids(self, inputs_embeds: Tensor, position_ids: Tensor | None) -> Tensor:
+        """Stand in for ids that are not known, `(B, S)`, with `<sop>` where the answer begins."""
+        unknown = inputs_embeds.new_full(inputs_embeds.shape[:2], UNKNOWN_TOKEN, dtype=torch.long)
+        if position_ids is None or position_ids.shape[1] == 1:
+            return unknown
+        return unknown.masked_fill(position_ids[:, 1] == 1, self.special_ids.bos)
+
+
+def _default(value: bool | None, default: Any) -> bool:
+    return default if value is None else value
+
+
+class ChatGLMForConditionalGeneration(ChatGLMPreTrainedModel, ChatMixin, GLMGenerationMixin):
+    """ChatGLM with its language model head: the class that chats."""
+
+    _tied_weights_keys = {"lm_head.weight": "transformer.word_embeddings.weight"}
+    _tp_plan = {"lm_head": GATHERED_COLUMNS}
+
+    def __init__(self, config: ChatGLMConfig) -> None:
+        super().__init__(config)
+        self.transformer = ChatGLMModel(config)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        if config.quantization_bit:
+            quantize_model(self, config.quantization_bit, empty_init=True)
+        self.post_init()
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.transformer.word_embeddings
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        self.transformer.word_embeddings = value
+
+    def get_output_embeddings(self) -> nn.Module:
+        return self.lm_head
+
+    def set_output_embeddings(self, new_embeddings: nn.Module) -> None:
+        self.lm_head = new_embeddings
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        use_cache: bool | None = None,
+        output_attentions: bool | None = None,
+        output_hidden_states: bool | None = None,
+        return_dict: bool | None = None,
+        logits_to_keep: int | Tensor = 0,
+        **kwargs: Any,
+    ) -> CausalLMOutputWithPast | tuple:
+        """Predict the next token of every place.
+
+        Args:
+            labels: `(B, S)`, the ids themselves (they are shifted here), -100 where no loss is
+                wanted.
+            logits_to_keep: compute only the last so many logits (0: all), or those of a tensor of
+                places. Other arguments: see `ChatGLMModel`.
+
+        Returns:
+            The loss in float32 if labels are given, and logits `(B, S, V)`.
+        """
+        outputs = self.transformer(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            use_cache=use_cache,
+            output_attentions=output_attentions,
+            output_hidden_states=output_hidden_states,
+            return_dict=True,
+            cache_position=kwargs.pop("cache_position", None),
+        )
+        kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+        logits = self.lm_head(outputs.last_hidden_state[:, kept])
+        loss = None
+        if labels is not None:
+            loss = self.loss_function(logits, labels, self.config.vocab_size, **kwargs)
+        output = CausalLMOutputWithPast(loss=loss, logits=logits, **_states_of(outputs))
+        return output if _default(return_dict, self.config.return_dict) else output.to_tuple()
+
+    def quantize(
+        self, bits: int, empty_init: bool = False, **kwargs: Any
+    ) -> "ChatGLMForConditionalGeneration":
+        """Pack the blocks' linear weights to 4 or 8 bits, in place, and return the model.
+
+        Args:
+            bits: 4 or 8; 0 leaves the model as it is.
+            empty_init: only change the storage, for weights that will be loaded afterwards.
+
+        Raises:
+            ValueError: for other bits, or for a model already quantized to another number.
+        """
+        return quantize_model(self, bits, empty_init=empty_init, **kwargs)
+
+
+class ChatGLMForSequenceClassification(ChatGLMPreTrainedModel):
+    """ChatGLM with a linear score of each row's last real token: classifier or reward model."""
+
+    def __init__(self, config: ChatGLMConfig) -> None:
+        super().__init__(config)
+        self.num_labels: int = config.num_labels or 2
+        self.transformer = ChatGLMModel(config)
+        self.score = nn.Linear(config.hidden_size, self.num_labels, bias=False)
+        self.post_init()
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.transformer.word_embeddings
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        self.transformer.word_embeddings = value
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        labels: Tensor | None = None,
+        return_dict: bool | None = None,
+        **kwargs: Any,
+    ) -> SequenceClassifierOutputWithPast | tuple:
+        """Score rows.
+
+        Args:
+            attention_mask: `(B, S)`; without one, pads are told by their id.
+            labels: `(B,)` classes, `(B,)` or `(B, num_labels)` targets of a regression.
+                Other arguments: see `ChatGLMModel`.
+
+        Returns:
+            The loss if labels are given, and logits `(B, num_labels)`.
+        """
+        if attention_mask is None and input_ids is not None:
+            attention_mask = (input_ids != self.config.pad_token_id).long()
+        outputs = self.transformer(
+            input_ids=input_ids, attention_mask=attention_mask, return_dict=True, **kwargs
+        )
+        scores = self.score(outputs.last_hidden_state)  # (B, S, num_labels)
+        rows = torch.arange(scores.shape[0], device=scores.device)
+        logits = scores[rows, _last_real_columns(attention_mask, scores)]
+        loss = None
+        if labels is not None:
+            loss = self.loss_function(
+                labels=labels, logits=logits, pooled_logits=logits, config=self.config
+            )
+        output = SequenceClassifierOutputWithPast(loss=loss, logits=logits, **_states_of(outputs))
+        return output if _default(return_dict, self.config.return_dict) else output.to_tuple()
+
+
+def _states_of(outputs: BaseModelOutputWithPast) -> dict[str, Any]:
+    """Return what a head passes on of its base model's output."""
+    names = ("past_key_values", "hidden_states", "attentions")
+    return {name: getattr(outputs, name) for name in names}
+
+
+def _last_real_columns(attention_mask: Tensor | None, scores: Tensor) -> Tensor:
+    """Return the column of each row's last real token, `(B,)`; the last column if all are pads."""
+    length = scores.shape[1]
+    if attention_mask is None:
+        return torch.full(scores.shape[:1], length - 1, device=scores.device)
+    is_real = attention_mask.to(scores.device) != 0
+    return length - 1 - is_real.flip(1).int().argmax(dim=1)
+
+
+__all__ = [
+    "ChatGLMForConditionalGeneration",
+    "ChatGLMForSequenceClassification",
+    "ChatGLMModel",
+    "ChatGLMPreTrainedModel",
+]
