@@ -1,0 +1,585 @@
+"""Text to ids and back, for every generation of ChatGLM-6B.
+
+Owns: the vocabulary file, the pieces that stand for white space, the special tokens, how an input
+is closed, and how a rendered chat becomes ids. Piece `k` of the file has id `k + num_image_tokens`;
+no id is written down here.
+
+Does not know: the model, the prompt format (chat_template.jinja), the rules of masks and positions
+(masking_chatglm).
+
+Shapes: `B` batch, `S` tokens.
+"""
+
+import re
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import sentencepiece
+from transformers import BatchEncoding, PreTrainedTokenizer
+from transformers.tokenization_utils_base import TruncationStrategy
+
+from .masking_chatglm import SpecialIds, build_geometry
+
+VOCAB_FILES_NAMES = {"vocab_file": "ice_text.model"}
+
+LONGEST_BLANK = 80  # spaces
+BLANKS = {f"<|blank_{width}|>": " " * width for width in range(2, LONGEST_BLANK + 1)}
+WHITESPACE = {"<n>": "\n", "<|tab|>": "\t", **BLANKS}
+MASK_PIECES = ("[MASK]", "[gMASK]", "[sMASK]")
+BORDER_PIECES = ("<unused_0>", "<sop>", "<eop>", "<ENC>", "<dBLOCK>")
+
+# What stands before the text pieces, and behind them since the second generation, each with
+# SentencePiece's number for the type of the piece.
+UNKNOWN, CONTROL, USER_DEFINED, BYTE = 2, 3, 4, 6
+FIRST_PIECES = {"<unk>": UNKNOWN, "<s>": CONTROL, "</s>": CONTROL, "<pad>": CONTROL}
+FIRST_PIECES["<n>"] = USER_DEFINED
+LATE_PIECES = {
+    **dict.fromkeys((*MASK_PIECES, *BORDER_PIECES), CONTROL),
+    **dict.fromkeys(("<|tab|>", *BLANKS), USER_DEFINED),
+    **{f"<0x{byte:02X}>": BYTE for byte in range(256)},
+}
+SPECIAL_TEXTS = tuple(
+    piece
+    for piece, piece_type in {**FIRST_PIECES, **LATE_PIECES}.items()
+    if piece_type in (UNKNOWN, CONTROL)
+)
+# Tags of an encoded SentencePiece model, and its sub-message {trainer_spec: {byte_fallback: true}}.
+PIECE_TAG, TRAINER_TAG, NORMALIZER_TAG = 0x0A, 0x12, 0x1A
+BYTE_FALLBACK = b"\x12\x03\x98\x02\x01"
+
+ESCAPE = "\ufdd0"  # a Unicode noncharacter, which no text meant for interchange contains
+ESCAPED = re.compile(f"{ESCAPE}(.)", re.DOTALL)
+SPACES = re.compile(" {2,}")
+
+
+def _encode_piece(piece: str, piece_type: int) -> bytes:
+    """One `pieces` entry of a SentencePiece model: name, score 0.0 and type."""
+    body = b"\x0a%c%b\x15\0\0\0\0\x18%c" % (len(piece), piece.encode("ascii"), piece_type)
+    return b"%c%c%b" % (PIECE_TAG, len(body), body)
+
+
+FIRST_ENTRIES = b"".join(_encode_piece(*item) for item in FIRST_PIECES.items())
+LATE_ENTRIES = b"".join(_encode_piece(*item) for item in LATE_PIECES.items())
+
+
+def _read_entries(model_proto: bytes) -> list[tuple[int, bytes]]:
+    """The top-level entries of an encoded message as (tag, content)."""
+    entries, position, end = [], 0, len(model_proto)
+    padded = model_proto + b"\xff\x7f"  # a length that is cut off reads as one beyond the end
+    while position < end:
+        tag, length, shift, byte = padded[position], 0, 0, 0x80
+        while byte & 0x80 and shift < 63:
+            position += 1
+            byte = padded[position]
+            length, shift = length | (byte & 0x7F) << shift, shift + 7
+        start, position = position + 1, position + 1 + length
+        entries.append((tag, padded[start:position]))
+    if position > end:
+        raise ValueError(f"is truncated: it stops short at byte {end}; download it again")
+    return entries
+
+
+def _check_is_model(model_proto: bytes) -> None:
+    """Refuse what is not a SentencePiece model at all, and say what it is."""
+    if model_proto.startswith(b"version https://git-lfs"):
+        raise ValueError(
+            f"is a Git LFS pointer of {len(model_proto)} bytes, not the vocabulary itself; "
+            "run `git lfs pull` or download the file it stands for"
+        )
+    if not model_proto.startswith(bytes([PIECE_TAG])):
+        what = f"starts with {model_proto[:8]!r}" if model_proto else "is empty (0 bytes)"
+        raise ValueError(
+            f"{what} and is no SentencePiece model; download the checkpoint's ice_text.model"
+        )
+
+
+def complete_vocabulary(model_proto: bytes) -> bytes:
+    """Bring a vocabulary to the layout of the 130528-row checkpoints.
+
+    A file of the first generation ends after the text pieces. The special tokens, the pieces for
+    tabs and runs of spaces and the 256 bytes are appended in encoded form. That is enough, as any
+    reader concatenates repeated entries and merges the others. A complete file stays as it is.
+
+    Args:
+        model_proto: content of a SentencePiece model file that begins with `FIRST_PIECES`.
+
+    Raises:
+        ValueError: for a Git LFS pointer, an empty, truncated or foreign file. The message says
+            which it is and what to do, in words that follow the name of the file.
+    """
+    _check_is_model(model_proto)
+    entries = _read_entries(model_proto)
+    if not {TRAINER_TAG, NORMALIZER_TAG} <= {tag for tag, _ in entries}:
+        raise ValueError(
+            f"is truncated: no settings behind its {len(entries)} pieces; download it again"
+        )
+    pieces = [body for tag, body in entries if tag == PIECE_TAG]
+    names = [body[2 : 2 + ord(body[1:2] or b"\0")].decode("utf-8", "replace") for body in pieces]
+    if not model_proto.startswith(FIRST_ENTRIES):
+        raise ValueError(
+            f"is the vocabulary of another model: it begins with {names[: len(FIRST_PIECES)]}, not "
+            f"with {[*FIRST_PIECES]} of the right types; download the checkpoint's ice_text.model"
+        )
+    if LATE_ENTRIES in model_proto:
+        return model_proto
+    if known := LATE_PIECES.keys() & set(names):
+        raise ValueError(
+            f"has {len(known)} of the {len(LATE_PIECES)} pieces that follow the text pieces, or in "
+            "another order or of another type; it must have all or none of them"
+        )
+    return model_proto + LATE_ENTRIES + BYTE_FALLBACK
+
+
+@lru_cache(maxsize=64)
+def _marks_pattern(marks: tuple[str, ...]) -> re.Pattern[str]:
+    """Finds the marks in a text, the longest first; with no marks it finds nothing."""
+    choices = [re.escape(mark) for mark in sorted(marks, key=len, reverse=True)]
+    return re.compile(f"({'|'.join(choices) or '(?!)'})")
+
+
+def _name_spaces(match: re.Match[str]) -> str:
+    """Pieces for a run of two or more spaces; a single space that is left over stays."""
+    full, rest = divmod(len(match.group()), LONGEST_BLANK)
+    return f"<|blank_{LONGEST_BLANK}|>" * full + (f"<|blank_{rest}|>" if rest > 1 else " " * rest)
+
+
+class _Sides(NamedTuple):
+    """What a mark does to the text beside it."""
+
+    strips_left: bool = False
+    strips_right: bool = False
+    is_added: bool = False
+
+
+class ChatGLMTokenizer(PreTrainedTokenizer):
+    """Tokenizer of ChatGLM-6B: SentencePiece pieces, and `[gMASK] <sop>` behind every prompt.
+
+    A bare `tokenizer(text)` takes the texts of `bos_token`, `eos_token`, `unk_token`, `pad_token`
+    and `mask_token` for these tokens and drops the white space around them, as the original did.
+    With `split_special_tokens=True` they are ordinary text: use it for what a user typed.
+
+    Args:
+        vocab_file: an `ice_text.model` of either generation.
+        do_lower_case: lower the text.
+        remove_space: make one space of every run of white space, line breaks included.
+        bos_token: the border between prompt and answer.
+        eos_token: `<eop>`, or `</s>` in the first generation, whose rule to close an input goes
+            with it (see `build_inputs_with_special_tokens`). None takes the one that goes with
+            `num_image_tokens`.
+        end_token, eop_token, gmask_token: tokens that have an id but are never split off a text.
+        padding_side: "left" or "right".
+        num_image_tokens: ids in front of the first piece: 20000 with 150528 rows, 0 with 130528.
+        **kwargs: as in the base class. `clean_up_tokenization_spaces` is False by default in the
+            first generation and True in the later one, as it was; only with False does decoding a
+            growing list of ids never change the text that was there before.
+
+    Raises:
+        ValueError: if the vocabulary file or one of these values cannot be used.
+    """
+
+    vocab_files_names = VOCAB_FILES_NAMES
+    model_input_names = ["input_ids", "attention_mask"]
+    bos_token_id: int
+    mask_token_id: int
+    pad_token_id: int
+
+    def __init__(
+        self,
+        vocab_file: str,
+        do_lower_case: bool = False,
+        remove_space: bool = False,
+        bos_token: str = "<sop>",
+        eos_token: str | None = None,
+        end_token: str = "</s>",
+        eop_token: str = "<eop>",
+        mask_token: str = "[MASK]",
+        gmask_token: str = "[gMASK]",
+        pad_token: str = "<pad>",
+        unk_token: str = "<unk>",
+        padding_side: str = "left",
+        num_image_tokens: int = 20000,
+        **kwargs: Any,
+    ) -> None:
+        self.do_lower_case = do_lower_case
+        self.remove_space = remove_space
+        self._read_vocabulary(vocab_file, num_image_tokens)
+        own = {"end_token": end_token, "eop_token": eop_token, "gmask_token": gmask_token}
+        self._name_own_tokens(own, kwargs)
+        if eos_token is None:
+            eos_token = self.end_token if num_image_tokens else self.eop_token
+        self._is_first_generation = str(eos_token) != self.eop_token
+        # Decoding made "," of " ," in the later checkpoints' class, and never in the fork's.
+        kwargs.setdefault("clean_up_tokenization_spaces", not self._is_first_generation)
+        super().__init__(
+            do_lower_case=do_lower_case,
+            remove_space=remove_space,
+            bos_token=bos_token,
+            eos_token=eos_token,
+            mask_token=mask_token,
+            pad_token=pad_token,
+            unk_token=unk_token,
+            padding_side=padding_side,
+            num_image_tokens=num_image_tokens,
+            **kwargs,
+        )
+        self.init_kwargs.update(own)  # save_pretrained writes these
+
+    @classmethod
+    def from_pretrained(cls, *args: Any, **kwargs: Any) -> "ChatGLMTokenizer":
+        """As in the base class, but an error in the vocabulary file is shown as what it is.
+
+        Without protobuf, which nothing here needs, transformers 4 makes it a call for protobuf.
+        """
+        try:
+            return super().from_pretrained(*args, **kwargs)
+        except ImportError as error:
+            if isinstance(error.__context__, ValueError):
+                raise error.__context__ from None
+            raise
+
+    def _read_vocabulary(self, vocab_file: str | None, num_image_tokens: int) -> None:
+        """Load the pieces and give each its id."""
+        if num_image_tokens < 0:
+            raise ValueError(f"num_image_tokens must be 0 or more, got {num_image_tokens}")
+        if vocab_file is None or not Path(vocab_file).is_file():
+            name = vocab_file or VOCAB_FILES_NAMES["vocab_file"]
+            raise ValueError(f"no vocabulary file {name}; take the one of the checkpoint")
+        self.vocab_file = vocab_file
+        self.num_image_tokens = num_image_tokens
+        self._vocab_content = Path(vocab_file).read_bytes()
+        try:
+            self._processor = sentencepiece.SentencePieceProcessor(
+                model_proto=complete_vocabulary(self._vocab_content)
+            )
+        except (ValueError, RuntimeError) as error:  # the latter is SentencePiece's own
+            raise ValueError(f"{vocab_file} {error}") from error
+        self._pieces = self._processor.id_to_piece([*range(self._processor.get_piece_size())])
+        names = [f"<image_{index}>" for index in range(num_image_tokens)] + self._pieces
+        self._vocab = {name: index for index, name in enumerate(names)}
+        self._special_ids = frozenset(self._vocab[text] for text in SPECIAL_TEXTS)
+
+    def _name_own_tokens(self, own: dict[str, str], kwargs: dict[str, Any]) -> None:
+        """Set the tokens that transformers has no name for, as plain attributes.
+
+        As special tokens of the base class they would be split off every text. transformers 5 hands
+        them over in one dictionary, and saves a list under a name that means another thing in 4.
+        """
+        others = kwargs.pop("model_specific_special_tokens", {})
+        own.update({name: str(others.pop(name, token)) for name, token in own.items()})
+        if others:
+            kwargs["model_specific_special_tokens"] = others
+        if isinstance(kwargs.get("extra_special_tokens"), list):
+            kwargs["additional_special_tokens"] = kwargs.pop("extra_special_tokens")
+        for name, token in own.items():
+            if token not in self._vocab:
+                raise ValueError(
+                    f"{name} {token!r} is no piece of {self.vocab_file}; name one that is"
+                )
+        self.end_token, self.eop_token = own["end_token"], own["eop_token"]
+        self.gmask_token = own["gmask_token"]
+
+    @property
+    def vocab_size(self) -> int:
+        """Number of ids of the vocabulary, with image ids and without added tokens."""
+        return len(self._vocab)
+
+    @property
+    def gmask_token_id(self) -> int:
+        """Id of `[gMASK]`, which stands behind a prompt."""
+        return self._vocab[self.gmask_token]
+
+    @property
+    def eop_token_id(self) -> int:
+        """Id of `<eop>`, which ends an answer."""
+        return self._vocab[self.eop_token]
+
+    @property
+    def end_token_id(self) -> int:
+        """Id of `</s>`."""
+        return self._vocab[self.end_token]
+
+    def get_vocab(self) -> dict[str, int]:
+        """Every token and its id, image and added tokens included."""
+        return {**self._vocab, **self._added_tokens_encoder}
+
+    def _convert_token_to_id_with_added_voc(self, token: str) -> int:
+        """Id of a token, added ones included; 5.8 sorts them all anew for every single look-up."""
+        index = self._added_tokens_encoder.get(token)
+        return self._convert_token_to_id(token) if index is None else index
+
+    def _convert_token_to_id(self, token: str) -> int:
+        """Id of a token; an unknown one has that of `<unk>`."""
+        return self._vocab.get(token, self.num_image_tokens)
+
+    def _convert_id_to_token(self, index: int) -> str:
+        """Token of an id; an id out of range has the empty token."""
+        if 0 <= index < self.num_image_tokens:
+            return f"<image_{index}>"
+        piece = index - self.num_image_tokens
+        return self._pieces[piece] if 0 <= piece < len(self._pieces) else ""
+
+    def tokenize(self, text: str, **kwargs: Any) -> list[str]:
+        """Split a text into tokens.
+
+        Args:
+            text: the text.
+            **kwargs: `split_special_tokens` makes the texts of special tokens ordinary text.
+        """
+        plain = kwargs.get("split_special_tokens", self.split_special_tokens)
+        markup = kwargs.get("markup") or ("none" if plain else "named")
+        parts = _marks_pattern(self._marks(markup)).split(text)  # text, mark, text, ..., mark, text
+        if markup == "all":
+            parts[::2] = [ESCAPED.sub(r"\1", part) for part in parts[::2]]
+        sides = {mark: self._sides(mark, markup) for mark in set(parts[1::2])}
+        edges = [_Sides(), *(sides[mark] for mark in parts[1::2]), _Sides()]
+        fragments = map(self._prepare_fragment, parts[::2], edges, edges[1:])
+        encoded = self._processor.encode([*fragments], out_type=str, num_threads=1)
+        tokens: list[str] = []
+        for pieces, left, right, mark in zip(encoded, edges, edges[1:], [*parts[1::2], ""]):
+            start = pieces.index("<n>") + 1 if left.is_added else 0
+            tokens += pieces[start : len(pieces) - right.is_added]
+            tokens += [mark] if mark else []
+        return tokens
+
+    def _marks(self, markup: str) -> tuple[str, ...]:
+        """Texts that are tokens of their own.
+
+        Args:
+            markup: "named" for the special tokens of the base class and all added tokens, "none"
+                for added tokens that are not special, "all" for every special and added token.
+        """
+        added = self._added_tokens_decoder.values()
+        marks = [token.content for token in added if markup != "none" or not token.special]
+        return (*marks, *SPECIAL_TEXTS) if markup == "all" else tuple(marks)
+
+    def _sides(self, mark: str, markup: str) -> _Sides:
+        """What a mark does to the text beside it."""
+        index = self._added_tokens_encoder.get(mark, 0)
+        if index >= self.vocab_size:
+            token = self._added_tokens_decoder[index]
+            return _Sides(token.lstrip, token.rstrip, is_added=True)
+        # The original lost white space beside its special tokens; a template means what it says.
+        return _Sides(markup == "named", markup == "named")
+
+    def _prepare_fragment(self, text: str, left: _Sides, right: _Sides) -> str:
+        """Put the white space between two marks into pieces.
+
+        SentencePiece adds a space in front of a text and drops those behind it. A line break beside
+        an added token, which `tokenize` drops again, keeps it from that: "a<new>b" comes back so.
+        """
+        text = text.lstrip() if left.strips_right else text
+        text = text.rstrip() if right.strips_left else text
+        text = " ".join(text.split()) if self.remove_space else text
+        text = text.lower() if self.do_lower_case else text
+        text = SPACES.sub(_name_spaces, text.replace("\n", "<n>").replace("\t", "<|tab|>"))
+        text = text.encode("utf-8", "replace").decode("utf-8")  # a lone surrogate has no encoding
+        return "<n>" * left.is_added + text + "<n>" * right.is_added
+
+    def _batch_encode_plus(
+        self, *args: Any, split_special_tokens: bool = False, **kwargs: Any
+    ) -> BatchEncoding:
+        """Pass `split_special_tokens` on, as transformers 4 does for a text but not for a batch."""
+        if split_special_tokens:
+            kwargs.setdefault("markup", "none")
+        return super()._batch_encode_plus(*args, **kwargs)  # pyright: ignore[reportAttributeAccessIssue]
+
+    def convert_tokens_to_string(self, tokens: list[str]) -> str:
+        """Join tokens to a text, in which control tokens are nothing."""
+        return self._processor.decode([WHITESPACE.get(token, token) for token in tokens])
+
+    def _decode(
+        self,
+        token_ids: int | list[int],
+        skip_special_tokens: bool = False,
+        clean_up_tokenization_spaces: bool | None = None,
+        **kwargs: Any,
+    ) -> str:
+        """Text of ids. Image ids and ids out of range are no text, and no error."""
+        ids = [token_ids] if isinstance(token_ids, int) else map(int, token_ids)
+        skipped = set(self.all_special_ids) if skip_special_tokens else set()
+        if self._is_first_generation:
+            skipped.discard(self.num_image_tokens)  # its decode showed `<unk>` in any case
+        text = self.convert_tokens_to_string(
+            [
+                self.convert_ids_to_tokens(index)
+                for index in ids
+                if index >= self.num_image_tokens and index not in skipped
+            ]
+        )
+        if clean_up_tokenization_spaces is None:
+            clean_up_tokenization_spaces = self.clean_up_tokenization_spaces
+        return self.clean_up_tokenization(text) if clean_up_tokenization_spaces else text
+
+    def build_inputs_with_special_tokens(
+        self, token_ids_0: list[int], token_ids_1: list[int] | None = None
+    ) -> list[int]:
+        """Close an input: `A [gMASK] <sop>` for a prompt, `A [gMASK] <sop> B <eop>` with an answer.
+
+        The first generation leaves out `[gMASK]` if `A` has a mask already, and puts `</s>` in its
+        place if `A` does not end with that mask.
+
+        Args:
+            token_ids_0: ids of the prompt; the list stays as it is.
+            token_ids_1: ids of the answer.
+        """
+        masks = {self.mask_token_id, self.gmask_token_id}
+        if not self._is_first_generation or masks.isdisjoint(token_ids_0):
+            border = [self.gmask_token_id]
+        else:
+            border = [] if token_ids_0[-1] in masks else [self.end_token_id]
+        answer = [] if token_ids_1 is None else [*token_ids_1, self.eop_token_id]
+        return [*token_ids_0, *border, self.bos_token_id, *answer]
+
+    def get_special_tokens_mask(
+        self,
+        token_ids_0: list[int],
+        token_ids_1: list[int] | None = None,
+        already_has_special_tokens: bool = False,
+    ) -> list[int]:
+        """1 for every special token of a closed input, 0 for every other token.
+
+        Args:
+            token_ids_0: ids of the prompt, or of the closed input.
+            token_ids_1: ids of the answer.
+            already_has_special_tokens: whether `token_ids_0` is the closed input.
+
+        Raises:
+            ValueError: if an answer comes with a closed input.
+        """
+        if already_has_special_tokens and token_ids_1 is not None:
+            raise ValueError("a closed input holds its answer already; give token_ids_1=None")
+        if not already_has_special_tokens:
+            token_ids_0 = self.build_inputs_with_special_tokens(token_ids_0, token_ids_1)
+        special_ids = self._special_ids.union(self.all_special_ids)
+        return [int(index in special_ids) for index in token_ids_0]
+
+    def create_token_type_ids_from_sequences(
+        self, token_ids_0: list[int], token_ids_1: list[int] | None = None
+    ) -> list[int]:
+        """A zero for every token of the closed input: the model knows no segments."""
+        return [0] * len(self.build_inputs_with_special_tokens(token_ids_0, token_ids_1))
+
+    def build_legacy_inputs(self, encoding: BatchEncoding) -> BatchEncoding:
+        """The inputs that the original tokenizer gave for a padded batch.
+
+        Args:
+            encoding: a batch of this tokenizer, padded or not.
+
+        Returns:
+            `input_ids` `(B, S)`, `attention_mask` `(B, 1, S, S)`, boolean, True where hidden, and
+            `position_ids` `(B, 2, S)`.
+        """
+        rows = {name: encoding[name] for name in self.model_input_names if name in encoding}
+        batch = self.pad(rows, return_tensors="pt")
+        special_ids = SpecialIds(self.bos_token_id, self.mask_token_id, self.gmask_token_id)
+        geometry = build_geometry(batch["input_ids"], batch["attention_mask"], special_ids)
+        return BatchEncoding({"input_ids": batch["input_ids"], **geometry._asdict()})
+
+    def truncate_sequences(
+        self,
+        ids: list[int],
+        pair_ids: list[int] | None = None,
+        num_tokens_to_remove: int = 0,
+        truncation_strategy: str | TruncationStrategy = "longest_first",
+        stride: int = 0,
+    ) -> tuple[list[int], Any, list[int]]:
+        """Shorten an input; a rendered chat keeps its `[gMASK] <sop>`, the start of any answer.
+
+        Args:
+            ids: ids of the prompt, or of a rendered chat. In a chat the prompt gets shorter, and
+                only when nothing of it is left the answer, from its end.
+            pair_ids: ids of the answer.
+            num_tokens_to_remove: number of ids that are too many.
+            truncation_strategy: as in the base class.
+            stride: as in the base class; a rendered chat has no use for it.
+
+        Returns:
+            The ids and the answer's ids that stay, and ids that were cut off.
+        """
+        strategy = TruncationStrategy(truncation_strategy)
+        if self.gmask_token_id not in ids or pair_ids is not None or strategy == "only_second":
+            return super().truncate_sequences(ids, pair_ids, num_tokens_to_remove, strategy, stride)
+        border = ids.index(self.gmask_token_id)
+        cut = min(num_tokens_to_remove, border)
+        first = cut if self.truncation_side == "left" else 0
+        last = first + border - cut
+        answer = ids[border : max(border + 2, len(ids) - num_tokens_to_remove + cut)]
+        return ids[first:last] + answer, None, ids[:first] + ids[last:border]
+
+    def apply_chat_template(
+        self,
+        conversation: list[Any],
+        *args: Any,
+        tokenize: bool = True,
+        return_assistant_tokens_mask: bool = False,
+        **kwargs: Any,
+    ) -> Any:
+        """Render messages as the model's own prompt, and make ids of it.
+
+        The content of a message is text: a special token that a user types is never taken for one.
+
+        Args:
+            conversation: messages with "role" and "content", or a batch of such lists.
+            *args: as in the base class.
+            tokenize: False to get the text.
+            return_assistant_tokens_mask: add `assistant_masks`, 1 for the tokens behind `<sop>`,
+                which are the answer and its `<eop>`, and 0 for all others.
+            **kwargs: as in the base class.
+
+        Raises:
+            ValueError: if there are no messages, or masks are asked for and no dictionary.
+        """
+        if not conversation:
+            raise ValueError("the conversation is empty; give at least one message of the user")
+        kwargs.pop("sanitize_control_tokens", None)  # done in any case, by `_escape`
+        if tokenize:
+            conversation = self._escape(conversation)
+            kwargs["tokenizer_kwargs"] = {**(kwargs.get("tokenizer_kwargs") or {}), "markup": "all"}
+        output: Any = super().apply_chat_template(conversation, *args, tokenize=tokenize, **kwargs)
+        if return_assistant_tokens_mask:
+            if not isinstance(output, BatchEncoding):
+                raise ValueError("assistant masks need tokenize=True and return_dict=True")
+            masks = {"assistant_masks": self._assistant_masks(output["input_ids"])}
+            output.update(BatchEncoding(masks, tensor_type=kwargs.get("return_tensors")))
+        return output
+
+    def _escape(self, value: Any) -> Any:
+        """A copy of messages in which no special token's text is left in one piece."""
+        value = getattr(value, "messages", value)  # a batch may hold objects with messages
+        if isinstance(value, dict):
+            return {key: self._escape(item) for key, item in value.items()}
+        if isinstance(value, (list, tuple)):
+            return [self._escape(item) for item in value]
+        if not isinstance(value, str):
+            return value
+        special = {*self._marks("all")}.difference(self._marks("none"))
+        pattern = _marks_pattern(tuple(sorted(mark for mark in special if len(mark) > 1))).pattern
+        # Found by looking ahead, because two of them may overlap.
+        return re.sub(f"(?s)(?={pattern}).", rf"\g<0>{ESCAPE}", value.replace(ESCAPE, ESCAPE * 2))
+
+    def _assistant_masks(self, input_ids: Any) -> list[Any]:
+        """1 for the tokens of an answer and 0 for all others, for one row or several."""
+        rows = input_ids if isinstance(input_ids, list) else input_ids.tolist()
+        if rows and isinstance(rows[0], list):
+            return [self._assistant_masks(row) for row in rows]
+        border = rows.index(self.bos_token_id) + 1 if self.bos_token_id in rows else len(rows)
+        return [0] * border + [int(index != self.pad_token_id) for index in rows[border:]]
+
+    def save_vocabulary(
+        self, save_directory: str, filename_prefix: str | None = None
+    ) -> tuple[str, ...]:
+        """Write the vocabulary file byte for byte as it was read.
+
+        Args:
+            save_directory: where to; it is made if it is not there.
+            filename_prefix: goes in front of the file's name, with a hyphen.
+
+        Returns:
+            The path of the file.
+        """
+        name = VOCAB_FILES_NAMES["vocab_file"]
+        path = Path(save_directory) / (f"{filename_prefix}-{name}" if filename_prefix else name)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(self._vocab_content)
+        return (str(path),)
