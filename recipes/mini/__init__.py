@@ -1,0 +1,1 @@
+"""ChatGLM-mini: data, vocabulary, training and measurement of a tiny bilingual model."""
