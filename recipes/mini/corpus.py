@@ -1,0 +1,226 @@
+"""The small model's training examples: dialogues in, token ids and labels out.
+
+Owns the mix of sources, the split into seen and held out, and the sampling of examples. The
+prompt format is the model's own `build_prompt`; ids are the tokenizer's.
+
+A dialogue is a list of rounds, each with several wordings of one question and one answer. An
+example takes one wording for each round up to a chosen one, sometimes behind rounds of another
+dialogue, and asks for the chosen round's answer.
+"""
+
+import json
+import random
+import zlib
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+ROOT = Path(__file__).resolve().parents[2]
+SEEDS = Path(__file__).resolve().parent / "seeds"
+
+IGNORED_LABEL = -100
+MAX_TOKENS = 256
+BATCH_TOKENS = 3072
+BATCHES_IN_POOL = 8
+
+# Share of the examples of each source, and how many of its dialogues are used. The model is too
+# small to learn every word and idiom: fewer, more often, sticks.
+MIX = {
+    "seeds": (0.50, None),
+    "health": (0.09, None),
+    "countries": (0.09, None),
+    "wordnet": (0.08, 1200),
+    "arithmetic": (0.08, None),
+    "idioms": (0.06, 800),
+    "chitchat": (0.05, None),
+    "django": (0.03, None),
+    "chatterbot": (0.02, None),
+}
+
+OTHER_TOPIC_SHARE = 0.3  # examples whose history begins with another dialogue
+LOWER_CASE_SHARE = 0.25
+BARE_SHARE = 0.3  # questions without their final punctuation
+HELD_OUT_SHARE = 0.03  # dialogues of each fetched source that are never trained on
+HELD_OUT_WORDINGS = 5  # seeds with so many first wordings keep one for the test
+
+
+class Round(NamedTuple):
+    """One question in several wordings, and its answer."""
+
+    questions: list[str]
+    answer: str
+
+
+class Dialogue(NamedTuple):
+    """A conversation and the source it is from."""
+
+    id: str
+    source: str
+    rounds: list[Round]
+
+
+class Example(NamedTuple):
+    """Token ids of a prompt, `[gMASK] <sop>` included, and of an answer with its `<eop>`."""
+
+    prompt_ids: list[int]
+    answer_ids: list[int]
+
+
+def load_dialogues(data: Path) -> list[Dialogue]:
+    """Read our own seeds and the fetched sources of a folder, in a fixed order."""
+    files = [("seeds", path) for path in sorted(SEEDS.glob("*.jsonl"))]
+    files += [(path.stem, path) for path in sorted(data.glob("*.jsonl")) if path.stem in MIX]
+    return [dialogue for source, path in files for dialogue in _read_dialogues(source, path)]
+
+
+def _read_dialogues(source: str, path: Path) -> Iterator[Dialogue]:
+    limit = MIX[source][1]
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines()):
+        if limit is not None and number >= limit:
+            return
+        fields = json.loads(line)
+        rounds = [Round(r["q"], r["a"]) for r in fields["rounds"]]
+        yield Dialogue(fields["id"], source, rounds)
+
+
+def _draw(key: str) -> float:
+    """Return a number in [0, 1) that depends on the key alone."""
+    return zlib.crc32(key.encode()) / 2**32
+
+
+def split_dialogues(dialogues: Sequence[Dialogue]) -> tuple[list[Dialogue], list[Dialogue]]:
+    """Split into what is trained on and what is held out.
+
+    Seeds hold out one wording of a first question, so that the test asks what was taught in words
+    that were not; other sources hold out whole dialogues.
+    """
+    seen, held_out = [], []
+    for dialogue in dialogues:
+        first = dialogue.rounds[0]
+        if dialogue.source == "seeds":
+            if len(first.questions) >= HELD_OUT_WORDINGS:
+                kept, asked = first.questions[:-1], first.questions[-1:]
+                held_out.append(dialogue._replace(rounds=[first._replace(questions=asked)]))
+                first = first._replace(questions=kept)
+            seen.append(dialogue._replace(rounds=[first, *dialogue.rounds[1:]]))
+        elif _draw(dialogue.id) < HELD_OUT_SHARE:
+            held_out.append(dialogue)
+        else:
+            seen.append(dialogue)
+    return seen, held_out
+
+
+def spell_question(question: str, is_lower: bool, is_bare: bool) -> str:
+    """Write a question in lower case, and without its final punctuation, if asked to."""
+    question = question.lower() if is_lower else question
+    return (question.rstrip("?.!。？！") or question) if is_bare else question
+
+
+def vary_question(question: str, rng: random.Random) -> str:
+    """Write a question as carelessly as people do, now and then."""
+    is_lower, is_bare = rng.random() < LOWER_CASE_SHARE, rng.random() < BARE_SHARE
+    return spell_question(question, is_lower, is_bare)
+
+
+class Sampler:
+    """Draws examples and batches; the same seed and step give the same batch.
+
+    Args:
+        dialogues: what to draw from.
+        tokenizer: the model's tokenizer.
+        build_prompt: the model's prompt format, `(query, history) -> str`.
+    """
+
+    def __init__(
+        self,
+        dialogues: Sequence[Dialogue],
+        tokenizer: Any,
+        build_prompt: Callable[[str, list[tuple[str, str]]], str],
+    ) -> None:
+        self.tokenizer = tokenizer
+        self.build_prompt = build_prompt
+        self.by_source: dict[str, list[Dialogue]] = {}
+        for dialogue in dialogues:
+            self.by_source.setdefault(dialogue.source, []).append(dialogue)
+        self.sources = [source for source in MIX if source in self.by_source]
+        self.weights = [MIX[source][0] for source in self.sources]
+        self.end_id = tokenizer.convert_tokens_to_ids("<eop>")
+
+    def encode(self, query: str, history: list[tuple[str, str]], answer: str) -> Example:
+        """Turn a round into ids exactly as `chat` does."""
+        prompt = self.build_prompt(query, history)
+        prompt_ids = self.tokenizer(prompt, split_special_tokens=True)["input_ids"]
+        answer_ids = self.tokenizer(answer, split_special_tokens=True, add_special_tokens=False)[
+            "input_ids"
+        ]
+        return Example(prompt_ids, [*answer_ids, self.end_id])
+
+    def draw_example(self, rng: random.Random) -> Example:
+        """Draw one example; too long a history is forgotten."""
+        (source,) = rng.choices(self.sources, self.weights)
+        dialogue = rng.choice(self.by_source[source])
+        last = rng.randrange(len(dialogue.rounds))
+        history = self._draw_other_topic(rng) if rng.random() < OTHER_TOPIC_SHARE else []
+        history += self._draw_rounds(dialogue.rounds[:last], rng)
+        query = vary_question(rng.choice(dialogue.rounds[last].questions), rng)
+        answer = dialogue.rounds[last].answer
+        example = self.encode(query, history, answer)
+        if sum(map(len, example)) > MAX_TOKENS:
+            example = self.encode(query, history[-last:] if last else [], answer)
+        return example
+
+    def _draw_rounds(self, rounds: Sequence[Round], rng: random.Random) -> list[tuple[str, str]]:
+        return [(vary_question(rng.choice(r.questions), rng), r.answer) for r in rounds]
+
+    def _draw_other_topic(self, rng: random.Random) -> list[tuple[str, str]]:
+        (source,) = rng.choices(self.sources, self.weights)
+        rounds = rng.choice(self.by_source[source]).rounds
+        return self._draw_rounds(rounds[: rng.randrange(1, 3)], rng)
+
+    def iter_batches(self, seed: int, first_step: int) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+        """Yield `(input_ids, attention_mask, labels)`, each `(B, S)`, from a step on, for ever."""
+        pool = first_step // BATCHES_IN_POOL
+        skipped = first_step % BATCHES_IN_POOL
+        while True:
+            yield from self._draw_pool(random.Random(f"{seed}/{pool}"))[skipped:]
+            pool, skipped = pool + 1, 0
+
+    def _draw_pool(self, rng: random.Random) -> list[tuple[Tensor, Tensor, Tensor]]:
+        """Draw some batches' worth of examples and group them by length, which saves padding."""
+        examples, budget = [], BATCHES_IN_POOL * BATCH_TOKENS
+        while budget > 0:
+            example = self.draw_example(rng)
+            if sum(map(len, example)) <= MAX_TOKENS:
+                examples.append(example)
+                budget -= sum(map(len, example))
+        examples.sort(key=lambda example: sum(map(len, example)))
+        batches = self._cut_evenly(examples)
+        rng.shuffle(batches)
+        return [collate(batch, self.tokenizer.pad_token_id) for batch in batches]
+
+    def _cut_evenly(self, examples: list[Example]) -> list[list[Example]]:
+        """Cut a pool into `BATCHES_IN_POOL` runs of about the same number of tokens."""
+        total = sum(len(ids) for example in examples for ids in example)
+        batches: list[list[Example]] = [[] for _ in range(BATCHES_IN_POOL)]
+        done = 0
+        for example in examples:
+            batches[min(done * BATCHES_IN_POOL // total, BATCHES_IN_POOL - 1)].append(example)
+            done += sum(map(len, example))
+        return batches
+
+
+def collate(examples: Sequence[Example], pad_id: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Pad examples on the right; only answers carry labels."""
+    length = max(sum(map(len, example)) for example in examples)
+    input_ids = torch.full((len(examples), length), pad_id)
+    labels = torch.full_like(input_ids, IGNORED_LABEL)
+    attention_mask = torch.zeros_like(input_ids)
+    for row, (prompt_ids, answer_ids) in enumerate(examples):
+        start, end = len(prompt_ids), len(prompt_ids) + len(answer_ids)
+        input_ids[row, :end] = torch.tensor(prompt_ids + answer_ids)
+        labels[row, start:end] = input_ids[row, start:end]
+        attention_mask[row, :end] = 1
+    return input_ids, attention_mask, labels
