@@ -1,0 +1,104 @@
+"""Makes the flat model files importable as the package `chatglm_6b`, and finds the shared data.
+
+Also builds what tests need a model for: a tiny random one, and a folder of remote code around one.
+"""
+
+import atexit
+import importlib.util
+import json
+import os
+import shutil
+import sys
+import tempfile
+from importlib.machinery import ModuleSpec
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+SHARED = ROOT.parent / "shared"
+
+# No test reaches out, and none sees model files that another run has cached.
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["HF_MODULES_CACHE"] = tempfile.mkdtemp(prefix="chatglm-modules-")
+atexit.register(shutil.rmtree, os.environ["HF_MODULES_CACHE"], ignore_errors=True)
+
+_spec = ModuleSpec("chatglm_6b", None, is_package=True)
+_spec.submodule_search_locations = [str(ROOT)]
+sys.modules.setdefault("chatglm_6b", importlib.util.module_from_spec(_spec))
+sys.path.append(str(ROOT / "tests" / "parity"))
+
+# The sizes and ids of the golden models.
+TINY = {
+    "vocab_size": 320,
+    "hidden_size": 64,
+    "num_layers": 3,
+    "num_attention_heads": 4,
+    "inner_hidden_size": 256,
+    "max_sequence_length": 128,
+    "pad_token_id": 3,
+    "mask_token_id": 300,
+    "gmask_token_id": 301,
+    "bos_token_id": 304,
+    "eos_token_id": 305,
+}
+MODEL_FILES = (
+    "configuration_chatglm.py",
+    "conversation_chatglm.py",
+    "generation_chatglm.py",
+    "masking_chatglm.py",
+    "modeling_chatglm.py",
+    "quantization.py",
+    "tokenization_chatglm.py",
+)
+TOKENIZER_FILES = ("ice_text.model", "tokenizer_config.json", "chat_template.jinja")
+REPO_SIZES = {
+    "vocab_size": 8192,
+    "hidden_size": 32,
+    "num_layers": 2,
+    "num_attention_heads": 2,
+    "inner_hidden_size": 64,
+}
+
+
+def build_model(
+    name: str = "ChatGLMForConditionalGeneration", seed: int = 0, spread: float = 4, **fields: Any
+) -> Any:
+    """Build a tiny random model in evaluation mode; the same seed gives the same weights.
+
+    As initialized (`spread` 1), a token is so near its own residual that it only echoes itself.
+    """
+    import torch
+    from chatglm_6b import configuration_chatglm, modeling_chatglm
+
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        config = configuration_chatglm.ChatGLMConfig(**{**TINY, **fields})
+        model = getattr(modeling_chatglm, name)(config).eval()
+    for parameter in model.base_model.layers.parameters():
+        if parameter.dim() == 2:
+            parameter.data.mul_(spread)
+    return model
+
+
+@pytest.fixture
+def tiny_config() -> Any:
+    return build_model().config
+
+
+@pytest.fixture
+def tiny_model() -> Any:
+    return build_model()
+
+
+@pytest.fixture(scope="session")
+def tiny_repo(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder as users have it: code, vocabulary, configuration and weights. Do not change it."""
+    folder = tmp_path_factory.mktemp("tiny_repo") / "chatglm"
+    fields = json.loads((ROOT / "config.json").read_text()) | REPO_SIZES
+    build_model(**{k: v for k, v in fields.items() if k != "torch_dtype"}).save_pretrained(folder)
+    (folder / "config.json").write_text(json.dumps(fields | {"torch_dtype": "float32"}))
+    for name in (*MODEL_FILES, *TOKENIZER_FILES, "generation_config.json"):
+        shutil.copy(ROOT / name, folder)
+    return folder
