@@ -1,0 +1,190 @@
+"""Owns the way from a model folder to a model that is ready to answer.
+
+Checks what a user can get wrong before any weight is read, chooses the device and the number
+format, quantizes when asked. Does not know the model's classes: they come out of the folder through
+`AutoModel` and `AutoTokenizer`.
+"""
+
+import json
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from transformers import AutoModel, AutoTokenizer
+
+DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+# One file or an index of shards, in the order in which transformers looks for them.
+WEIGHT_FILES = (
+    ("model.safetensors", "model.safetensors.index.json"),
+    ("pytorch_model.bin", "pytorch_model.bin.index.json"),
+)
+
+
+def load_model(
+    path: str | Path,
+    bits: int | None = None,
+    device: str | None = None,
+    dtype: str | torch.dtype | None = None,
+) -> tuple[Any, Any]:
+    """Load the model and the tokenizer of a folder, in evaluation mode.
+
+    Args:
+        path: a model folder (config.json, the model's own files, the vocabulary, the weights).
+        bits: 4 or 8 to quantize the blocks' matrices, None to leave the weights as they are.
+        device: "cpu", "cuda", "cuda:1", "mps"; the best one of this machine if None.
+        dtype: "float32", "float16" or "bfloat16", or the torch dtype of that name; float16 on an
+            accelerator and float32 on a CPU if None.
+
+    Returns:
+        The model, on its device, and its tokenizer.
+
+    Raises:
+        ValueError: for a wrong argument, an incomplete folder, or weights that are not those of
+            the folder's config.json; the message names the value and the remedy.
+    """
+    if bits not in (None, 4, 8):
+        raise ValueError(f"bits must be 4 or 8, got {bits}")
+    target = choose_device(device)
+    final_dtype = choose_dtype(dtype, target)
+    folder = check_model_folder(path)
+    tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=True)
+    try:
+        if bits is None:
+            model = _read_model(folder, target, final_dtype)
+        else:
+            # Half weights give the official scales; only the packed model must fit the device.
+            model = _read_model(folder, torch.device("cpu"), torch.float16).quantize(bits)
+        return model.to(device=target, dtype=final_dtype).eval(), tokenizer
+    except torch.OutOfMemoryError as error:
+        raise ValueError(
+            f"{folder} does not fit into the memory of {target} (bits={bits}, {final_dtype}): "
+            "use 8 or 4 bits, or the device cpu"
+        ) from error
+
+
+def default_model_folder() -> Path:
+    """The repository this package runs from, else the current folder.
+
+    Raises:
+        ValueError: if neither is a model folder.
+    """
+    for folder in (Path(__file__).resolve().parent.parent, Path.cwd()):
+        if (folder / "config.json").is_file():
+            return folder
+    raise ValueError(f"{Path.cwd()} is no model folder: name one with --model PATH")
+
+
+def check_model_folder(path: str | Path) -> Path:
+    """Resolve a model folder whose configuration and weight files are all there.
+
+    Raises:
+        ValueError: if it does not exist, has no config.json, or misses or truncates a weight file.
+    """
+    folder = Path(path).expanduser().resolve()
+    if not folder.is_dir():
+        raise ValueError(f"{path} is no folder: name a model folder on this machine")
+    if not (folder / "config.json").is_file():
+        raise ValueError(f"{folder} is no model folder: it has no config.json")
+    for name in _weight_names(folder):
+        _check_weight_file(folder / name)
+    return folder
+
+
+def choose_device(device: str | None) -> torch.device:
+    """The device of that name, or the best one of this machine.
+
+    Raises:
+        ValueError: if there is no such device here.
+    """
+    available = ["cpu"]
+    if torch.backends.mps.is_available():
+        available.insert(0, "mps")
+    if torch.cuda.is_available():
+        available = ["cuda", *(f"cuda:{i}" for i in range(torch.cuda.device_count())), *available]
+    if device is not None and device not in available:
+        raise ValueError(f"device must be one of {', '.join(available)} here, got {device}")
+    return torch.device(device or available[0])
+
+
+def choose_dtype(dtype: str | torch.dtype | None, device: torch.device) -> torch.dtype:
+    """The number format of that name, or the one that suits the device.
+
+    Raises:
+        ValueError: if the name is none of `DTYPES`.
+    """
+    if dtype is None:
+        return torch.float32 if device.type == "cpu" else torch.float16
+    name = str(dtype).removeprefix("torch.")
+    if name not in DTYPES:
+        raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype}")
+    return DTYPES[name]
+
+
+def _weight_names(folder: Path) -> list[str]:
+    """The names of the files that hold the weights, shards in their order."""
+    for single, index in WEIGHT_FILES:
+        if (folder / single).is_file():
+            return [single]
+        if (folder / index).is_file():
+            weight_map = json.loads((folder / index).read_text(encoding="utf-8"))["weight_map"]
+            return sorted(set(weight_map.values()))
+    raise ValueError(
+        f"{folder} has no weights: put pytorch_model.bin.index.json or model.safetensors and "
+        "what belongs to it there"
+    )
+
+
+def _check_weight_file(file: Path) -> None:
+    """Refuse a file that is missing, or that cannot be the archive its name says."""
+    if not file.is_file():
+        raise ValueError(f"{file.parent} misses the shard {file.name}: download it again")
+    if not _is_archive(file):
+        raise ValueError(
+            f"{file} ({file.stat().st_size} bytes) is no complete weight file, but a Git-LFS "
+            "pointer or a broken download: fetch it again (git lfs pull)"
+        )
+
+
+def _is_archive(file: Path) -> bool:
+    """Whether the file is whole, as far as its own table of contents tells."""
+    if file.suffix == ".bin":
+        return zipfile.is_zipfile(file)
+    try:
+        with safe_open(file, framework="pt"):
+            return True
+    except SafetensorError:
+        return False
+
+
+def _read_model(folder: Path, device: torch.device, dtype: torch.dtype) -> Any:
+    """Read the weights straight to a device, and see that they are those of the configuration."""
+    model, report = AutoModel.from_pretrained(
+        folder,
+        trust_remote_code=True,
+        dtype=dtype,
+        device_map={"": device},
+        # Transformers 5 would only point to a log; the check below names the tensors.
+        ignore_mismatched_sizes=True,
+        output_loading_info=True,
+    )
+    _check_fit(folder, report)
+    return model
+
+
+def _check_fit(folder: Path, report: dict[str, Any]) -> None:
+    """Refuse weights with tensors that are absent, left over or of another shape."""
+    for kind, problem in (
+        ("missing_keys", "the weights lack"),
+        ("unexpected_keys", "the model has no place for"),
+        ("mismatched_keys", "the model wants another shape of"),
+    ):
+        # Transformers 5 lists a mismatch as (name, shape, shape), 4 as the name.
+        names = sorted(key if isinstance(key, str) else key[0] for key in report[kind])
+        if names:
+            more = f" and {len(names) - 1} more" if len(names) > 1 else ""
+            raise ValueError(
+                f"weights and config.json of {folder} do not belong together: {problem} "
+                f"{names[0]}{more}; use the config.json that came with the weights"
+            )
