@@ -1,0 +1,77 @@
+# Every target sets up what it needs in .venv, once. GNU make 3.81 or newer, Python 3.10 to 3.13.
+#   make chat ARGS="--bits 4"      make test ARGS="-k tokenizer"      make test PYTHON=python3.12
+
+PYTHON ?= python3
+VENV ?= .venv
+ARGS ?=
+COMPAT ?= tests
+MINI ?= build/mini
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+CHATTING := $(VENV)/.installed-for-chat
+WORKING := $(VENV)/.installed-for-work
+
+.PHONY: help setup chat test parity compat lint fmt types check train-mini clean
+
+help: ## list the targets
+	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/make \1  -  \2/p' Makefile
+
+setup: $(WORKING) ## install everything for work on the project
+
+chat: $(CHATTING) ## chat with the model of this folder
+	@$(BIN)/chatglm chat $(ARGS)
+
+test: $(WORKING) ## run all tests
+	$(BIN)/python -m pytest $(ARGS)
+
+parity: $(WORKING) ## compare with the original code's numbers
+	$(BIN)/python -m pytest tests/parity $(ARGS)
+
+compat: $(WORKING) ## test the model files on every supported transformers
+	$(BIN)/nox --session "$(COMPAT)" -- $(ARGS)
+
+lint: $(WORKING) ## check style and format
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+fmt: $(WORKING) ## mend style and format
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+types: $(WORKING) ## check types
+	$(BIN)/pyright --pythonpath $(BIN)/python
+
+check: lint types test ## all that a change must pass
+
+train-mini: $(WORKING) ## train the small model of this folder again (hours)
+	$(BIN)/python -m recipes.mini.sources --out $(MINI)/data
+	$(BIN)/python -m recipes.mini.vocabulary --data $(MINI)/data
+	$(BIN)/python -m recipes.mini.train --data $(MINI)/data --work $(MINI)/work
+	$(BIN)/python -m recipes.mini.publish --work $(MINI)/work
+	$(BIN)/python -m recipes.mini.report --data $(MINI)/data --work $(MINI)/work
+
+clean: ## remove what was installed, built and cached
+	rm -rf $(VENV) .nox build dist *.egg-info .coverage .pytest_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+$(BIN)/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "Python 3.10 to 3.13 is needed, \
+	$(PYTHON) is %d.%d: name another one with PYTHON=" % sys.version_info[:2])'
+	$(PYTHON) -m venv $(VENV)
+
+ifneq (,$(filter true 1,$(CI) $(PINNED)))
+$(CHATTING) $(WORKING): pyproject.toml requirements-ci.txt | $(BIN)/python
+	$(PIP) install --quiet --no-compile --requirement requirements-ci.txt
+	$(PIP) install --quiet --no-deps --editable .
+	@touch $(CHATTING) $(WORKING)
+else
+$(CHATTING): pyproject.toml | $(BIN)/python
+	@echo "Installing what a chat needs into $(VENV), once; PyTorch is large."
+	$(PIP) install --no-compile --editable .
+	@touch $@
+
+$(WORKING): pyproject.toml | $(BIN)/python
+	@echo "Installing what the tests need into $(VENV), once; PyTorch is large."
+	$(PIP) install --no-compile --editable ".[train,dev]"
+	@touch $(CHATTING) $@
+endif
