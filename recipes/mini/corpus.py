@@ -26,19 +26,32 @@ MAX_TOKENS = 256
 BATCH_TOKENS = 3072
 BATCHES_IN_POOL = 8
 
-# Share of the examples of each source, and how many of its dialogues are used. The model is too
-# small to learn every word and idiom: fewer, more often, sticks.
+
+class Part(NamedTuple):
+    """A source's share of the examples, at first and from `FOCUS_STEP` on, and a limit.
+
+    The limit is how many of its dialogues are used: the model is too small to learn every word
+    and idiom, and fewer, more often, stick.
+    """
+
+    share: float
+    focused_share: float
+    limit: int | None = None
+
+
+# First a broad mix, for fluency; then mostly our own dialogues, which the model is meant to know.
 MIX = {
-    "seeds": (0.50, None),
-    "health": (0.09, None),
-    "countries": (0.09, None),
-    "wordnet": (0.08, 1200),
-    "arithmetic": (0.08, None),
-    "idioms": (0.06, 800),
-    "chitchat": (0.05, None),
-    "django": (0.03, None),
-    "chatterbot": (0.02, None),
+    "seeds": Part(0.50, 0.72),
+    "health": Part(0.09, 0.06),
+    "countries": Part(0.09, 0.06),
+    "wordnet": Part(0.08, 0.03, 1200),
+    "arithmetic": Part(0.08, 0.05),
+    "idioms": Part(0.06, 0.02, 800),
+    "chitchat": Part(0.05, 0.03),
+    "django": Part(0.03, 0.01),
+    "chatterbot": Part(0.02, 0.02),
 }
+FOCUS_STEP = 1400
 
 OTHER_TOPIC_SHARE = 0.3  # examples whose history begins with another dialogue
 LOWER_CASE_SHARE = 0.25
@@ -77,7 +90,7 @@ def load_dialogues(data: Path) -> list[Dialogue]:
 
 
 def _read_dialogues(source: str, path: Path) -> Iterator[Dialogue]:
-    limit = MIX[source][1]
+    limit = MIX[source].limit
     for number, line in enumerate(path.read_text(encoding="utf-8").splitlines()):
         if limit is not None and number >= limit:
             return
@@ -146,7 +159,8 @@ class Sampler:
         for dialogue in dialogues:
             self.by_source.setdefault(dialogue.source, []).append(dialogue)
         self.sources = [source for source in MIX if source in self.by_source]
-        self.weights = [MIX[source][0] for source in self.sources]
+        self.shares = [MIX[source].share for source in self.sources]
+        self.focused_shares = [MIX[source].focused_share for source in self.sources]
         self.end_id = tokenizer.convert_tokens_to_ids("<eop>")
 
     def encode(self, query: str, history: list[tuple[str, str]], answer: str) -> Example:
@@ -158,9 +172,10 @@ class Sampler:
         ]
         return Example(prompt_ids, [*answer_ids, self.end_id])
 
-    def draw_example(self, rng: random.Random) -> Example:
+    def draw_example(self, rng: random.Random, is_focused: bool = False) -> Example:
         """Draw one example; too long a history is forgotten."""
-        (source,) = rng.choices(self.sources, self.weights)
+        shares = self.focused_shares if is_focused else self.shares
+        (source,) = rng.choices(self.sources, shares)
         dialogue = rng.choice(self.by_source[source])
         last = rng.randrange(len(dialogue.rounds))
         history = self._draw_other_topic(rng) if rng.random() < OTHER_TOPIC_SHARE else []
@@ -176,7 +191,7 @@ class Sampler:
         return [(vary_question(rng.choice(r.questions), rng), r.answer) for r in rounds]
 
     def _draw_other_topic(self, rng: random.Random) -> list[tuple[str, str]]:
-        (source,) = rng.choices(self.sources, self.weights)
+        (source,) = rng.choices(self.sources, self.shares)
         rounds = rng.choice(self.by_source[source]).rounds
         return self._draw_rounds(rounds[: rng.randrange(1, 3)], rng)
 
@@ -185,14 +200,17 @@ class Sampler:
         pool = first_step // BATCHES_IN_POOL
         skipped = first_step % BATCHES_IN_POOL
         while True:
-            yield from self._draw_pool(random.Random(f"{seed}/{pool}"))[skipped:]
+            is_focused = pool * BATCHES_IN_POOL >= FOCUS_STEP
+            yield from self._draw_pool(random.Random(f"{seed}/{pool}"), is_focused)[skipped:]
             pool, skipped = pool + 1, 0
 
-    def _draw_pool(self, rng: random.Random) -> list[tuple[Tensor, Tensor, Tensor]]:
+    def _draw_pool(
+        self, rng: random.Random, is_focused: bool
+    ) -> list[tuple[Tensor, Tensor, Tensor]]:
         """Draw some batches' worth of examples and group them by length, which saves padding."""
         examples, budget = [], BATCHES_IN_POOL * BATCH_TOKENS
         while budget > 0:
-            example = self.draw_example(rng)
+            example = self.draw_example(rng, is_focused)
             if sum(map(len, example)) <= MAX_TOKENS:
                 examples.append(example)
                 budget -= sum(map(len, example))

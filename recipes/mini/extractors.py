@@ -555,11 +555,12 @@ def arithmetic() -> Iterator[Dialogue]:
         for a, b in pairs[:count]:
             value = {"plus": a + b, "minus": a - b, "times": a * b}[word]
             extra = rng.randint(1, 9) if rng.random() < 0.25 else 0
-            yield _sum_zh(a, b, word, value, extra)
-            yield _sum_en(a, b, word, value, extra)
+            yield sum_zh(a, b, word, value, extra)
+            yield sum_en(a, b, word, value, extra)
 
 
-def _sum_zh(a: int, b: int, word: str, value: int, extra: int) -> Dialogue:
+def sum_zh(a: int, b: int, word: str, value: int, extra: int) -> Dialogue:
+    """Returns the question of a sum in Chinese, and of adding `extra` to it unless that is 0."""
     sign, verb = SIGNS[word]
     asked = [
         f"{a}{verb}{b}等于几？",
@@ -575,7 +576,8 @@ def _sum_zh(a: int, b: int, word: str, value: int, extra: int) -> Dialogue:
     return Dialogue("zh", rounds)
 
 
-def _sum_en(a: int, b: int, word: str, value: int, extra: int) -> Dialogue:
+def sum_en(a: int, b: int, word: str, value: int, extra: int) -> Dialogue:
+    """Returns the same in English."""
     sign = SIGNS[word][0]
     asked = [
         f"What is {a} {word} {b}?",
