@@ -135,7 +135,8 @@ class ChatGLMConfig(PretrainedConfig):
         self.gmask_token_id = token_ids.pop("gmask_token_id")
         self._check_sizes()
         # transformers 5 unties by default; the released weights are tied.
-        super().__init__(**token_ids, **{"tie_word_embeddings": tie_word_embeddings}, **kwargs)
+        token_ids["tie_word_embeddings"] = tie_word_embeddings
+        super().__init__(**token_ids, **kwargs)
 
     @property
     def head_dim(self) -> int:

@@ -19,8 +19,10 @@ from transformers.generation.streamers import BaseStreamer
 from transformers.generation.utils import GenerationMixin
 
 from .masking_chatglm import (
+    accept_hidden_mask,
     align_token_columns,
     build_geometry,
+    count_cached_tokens,
     fold_attention_mask,
     move_padding_left,
     reserved_length,
@@ -154,7 +156,13 @@ class GLMGenerationMixin(GenerationMixin):
         return torch.as_tensor(eos_token_id).reshape(-1).cpu()
 
     @torch.no_grad()
-    def generate(self, inputs: Tensor | None = None, *args: Any, **kwargs: Any) -> Any:
+    def generate(
+        self,
+        inputs: Tensor | None = None,
+        generation_config: Any = None,
+        *args: Any,
+        **kwargs: Any,
+    ) -> Any:
         """Generate as transformers does, from any input that GLM's geometry allows.
 
         Besides the usual arguments: `attention_mask` may be the original's boolean 4-D mask
@@ -163,24 +171,26 @@ class GLMGenerationMixin(GenerationMixin):
         first, so that what is generated follows the prompt; the output shows them so.
 
         Raises:
-            ValueError: for chunked prefill or paged caches, which need a causal prompt.
+            ValueError: for chunked prefill or paged caches, which need a causal prompt, and for
+                `inputs_embeds` without a cache.
         """
-        _refuse_causal_options(kwargs)
+        _check_options(generation_config or self.generation_config, kwargs)
         if self.config.num_positions == 1:
             # The original caches whatever it is told, and with one position axis that matters.
             kwargs["use_cache"] = True
         if inputs is None and kwargs.get("input_ids") is not None:
             inputs = kwargs.pop("input_ids")
-        attention_mask = kwargs.get("attention_mask")
-        if attention_mask is not None and attention_mask.dim() == 4:
-            kwargs["attention_mask"] = fold_attention_mask(attention_mask)
+        hidden_mask = accept_hidden_mask(kwargs.get("attention_mask"))
+        if hidden_mask is not None:
+            kwargs["attention_mask"] = fold_attention_mask(hidden_mask)
         position_ids = kwargs.pop("position_ids", None)
         if position_ids is not None and position_ids.dim() == self.config.num_positions + 1:
             kwargs["prompt_position_ids"] = position_ids
         elif inputs is not None and kwargs.get("past_key_values") is None:
             inputs = self._align_right(inputs, kwargs)
         # The mixin is typed for the finished model only.
-        return super().generate(inputs, *args, **kwargs)  # pyright: ignore[reportAttributeAccessIssue]
+        generate = super().generate  # pyright: ignore[reportAttributeAccessIssue]
+        return generate(inputs, generation_config, *args, **kwargs)
 
     def _align_right(self, input_ids: Tensor, kwargs: dict[str, Any]) -> Tensor:
         """Shift right-padded rows to the right end, and their mask in `kwargs` with them."""
@@ -210,30 +220,41 @@ class GLMGenerationMixin(GenerationMixin):
             attention_mask: `(B, T)` or None.
             prompt_position_ids: the caller's own positions of the prompt, `(B, P, S)`.
         """
-        past_length = 0 if past_key_values is None else int(past_key_values.get_seq_length())
+        past_length = count_cached_tokens(past_key_values)
         prompt_embeds = inputs_embeds if past_length == 0 else None
         least = past_length + 1 if prompt_embeds is None else prompt_embeds.shape[1]
+        are_known = input_ids.shape[1] >= least
         input_ids = align_token_columns(input_ids, least)
-        geometry = build_geometry(
+        # Strides that grow with T would recompile a compiled step, and one column keeps its own.
+        new_ids = input_ids[:, past_length:].clone(memory_format=torch.contiguous_format)
+        inputs = {name: kwargs[name] for name in PASSED_ON if name in kwargs} | {
+            "input_ids": new_ids if are_known or prompt_embeds is None else None,
+            "inputs_embeds": prompt_embeds,
+            "past_key_values": past_key_values,
+            "attention_mask": attention_mask,
+        }
+        if past_key_values is not None:
+            # Beam search reorders a cache, and drafts crop it: only these are the tokens it holds.
+            past_key_values.noted_tokens = input_ids
+        if reserved_length(past_key_values) is not None:
+            inputs |= self._locate_for_compiling(input_ids, attention_mask, past_key_values)
+        if prompt_position_ids is not None:
+            position_ids = continue_position_ids(prompt_position_ids, input_ids.shape[1])
+            inputs["position_ids"] = position_ids[..., past_length:].contiguous()
+        return inputs
+
+    def _locate_for_compiling(
+        self, input_ids: Tensor, attention_mask: Tensor | None, past_key_values: Any
+    ) -> dict[str, Tensor]:
+        """Return what a step behind a static cache would else work out from a growing row of ids."""
+        return build_geometry(
             input_ids,
             attention_mask,
             self.transformer.special_ids,
-            past_length=past_length,
+            past_length=count_cached_tokens(past_key_values),
             key_length=reserved_length(past_key_values),
             num_positions=self.config.num_positions,
-        )
-        position_ids = geometry.position_ids
-        if prompt_position_ids is not None:
-            position_ids = continue_position_ids(prompt_position_ids, input_ids.shape[1])
-            position_ids = position_ids[..., past_length:]
-        new_ids = input_ids[:, past_length:].contiguous()
-        return {name: kwargs[name] for name in PASSED_ON if name in kwargs} | {
-            "input_ids": new_ids if prompt_embeds is None else None,
-            "inputs_embeds": prompt_embeds,
-            "past_key_values": past_key_values,
-            "position_ids": position_ids,
-            "attention_mask": geometry.attention_mask,
-        }
+        )._asdict()
 
     def generate_batch(self, *args: Any, **kwargs: Any) -> Any:
         """Refuse transformers' continuous batching."""
@@ -259,17 +280,18 @@ def continue_position_ids(position_ids: Tensor, length: int) -> Tensor:
     return torch.cat((position_ids, new), dim=-1)
 
 
-def _refuse_causal_options(kwargs: dict[str, Any]) -> None:
-    """Raise for options that would cut a prompt into causal pieces."""
-    config = kwargs.get("generation_config")
-    options = {
-        name: kwargs.get(name) or getattr(config, name, None)
-        for name in ("prefill_chunk_size", "cache_implementation")
-    }
-    if options["prefill_chunk_size"]:
+def _check_options(generation_config: Any, kwargs: dict[str, Any]) -> None:
+    """Raise for options that would cut a prompt into causal pieces, or lose an embedded one."""
+
+    def is_set(name: str, value: Any) -> bool:
+        return kwargs.get(name, getattr(generation_config, name, None)) == value
+
+    if not is_set("prefill_chunk_size", None):
         raise ValueError(CAUSAL_ONLY.format("Chunked prefill (prefill_chunk_size)"))
-    if options["cache_implementation"] == "paged":
+    if is_set("cache_implementation", "paged"):
         raise ValueError(CAUSAL_ONLY.format('cache_implementation="paged"'))
+    if kwargs.get("inputs_embeds") is not None and is_set("use_cache", False):
+        raise ValueError("Prompts given as inputs_embeds need use_cache=True, got False.")
 
 
 def _accumulate(streamer: QueueStreamer, eos_ids: Tensor) -> Iterator[Tensor]:
@@ -277,12 +299,13 @@ def _accumulate(streamer: QueueStreamer, eos_ids: Tensor) -> Iterator[Tensor]:
     pieces = iter(streamer)
     input_ids = next(pieces)
     is_finished = torch.zeros(input_ids.shape[0], dtype=torch.bool)
-    for tokens in pieces:
-        is_finished |= torch.isin(tokens, eos_ids)
-        if is_finished.all():
-            continue
-        input_ids = torch.cat((input_ids, tokens.unsqueeze(1)), dim=1)
-        yield input_ids
+    for piece in pieces:  # (B,), or (B, S) from drafts
+        for tokens in piece.view(input_ids.shape[0], -1, 1).unbind(1):
+            is_finished |= torch.isin(tokens, eos_ids).squeeze(1)
+            if is_finished.all():
+                continue
+            input_ids = torch.cat((input_ids, tokens), dim=1)
+            yield input_ids
 
 
 __all__ = ["GLMGenerationMixin", "InvalidScoreLogitsProcessor"]

@@ -221,12 +221,7 @@ def locate_new_tokens(
     Raises:
         ValueError: if mask or batch do not fit the tokens so far.
     """
-    past_length = 0 if past_key_values is None else int(past_key_values.get_seq_length())
-    noted = _recall_tokens(past_key_values, past_length, input_ids)
-    num_virtual = past_length - noted.shape[1]
-    all_ids = torch.cat((noted, input_ids), dim=1)  # (B, T)
-    if past_key_values is not None:
-        past_key_values.noted_tokens = all_ids
+    all_ids, num_virtual = note_tokens(past_key_values, input_ids)
     if attention_mask is not None and attention_mask.shape[1] > all_ids.shape[1]:
         attention_mask = attention_mask[:, num_virtual:]
     key_length = reserved_length(past_key_values)
@@ -234,7 +229,7 @@ def locate_new_tokens(
         all_ids,
         attention_mask,
         special_ids,
-        past_length=noted.shape[1],
+        past_length=all_ids.shape[1] - input_ids.shape[1],
         key_length=None if key_length is None else key_length - num_virtual,
         num_positions=num_positions,
     )
@@ -242,17 +237,40 @@ def locate_new_tokens(
     return geometry._replace(attention_mask=hidden_mask)
 
 
-def _recall_tokens(past_key_values: Any, past_length: int, input_ids: Tensor) -> Tensor:
-    """Return the ids noted on a cache, `(B, at most past_length)`; a cropped cache keeps fewer."""
-    noted = getattr(past_key_values, "noted_tokens", None)
-    if noted is None or past_length == 0:
-        return input_ids[:, :0]
+def note_tokens(past_key_values: Any, input_ids: Tensor) -> tuple[Tensor, int]:
+    """Note on a cache that new ids `(B, S)` join it.
+
+    Returns:
+        The ids of all tokens so far, `(B, T)`, and the number of virtual ones cached before them.
+
+    Raises:
+        ValueError: if the cache holds another number of rows.
+    """
+    if past_key_values is None:
+        return input_ids, 0
+    if count_cached_columns(past_key_values) == 0 or not hasattr(past_key_values, "noted_tokens"):
+        past_key_values.noted_tokens = input_ids[:, :0]
+        past_key_values.num_virtual_tokens = count_cached_columns(past_key_values)
+    noted = past_key_values.noted_tokens
     if noted.shape[0] != input_ids.shape[0]:
         raise ValueError(
             f"The cache holds {noted.shape[0]} rows but the new tokens have {input_ids.shape[0]}; "
-            "pass as many rows, or position_ids and attention_mask of your own."
+            "pass as many rows, or start with a new cache."
         )
-    return noted[:, :past_length].to(input_ids)
+    noted = noted[:, : count_cached_tokens(past_key_values)]  # a cropped cache holds fewer
+    past_key_values.noted_tokens = torch.cat((noted.to(input_ids), input_ids), dim=1)
+    return past_key_values.noted_tokens, getattr(past_key_values, "num_virtual_tokens", 0)
+
+
+def count_cached_columns(past_key_values: Any) -> int:
+    """Return how many columns a cache holds."""
+    return 0 if past_key_values is None else int(past_key_values.get_seq_length())
+
+
+def count_cached_tokens(past_key_values: Any) -> int:
+    """Return how many tokens a cache holds, which virtual ones are not."""
+    num_virtual = getattr(past_key_values, "num_virtual_tokens", 0)
+    return max(count_cached_columns(past_key_values) - num_virtual, 0)
 
 
 def reserved_length(past_key_values: Any) -> int | None:
@@ -260,6 +278,14 @@ def reserved_length(past_key_values: Any) -> int | None:
     if past_key_values is None or not past_key_values.is_compileable:
         return None
     return past_key_values.layers[0].max_cache_len
+
+
+def find_static_columns(past_key_values: Any, num_new: int, device: Any) -> Tensor | None:
+    """Return the columns that new tokens take in a static cache, `(S,)`; None for other caches."""
+    if reserved_length(past_key_values) is None:
+        return None
+    # The length may be a tensor; as a number it would break a compiled step.
+    return torch.arange(num_new, device=device) + past_key_values.get_seq_length()
 
 
 def accept_hidden_mask(attention_mask: Tensor | None) -> Tensor | None:

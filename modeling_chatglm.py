@@ -1,8 +1,8 @@
 """The ChatGLM network: modules only, leaves first.
 
 Owns the blocks, the heads and their losses. Knows nothing of text; where a token stands and what
-it sees comes from `masking_chatglm`, talking comes from `generation_chatglm`, packed weights from
-`quantization`.
+it sees comes from `masking_chatglm`, tokens from `generation_chatglm`, talk from
+`conversation_chatglm`, a trained prefix from `prefix_chatglm`, packed weights from `quantization`.
 
 Shapes: `B` batch, `S` new tokens, `K` keys (past, new and prefix), `N` heads, `D` head dim,
 `H` hidden, `P` position axes, `L` layers, `V` vocabulary.
@@ -13,8 +13,6 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-import transformers
-from packaging import version
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.cache_utils import Cache, DynamicCache
@@ -33,10 +31,13 @@ from .masking_chatglm import (
     UNKNOWN_TOKEN,
     SpecialIds,
     accept_hidden_mask,
+    find_static_columns,
     fold_attention_mask,
     locate_new_tokens,
+    note_tokens,
     reserved_length,
 )
+from .prefix_chatglm import PrefixEncoder, PrefixTable, prepend_prefix
 from .quantization import quantize_model
 
 # The released weights were trained with 28 layers, and the original code uses this number for a
@@ -44,11 +45,6 @@ from .quantization import quantize_model
 RESIDUAL_LAYERS = 28
 
 ROTARY_BASE = 10000.0
-
-# transformers 4 knows the plan "split columns, gather the output" by another name.
-GATHERED_COLUMNS = (
-    "colwise_gather_output" if version.parse(transformers.__version__).major >= 5 else "colwise_rep"
-)
 
 
 class RotaryEmbedding(nn.Module):
@@ -182,18 +178,11 @@ class SelfAttention(nn.Module):
 
     def _attention_function(self, output_attentions: bool) -> Callable[..., tuple[Tensor, Any]]:
         """Choose the kernel; only the eager one returns weights."""
-        # transformers searches this source, 4.56 to 5.0 for the text
-        # "ALL_ATTENTION_FUNCTIONS[self.config._attn_implementation]", later ones for the call.
-        name = self.config._attn_implementation
-        if output_attentions or name is None or name == "eager":
+        # Releases from 5.1 on search this source for "ALL_ATTENTION_FUNCTIONS.get_interface(",
+        # earlier ones for the lookup below, which works in all.
+        if output_attentions or self.config._attn_implementation in (None, "eager"):
             return eager_attention_forward
-        return ALL_ATTENTION_FUNCTIONS.get_interface(name, eager_attention_forward)
-
-
-def prepend_prefix(prefix_states: Tensor, key_states: Tensor, value_states: Tensor) -> list[Tensor]:
-    """Put a layer's P-Tuning prefix `(2, B, N, pre_seq_len, D)` in front of keys and values."""
-    pairs = zip(prefix_states.to(key_states.dtype), (key_states, value_states))
-    return [torch.cat((prefix, states), dim=2) for prefix, states in pairs]
+        return ALL_ATTENTION_FUNCTIONS[self.config._attn_implementation]
 
 
 class GLU(nn.Module):
@@ -243,29 +232,6 @@ class GLMBlock(GradientCheckpointingLayer):
         return mlp_input * self.alpha + self.mlp(mlp_input), attn_weights
 
 
-class PrefixEncoder(nn.Module):
-    """The trained keys and values of a P-Tuning v2 prefix (https://arxiv.org/abs/2110.07602)."""
-
-    def __init__(self, config: ChatGLMConfig, pre_seq_len: int) -> None:
-        super().__init__()
-        self.prefix_projection = config.prefix_projection
-        states_size = config.num_layers * config.hidden_size * 2
-        if config.prefix_projection:
-            self.embedding = nn.Embedding(pre_seq_len, config.hidden_size)
-            self.trans = nn.Sequential(
-                nn.Linear(config.hidden_size, config.hidden_size),
-                nn.Tanh(),
-                nn.Linear(config.hidden_size, states_size),
-            )
-        else:
-            self.embedding = nn.Embedding(pre_seq_len, states_size)
-
-    def forward(self) -> Tensor:
-        """Return the states of all layers, `(pre_seq_len, L * 2 * H)`."""
-        states = self.embedding.weight
-        return self.trans(states) if self.prefix_projection else states
-
-
 class ChatGLMPreTrainedModel(PreTrainedModel):
     """What transformers needs to know to load, place, split and initialize the network."""
 
@@ -278,6 +244,33 @@ class ChatGLMPreTrainedModel(PreTrainedModel):
     _supports_sdpa = True
     _supports_attention_backend = True
     _can_compile_fullgraph = True
+
+    @classmethod
+    def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:
+        """Load as transformers does, and see to what it leaves undone.
+
+        transformers 5 makes all that it loads trainable, a P-Tuning model's frozen weights too.
+
+        Raises:
+            ValueError: if `quantization_bit` is set but the stored weights are not quantized.
+        """
+        wants_report = kwargs.pop("output_loading_info", False)
+        model, report = super().from_pretrained(*args, output_loading_info=True, **kwargs)
+        unscaled = [name for name in report["missing_keys"] if name.endswith("weight_scale")]
+        if unscaled:
+            bits = model.config.quantization_bit
+            raise ValueError(
+                f"quantization_bit is {bits}, but the checkpoint has no {sorted(unscaled)[0]}: its "
+                f"weights are not quantized. Load it without and call model.quantize({bits})."
+            )
+        model.base_model.freeze_around_prefix()
+        return (model, report) if wants_report else model
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.base_model.word_embeddings
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        self.base_model.word_embeddings = value
 
     def _init_weights(self, module: nn.Module) -> None:
         """Initialize for training from nothing.
@@ -292,10 +285,10 @@ class ChatGLMPreTrainedModel(PreTrainedModel):
         elif isinstance(module, nn.LayerNorm):
             nn.init.ones_(module.weight)
             nn.init.zeros_(module.bias)
+        elif isinstance(module, PrefixTable):
+            nn.init.normal_(module.weight)
         elif isinstance(module, nn.Embedding):
             nn.init.xavier_normal_(module.weight)
-        elif isinstance(module, PrefixEncoder):
-            nn.init.normal_(module.embedding.weight)
 
 
 class ChatGLMModel(ChatGLMPreTrainedModel):
@@ -329,16 +322,17 @@ class ChatGLMModel(ChatGLMPreTrainedModel):
         self.final_layernorm = nn.LayerNorm(config.hidden_size, eps=config.layernorm_epsilon)
         self.gradient_checkpointing = False
         if self.pre_seq_len is not None:
-            self.requires_grad_(False)
             self.prefix_encoder = PrefixEncoder(config, self.pre_seq_len)
-            self.prefix_dropout = nn.Dropout(0.1)
+        if config.quantization_bit:
+            quantize_model(self, config.quantization_bit, empty_init=True)
+        self.freeze_around_prefix()
         self.post_init()
 
-    def get_input_embeddings(self) -> nn.Module:
-        return self.word_embeddings
-
-    def set_input_embeddings(self, value: nn.Module) -> None:
-        self.word_embeddings = value
+    def freeze_around_prefix(self) -> None:
+        """Leave only the prefix trainable in a P-Tuning model; change nothing in another."""
+        if self.pre_seq_len is not None:
+            self.requires_grad_(False)
+            self.prefix_encoder.requires_grad_(True)
 
     def forward(
         self,
@@ -364,6 +358,11 @@ class ChatGLMModel(ChatGLMPreTrainedModel):
         position_ids, hidden_mask = self._locate(
             input_ids, embeddings, attention_mask, position_ids, past_key_values
         )
+        cache_position = kwargs.get("cache_position")
+        if cache_position is None:
+            cache_position = find_static_columns(
+                past_key_values, *embeddings.shape[1:2], embeddings.device
+            )
         hidden_states, all_hidden_states, all_attentions = self._run_blocks(
             embeddings,
             self._build_attention_bias(hidden_mask, embeddings.dtype),
@@ -371,7 +370,7 @@ class ChatGLMModel(ChatGLMPreTrainedModel):
             output_hidden_states,
             past_key_values=past_key_values,
             output_attentions=output_attentions,
-            cache_position=kwargs.get("cache_position"),
+            cache_position=cache_position,
         )
         hidden_states = self.final_layernorm(hidden_states)
         output = BaseModelOutputWithPast(
@@ -416,11 +415,7 @@ class ChatGLMModel(ChatGLMPreTrainedModel):
         """Return every layer's P-Tuning prefix, `(2, B, N, pre_seq_len, D)`, or Nones."""
         if self.pre_seq_len is None:
             return [None] * len(self.layers)
-        states = self.prefix_encoder().to(inputs_embeds.dtype)
-        states = states.expand(inputs_embeds.shape[0], -1, -1)
-        states = states.unflatten(-1, (len(self.layers), 2, -1, self.config.head_dim))
-        states = self.prefix_dropout(states)  # (B, pre_seq_len, L, 2, N, D)
-        return states.permute(2, 3, 0, 4, 1, 5).unbind(0)
+        return self.prefix_encoder(inputs_embeds.shape[0], inputs_embeds.dtype)
 
     def _build_attention_bias(
         self, hidden_mask: Tensor | None, dtype: torch.dtype
@@ -428,10 +423,13 @@ class ChatGLMModel(ChatGLMPreTrainedModel):
         """Turn a mask `(B, 1, S, K)`, True = hidden, into what is added to the scores.
 
         The lowest number instead of -inf lets a row of pads attend evenly, as in the original,
-        where -inf would make it NaN. A prefix is open to every token.
+        where -inf would make it NaN; float32's would be -inf after a cast by autocast. A prefix is
+        open to every token.
         """
         if hidden_mask is None:
             return None
+        if torch.is_autocast_enabled(hidden_mask.device.type):
+            dtype = torch.get_autocast_dtype(hidden_mask.device.type)
         if self.pre_seq_len is not None:
             hidden_mask = nn.functional.pad(hidden_mask, (self.pre_seq_len, 0), value=False)
         bias = torch.zeros_like(hidden_mask, dtype=dtype)
@@ -451,14 +449,15 @@ class ChatGLMModel(ChatGLMPreTrainedModel):
         """
         position_ids = self._accept_position_ids(position_ids)
         hidden_mask = accept_hidden_mask(attention_mask)
-        is_growing = reserved_length(past_key_values) is None
-        is_single = inputs_embeds.shape[1] == 1 and attention_mask is None and is_growing
-        if position_ids is not None and (hidden_mask is not None or is_single):
-            return position_ids, hidden_mask
+        is_static = reserved_length(past_key_values) is not None
         if input_ids is None:
             input_ids = self._imagine_ids(inputs_embeds, position_ids)
+        if position_ids is not None and hidden_mask is not None:
+            if not is_static:  # a compiled step may not touch what grows
+                note_tokens(past_key_values, input_ids)
+            return position_ids, hidden_mask
         if hidden_mask is not None:
-            attention_mask = fold_attention_mask(hidden_mask)
+            attention_mask = fold_attention_mask(hidden_mask).expand(input_ids.shape[0], -1)
         geometry = locate_new_tokens(
             input_ids,
             attention_mask,
@@ -466,10 +465,11 @@ class ChatGLMModel(ChatGLMPreTrainedModel):
             self.special_ids,
             self.config.num_positions,
         )
-        return (
-            geometry.position_ids if position_ids is None else position_ids,
-            geometry.attention_mask if hidden_mask is None else hidden_mask,
-        )
+        if hidden_mask is None and (
+            attention_mask is not None or is_static or input_ids.shape[1] > 1
+        ):
+            hidden_mask = geometry.attention_mask
+        return geometry.position_ids if position_ids is None else position_ids, hidden_mask
 
     def _accept_position_ids(self, position_ids: Tensor | None) -> Tensor | None:
         """Pass on `(B, P, S)`; trainers and peft hand over plain ranges, which say nothing here."""
@@ -493,21 +493,12 @@ class ChatGLMForConditionalGeneration(ChatGLMPreTrainedModel, ChatMixin, GLMGene
     """ChatGLM with its language model head: the class that chats."""
 
     _tied_weights_keys = {"lm_head.weight": "transformer.word_embeddings.weight"}
-    _tp_plan = {"lm_head": GATHERED_COLUMNS}
 
     def __init__(self, config: ChatGLMConfig) -> None:
         super().__init__(config)
         self.transformer = ChatGLMModel(config)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
-        if config.quantization_bit:
-            quantize_model(self, config.quantization_bit, empty_init=True)
         self.post_init()
-
-    def get_input_embeddings(self) -> nn.Module:
-        return self.transformer.word_embeddings
-
-    def set_input_embeddings(self, value: nn.Module) -> None:
-        self.transformer.word_embeddings = value
 
     def get_output_embeddings(self) -> nn.Module:
         return self.lm_head
@@ -585,12 +576,6 @@ class ChatGLMForSequenceClassification(ChatGLMPreTrainedModel):
         self.transformer = ChatGLMModel(config)
         self.score = nn.Linear(config.hidden_size, self.num_labels, bias=False)
         self.post_init()
-
-    def get_input_embeddings(self) -> nn.Module:
-        return self.transformer.word_embeddings
-
-    def set_input_embeddings(self, value: nn.Module) -> None:
-        self.transformer.word_embeddings = value
 
     def forward(
         self,

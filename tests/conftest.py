@@ -49,6 +49,7 @@ MODEL_FILES = (
     "generation_chatglm.py",
     "masking_chatglm.py",
     "modeling_chatglm.py",
+    "prefix_chatglm.py",
     "quantization.py",
     "tokenization_chatglm.py",
 )
@@ -63,22 +64,24 @@ REPO_SIZES = {
 
 
 def build_model(
-    name: str = "ChatGLMForConditionalGeneration", seed: int = 0, spread: float = 4, **fields: Any
+    name: str = "ChatGLMForConditionalGeneration", seed: int = 0, spread: float = 2, **fields: Any
 ) -> Any:
-    """Build a tiny random model in evaluation mode; the same seed gives the same weights.
+    """Build a tiny random model in evaluation mode.
 
-    As initialized (`spread` 1), a token is so near its own residual that it only echoes itself.
+    A seed gives the same weights on every release of transformers. Those of the blocks are `spread`
+    times as wide as a new model's, in which a token is so near its residual that it echoes itself.
     """
     import torch
     from chatglm_6b import configuration_chatglm, modeling_chatglm
 
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        config = configuration_chatglm.ChatGLMConfig(**{**TINY, **fields})
-        model = getattr(modeling_chatglm, name)(config).eval()
-    for parameter in model.base_model.layers.parameters():
+    config = configuration_chatglm.ChatGLMConfig(**{**TINY, **fields})
+    model = getattr(modeling_chatglm, name)(config).eval()
+    generator = torch.Generator().manual_seed(seed)
+    for key, parameter in sorted(model.named_parameters()):
         if parameter.dim() == 2:
-            parameter.data.mul_(spread)
+            deviation = (2 / sum(parameter.shape)) ** 0.5 * (spread if ".layers." in key else 1)
+            deviation = 1 if "prefix_encoder" in key else deviation
+            parameter.data.normal_(0, deviation, generator=generator)
     return model
 
 

@@ -146,7 +146,6 @@ def test_generation_stops_and_samples_as_the_original(generation: str, end_id: i
         "do_sample": True,
         "top_p": 0.7,
         "temperature": 0.95,
-        "max_length": 2048,
     }
 
 

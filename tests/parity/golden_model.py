@@ -8,9 +8,14 @@ import numpy as np
 import torch
 from chatglm_6b.configuration_chatglm import ChatGLMConfig
 from chatglm_6b.modeling_chatglm import ChatGLMForConditionalGeneration
+from conftest import ROOT, SHARED
 from safetensors.torch import load_file
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+def find_golden(name: str) -> Path:
+    """Return a folder of golden data: the whole in `shared`, or the part that is kept here."""
+    whole = SHARED / "golden" / name
+    return whole if whole.exists() else ROOT / "tests" / "parity" / "golden" / name
 
 
 def load_config(folder: Path, name: str, **overrides: Any) -> ChatGLMConfig:

@@ -4,10 +4,9 @@ import pytest
 import torch
 from chatglm_6b.configuration_chatglm import ChatGLMConfig
 from chatglm_6b.modeling_chatglm import RotaryEmbedding, apply_rotary
-from conftest import SHARED
-from golden_model import load_arrays
+from golden_model import find_golden, load_arrays
 
-LATE = SHARED / "golden" / "model_late"
+LATE = find_golden("model_late")
 TABLES = {
     "real2d_dim64": (4096, 32, True),
     "real1d_dim128": (4096, 32, False),
@@ -23,7 +22,6 @@ def build(hidden_size: int, heads: int, is_2d: bool) -> RotaryEmbedding:
     return RotaryEmbedding(config)
 
 
-@pytest.mark.skipif(not LATE.exists(), reason="needs ../shared/golden")
 @pytest.mark.parametrize("name", TABLES)
 def test_tables_equal_the_original_in_float32(name: str) -> None:
     arrays = load_arrays(LATE, "rotary")
@@ -34,7 +32,6 @@ def test_tables_equal_the_original_in_float32(name: str) -> None:
         assert torch.equal(ours[0, 0, 0], expected), key
 
 
-@pytest.mark.skipif(not LATE.exists(), reason="needs ../shared/golden")
 @pytest.mark.parametrize("dtype", ["fp16", "bf16"])
 def test_half_tables_are_nearer_to_float32_than_the_original(dtype: str) -> None:
     arrays = load_arrays(LATE, "rotary")
