@@ -5,13 +5,13 @@ PYTHON ?= python3
 VENV ?= .venv
 ARGS ?=
 COMPAT ?= tests
-MINI ?= build/mini
+MINI ?= .cache/mini
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 CHATTING := $(VENV)/.installed-for-chat
 WORKING := $(VENV)/.installed-for-work
 
-.PHONY: help setup chat test parity compat lint fmt types check train-mini clean
+.PHONY: help setup chat test parity compat lint fmt types check train-mini vocabulary-mini clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/make \1  -  \2/p' Makefile
@@ -45,10 +45,13 @@ check: lint types test ## all that a change must pass
 
 train-mini: $(WORKING) ## train the small model of this folder again (hours)
 	$(BIN)/python -m recipes.mini.sources --out $(MINI)/data
-	$(BIN)/python -m recipes.mini.vocabulary --data $(MINI)/data
 	$(BIN)/python -m recipes.mini.train --data $(MINI)/data --work $(MINI)/work
 	$(BIN)/python -m recipes.mini.publish --work $(MINI)/work
 	$(BIN)/python -m recipes.mini.report --data $(MINI)/data --work $(MINI)/work
+
+vocabulary-mini: $(WORKING) ## learn the small model's vocabulary again: other ids, train anew
+	$(BIN)/python -m recipes.mini.sources --out $(MINI)/data
+	$(BIN)/python -m recipes.mini.vocabulary --data $(MINI)/data
 
 clean: ## remove what was installed, built and cached
 	rm -rf $(VENV) .nox build dist *.egg-info .coverage .pytest_cache .ruff_cache .hypothesis

@@ -246,7 +246,7 @@ class GLMGenerationMixin(GenerationMixin):
     def _locate_for_compiling(
         self, input_ids: Tensor, attention_mask: Tensor | None, past_key_values: Any
     ) -> dict[str, Tensor]:
-        """Return what a step behind a static cache would else work out from a growing row of ids."""
+        """Return what a step behind a static cache may not work out from ids that grow."""
         return build_geometry(
             input_ids,
             attention_mask,

@@ -11,6 +11,8 @@ from chatglm_6b.modeling_chatglm import ChatGLMForConditionalGeneration
 from conftest import ROOT, SHARED
 from safetensors.torch import load_file
 
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
 
 def find_golden(name: str) -> Path:
     """Return a folder of golden data: the whole in `shared`, or the part that is kept here."""

@@ -12,7 +12,7 @@ import pytest
 import torch
 from chatglm_6b.modeling_chatglm import ChatGLMForConditionalGeneration
 from conftest import SHARED
-from golden_model import find_golden, load_arrays, load_config, load_model, load_weights
+from golden_model import DTYPES, find_golden, load_arrays, load_config, load_model, load_weights
 from safetensors.torch import load_file
 
 LATE = find_golden("model_late")
@@ -170,7 +170,7 @@ def test_half_precision_is_no_further_from_the_truth(name: str, backend: str, dt
     _, arrays, _ = golden(name)
     model = load_model(LATE, name)
     model.set_attn_implementation(backend)
-    model.to({"bf16": torch.bfloat16, "fp16": torch.float16}[dtype])
+    model.to(DTYPES[dtype])
     ours, theirs = [], []
     for key in (key for key in arrays if key.startswith(f"{dtype}/")):
         prompt = key.split("/")[1]

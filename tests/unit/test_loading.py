@@ -66,10 +66,8 @@ def write_weights(folder: Path, weights: dict[str, torch.Tensor]) -> None:
 
 
 @pytest.fixture
-def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def folder(tmp_path: Path) -> Path:
     """A model folder: configuration, code, tokenizer and two shards."""
-    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "hf"))
-    monkeypatch.syspath_prepend(str(tmp_path / "hf"))
     folder = tmp_path / "toy"
     folder.mkdir()
     (folder / "configuration_toy.py").write_text(CONFIGURATION)
