@@ -1,0 +1,271 @@
+"""The documents say what is so: versions, hashes, links, file trees, names, numbers."""
+
+import ast
+import importlib.util
+import json
+import re
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from chatglm_6b.configuration_chatglm import OLDEST_TRANSFORMERS, ChatGLMConfig
+from chatglm_6b.masking_chatglm import SpecialIds, build_geometry
+from chatglm_6b.modeling_chatglm import ChatGLMForConditionalGeneration
+from conftest import ROOT
+
+import chatglm
+from chatglm.serving.chat import QUESTION_LABEL, WELCOME
+
+READMES = ("README.md", "README_zh.md")
+DOCUMENTS = sorted(
+    str(path.relative_to(ROOT))
+    for path in [*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("presets/*.md")]
+)
+# Only the owner of the small model's training can write these.
+WEIGHTS = {"pytorch_model.bin.index.json", "pytorch_model-*-of-*.bin"}
+
+each_readme = pytest.mark.parametrize("readme", READMES)
+each_document = pytest.mark.parametrize("document", DOCUMENTS)
+
+
+def read(name: str) -> str:
+    return (ROOT / name).read_text(encoding="utf-8")
+
+
+def without_code(text: str) -> str:
+    return re.sub(r"^```.*?^```$", "", text, flags=re.DOTALL | re.MULTILINE)
+
+
+def table_rows(text: str) -> list[list[str]]:
+    lines = [line for line in text.splitlines() if line.startswith("|")]
+    return [[cell.strip() for cell in line.strip("|").split(" | ")] for line in lines]
+
+
+@pytest.fixture
+def hash_remote_code() -> Any:
+    """The tool of that name."""
+    path = ROOT / "tools" / "hash_remote_code.py"
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@cache
+def full_model() -> ChatGLMForConditionalGeneration:
+    config = json.loads(read("presets/chatglm-6b/config.json"))
+    with torch.device("meta"):
+        return ChatGLMForConditionalGeneration(ChatGLMConfig(**config)).half()
+
+
+def test_the_changelog_has_the_package_s_version() -> None:
+    released = re.findall(r"^## \[(\d+\.\d+\.\d+)\] - \d{4}-\d\d-\d\d$", read("CHANGELOG.md"), re.M)
+    assert released[0] == chatglm.__version__
+    assert released == sorted(released, key=lambda v: [*map(int, v.split("."))], reverse=True)
+    assert 'version = { attr = "chatglm.__version__" }' in read("pyproject.toml")
+
+
+def test_the_remote_code_page_is_up_to_date(
+    hash_remote_code: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert hash_remote_code.main(["--check"]) == 0, capsys.readouterr().err
+
+
+def test_a_stale_remote_code_page_is_noticed(
+    hash_remote_code: Any,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    page = tmp_path / "remote_code.md"
+    monkeypatch.setattr(hash_remote_code, "PAGE", page)
+    assert hash_remote_code.main(["--check"]) == 1  # no page at all
+    assert hash_remote_code.main([]) == 0
+    assert hash_remote_code.main(["--check"]) == 0
+    text = page.read_text(encoding="utf-8")
+    listed = set(re.findall(r"^\| `(\w+\.py)` .*`[0-9a-f]{64}` \|$", text, re.MULTILINE))
+    flat_files = [*ROOT.glob("*_chatglm.py"), *ROOT.glob("quantization*.py")]
+    assert listed == {path.name for path in flat_files}
+    page.write_text(re.sub(r"`[0-9a-f]{64}`", f"`{'0' * 64}`", text, count=1), encoding="utf-8")
+    capsys.readouterr()
+    assert hash_remote_code.main(["--check"]) == 1
+    assert "run `python tools/hash_remote_code.py`" in capsys.readouterr().err
+
+
+@each_readme
+def test_the_model_card_s_head(readme: str) -> None:
+    head = yaml.safe_load(read(readme).split("---\n")[1])
+    assert head.pop("tags")[:2] == ["glm", "chatglm"]
+    assert head == {
+        "language": ["zh", "en"],
+        "license": "apache-2.0",
+        "library_name": "transformers",
+        "pipeline_tag": "text-generation",
+    }
+    assert "Apache License" in read("LICENSE")
+
+
+@each_document
+def test_links_lead_somewhere(document: str) -> None:
+    for target in re.findall(r"\]\(([^)\s]+)\)", without_code(read(document))):
+        if target.startswith("https://"):
+            continue
+        path, _, anchor = target.partition("#")
+        linked = (ROOT / document).parent / path if path else ROOT / document
+        assert linked.exists(), target
+        if anchor:
+            titles = re.findall(r"^#+ (.*)$", without_code(linked.read_text("utf-8")), re.MULTILINE)
+            slugs = [re.sub(r"[^\w\- ]", "", t.lower()).replace(" ", "-") for t in titles]
+            assert anchor in slugs, target
+
+
+def tree_paths(readme: str) -> list[str]:
+    """The paths of the README's file tree, folders with their slash."""
+    (tree,) = re.findall(r"^```text\n(README\.md .*?)^```$", read(readme), re.DOTALL | re.MULTILINE)
+    paths, folder = [], ""
+    for line in filter(str.strip, tree.splitlines()):
+        indented = line.startswith("  ")
+        names = re.split(r"\s{2,}", line.strip())[0].split(" ")
+        paths += [folder * indented + name for name in names]
+        if not indented:
+            folder = names[0] if names[0].endswith("/") else ""
+    return paths
+
+
+@each_readme
+def test_the_file_tree_is_the_repository(readme: str) -> None:
+    paths = tree_paths(readme)
+    expected = set(paths)
+    if not (ROOT / "pytorch_model.bin.index.json").is_file():
+        expected -= WEIGHTS
+    assert not {path for path in expected if not list(ROOT.glob(path.rstrip("/")))}
+    present = {
+        path.relative_to(ROOT).as_posix()
+        for pattern in ("*.py", "*.json", "*.md", "*.toml", "*.jinja", "docs/*.md", "chatglm/*.py")
+        for path in ROOT.glob(pattern)
+        if not path.name.startswith("__")
+    }
+    assert present <= expected
+
+
+def test_both_readmes_have_the_same_tree_and_tables() -> None:
+    english, chinese = READMES
+    assert tree_paths(english) == tree_paths(chinese)
+    english_rows, chinese_rows = (table_rows(read(name)) for name in READMES)
+    assert [len(row) for row in english_rows] == [len(row) for row in chinese_rows]
+    headings = [re.findall(r"^#+", without_code(read(name)), re.MULTILINE) for name in READMES]
+    assert headings[0] == headings[1]
+
+
+@each_readme
+def test_the_welcome_is_what_one_sees(readme: str) -> None:
+    welcome = WELCOME.format(folder="/home/you/chatglm", device="cpu")
+    assert f"```text\n{welcome}\n{QUESTION_LABEL.rstrip()}\n```\n" in read(readme)
+
+
+def test_the_small_model_s_size_is_its_number_of_parameters() -> None:
+    config = ChatGLMConfig(**json.loads(read("config.json")))
+    with torch.device("meta"):
+        count = ChatGLMForConditionalGeneration(config).num_parameters()
+    assert f" {count / 1e6:.1f} million parameters" in read("README.md")
+    assert f" {count / 1e4:.0f} 万参数" in read("README_zh.md")
+
+
+@each_readme
+def test_the_supported_versions_are_those_of_code_and_package(readme: str) -> None:
+    rows = {row[0]: row for row in table_rows(read(readme))}
+    noxfile = ast.parse(read("noxfile.py"))
+    (tested,) = [
+        ast.literal_eval(node.value)
+        for node in noxfile.body
+        if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "TRANSFORMERS"
+    ]
+    assert all(version in rows["transformers"][2] for version in tested)
+    assert (tested[0], tested[0] in rows["transformers"][1]) == (OLDEST_TRANSFORMERS, True)
+    project = read("pyproject.toml")
+    assert f"transformers>={OLDEST_TRANSFORMERS}," in project
+    pythons = re.findall(r"Python :: (3\.\d+)", project)
+    assert pythons[0] in rows["Python"][1] and pythons[-1] in rows["Python"][1]
+    assert f'requires-python = ">={pythons[0]}"' in project
+    (oldest_torch,) = re.findall(r'"torch>=([\d.]+)"', project)
+    assert oldest_torch in rows["PyTorch"][1]
+    (pinned_torch,) = re.findall(r"^torch==(\d+\.\d+)", read("requirements-ci.txt"), re.MULTILINE)
+    assert pinned_torch in rows["PyTorch"][2]
+
+
+def test_the_tensors_page_names_the_model_s_tensors() -> None:
+    page = read("docs/tensors.md").partition("## Into `forward`")[0]
+    rows = [row for row in table_rows(page) if row[0].startswith("`transformer.layers.n")]
+    rows += [row for row in table_rows(page) if re.match(r"`(transformer\.[wf]|lm_head)", row[0])]
+    sizes = {"V": 130528, "H": 4096, "I": 16384}
+    listed: dict[str, tuple[int, ...]] = {}
+    for name, shape, *_ in rows:
+        letters = re.findall(r"(\d*)([VHI])", shape)
+        numbers = tuple(int(factor or 1) * sizes[letter] for factor, letter in letters)
+        for layer in range(28) if ".n." in name else [0]:
+            listed[name.strip("`").replace(".n.", f".{layer}.")] = numbers
+    assert listed == {n: tuple(tensor.shape) for n, tensor in full_model().state_dict().items()}
+
+
+def python_names(path: str) -> set[str]:
+    """Functions, classes and methods of a file, methods also as `Class.method`."""
+    names: set[str] = set()
+    for node in ast.parse(read(path)).body:
+        if isinstance(node, ast.ClassDef):
+            methods = {n.name for n in node.body if isinstance(n, ast.FunctionDef)}
+            names |= {node.name, *methods, *(f"{node.name}.{method}" for method in methods)}
+        elif isinstance(node, ast.FunctionDef):
+            names.add(node.name)
+    return names
+
+
+def walk_text() -> str:
+    _, _, rest = read("docs/architecture.md").partition("## The walk of one query")
+    return rest.partition("## The laws")[0]
+
+
+def test_the_walk_names_functions_that_exist() -> None:
+    walk = without_code(walk_text())
+    placed = re.findall(r"`([\w/]+\.py): ([\w.]+)`", walk)
+    assert len(placed) > 10
+    for path, name in placed:
+        assert name in python_names(path), f"{path}: {name}"
+    known: set[str] = set().union(
+        *(python_names(path.relative_to(ROOT).as_posix()) for path in code_files())
+    )
+    unplaced = re.findall(r"`(\w*[A-Z_]\w*(?:\.\w+)?)`", walk)
+    foreign = {"AutoTokenizer", "AutoModel", "split_special_tokens"}
+    assert {name for name in unplaced if not name.isupper()} <= known | foreign
+
+
+def test_the_walk_s_positions_are_the_geometry_s() -> None:
+    table = re.search(r"^ token (.*)\n position (.*)\n block position (.*)$", walk_text(), re.M)
+    assert table is not None
+    tokens, *rows = (line.split() for line in table.groups())
+    ids = {"[gMASK]": 2, "<sop>": 3}
+    input_ids = torch.tensor([[ids.get(token, 9) for token in tokens]])
+    geometry = build_geometry(input_ids, None, SpecialIds(bos=3, mask=1, gmask=2))
+    assert geometry.position_ids[0].tolist() == [[int(number) for number in row] for row in rows]
+
+
+def code_files() -> list[Path]:
+    return [*ROOT.glob("*.py"), *ROOT.glob("chatglm/**/*.py")]
+
+
+@each_readme
+def test_the_memory_sizes_follow_from_the_shapes(readme: str) -> None:
+    parameters = {id(p): p for p in full_model().parameters()}.values()
+    half = sum(p.nbytes for p in parameters)
+    packed = sum(p.numel() for n, p in full_model().named_parameters() if is_packed(n))
+    rows = sum(p.shape[0] for n, p in full_model().named_parameters() if is_packed(n))
+    sizes = [half, half - packed + 2 * rows, half - packed * 3 // 2 + 2 * rows]
+    found: list[Any] = re.findall(r"(\d+\.\d) GB", read(readme))
+    assert found == [f"{size / 1e9:.1f}" for size in sizes]
+
+
+def is_packed(name: str) -> bool:
+    return bool(re.search(r"layers.*(query_key_value|dense\w*)\.weight$", name))

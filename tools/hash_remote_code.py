@@ -1,0 +1,107 @@
+"""Writes docs/remote_code.md: the files that `trust_remote_code=True` executes, and their SHA-256.
+
+    python tools/hash_remote_code.py            # write the page
+    python tools/hash_remote_code.py --check    # exit with 1 if the page is out of date
+
+Follows what transformers follows: from the classes that `auto_map` names, along the relative
+imports. Knows nothing of what the files do beyond their own first sentence.
+"""
+
+import argparse
+import ast
+import hashlib
+import json
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+PAGE = ROOT / "docs" / "remote_code.md"
+CONFIGURATIONS = ("config.json", "tokenizer_config.json")
+
+HEAD = """\
+# What `trust_remote_code=True` executes
+
+Written by `python tools/hash_remote_code.py`; a test checks it. These files of the folder, and no
+others, are copied into the cache of transformers and imported. They import each other, torch,
+transformers, sentencepiece, packaging and the standard library; importing them changes no global
+setting. The hashes are of the files with LF line ends, as git stores them: compare with
+`sha256sum *_chatglm.py quantization*.py`.
+
+"""
+TABLE = """
+| file | needed by | what it owns | SHA-256 |
+|---|---|---|---|
+"""
+
+
+def read_entry_points(root: Path) -> dict[str, list[str]]:
+    """Return the module of every class that `auto_map` names, with the `Auto*` names it serves."""
+    entry_points: dict[str, list[str]] = {}
+    for name in CONFIGURATIONS:
+        auto_map = json.loads((root / name).read_text(encoding="utf-8"))["auto_map"]
+        for auto_class, target in auto_map.items():
+            reference = target if isinstance(target, str) else target[0]
+            entry_points.setdefault(reference.partition(".")[0], []).append(auto_class)
+    return entry_points
+
+
+def read_relative_imports(root: Path, module: str) -> list[str]:
+    """Return the sibling modules that a module imports."""
+    tree = ast.parse((root / f"{module}.py").read_text(encoding="utf-8"))
+    nodes = [node for node in ast.walk(tree) if isinstance(node, ast.ImportFrom) and node.level]
+    return [node.module for node in nodes if node.module]
+
+
+def find_modules(root: Path, module: str) -> set[str]:
+    """Return a module and all that it imports, directly or not."""
+    found, waiting = set(), [module]
+    while waiting:
+        if (module := waiting.pop()) not in found:
+            found.add(module)
+            waiting += read_relative_imports(root, module)
+    return found
+
+
+def read_purpose(path: Path) -> str:
+    """Return the first sentence of a file's docstring."""
+    docstring = ast.get_docstring(ast.parse(path.read_text(encoding="utf-8")))
+    if not docstring:
+        raise ValueError(f"{path.name} has no docstring: say in its first line what it owns")
+    first = docstring.partition("\n\n")[0].replace("\n", " ")
+    return first.partition(". ")[0].removesuffix(".")
+
+
+def build_page(root: Path) -> str:
+    """Return the text of the page."""
+    entry_points = read_entry_points(root)
+    needed_by: dict[str, list[str]] = {}
+    page = HEAD
+    for module, auto_classes in sorted(entry_points.items()):
+        page += f"- `{module}.py` for {', '.join(f'`{name}`' for name in sorted(auto_classes))}\n"
+        for needed in find_modules(root, module):
+            needed_by.setdefault(needed, []).append(f"`{module}.py`")
+    page += TABLE
+    for module, users in sorted(needed_by.items()):
+        path = root / f"{module}.py"
+        digest = hashlib.sha256(path.read_bytes()).hexdigest()
+        page += f"| `{path.name}` | {', '.join(users)} | {read_purpose(path)} | `{digest}` |\n"
+    return page
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Write or check the page; return the exit code."""
+    parser = argparse.ArgumentParser(description="List and hash what trust_remote_code executes.")
+    parser.add_argument("--check", action="store_true", help="only say whether it is up to date")
+    args = parser.parse_args(argv)
+    page = build_page(ROOT)
+    if not args.check:
+        PAGE.write_text(page, encoding="utf-8", newline="\n")
+        return 0
+    if PAGE.is_file() and PAGE.read_text(encoding="utf-8") == page:
+        return 0
+    sys.stderr.write(f"{PAGE.name} is out of date: run `python tools/hash_remote_code.py`\n")
+    return 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
