@@ -148,12 +148,10 @@ class GLMGenerationMixin(GenerationMixin):
 
     def _end_ids(self, generation_config: Any, eos_token_id: Any) -> Tensor:
         """Return the ids that end a row, `(number,)`."""
-        if eos_token_id is None:
-            config = self.generation_config if generation_config is None else generation_config
-            eos_token_id = config.eos_token_id
-        if eos_token_id is None:
-            return torch.empty(0, dtype=torch.long)
-        return torch.as_tensor(eos_token_id).reshape(-1).cpu()
+        configs = (generation_config, self.generation_config)
+        given = (eos_token_id, *(config.eos_token_id for config in configs if config is not None))
+        end_ids = next((ids for ids in given if ids is not None), [])
+        return torch.as_tensor(end_ids, dtype=torch.long).reshape(-1).cpu()
 
     @torch.no_grad()
     def generate(

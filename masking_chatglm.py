@@ -222,6 +222,12 @@ def locate_new_tokens(
         ValueError: if mask or batch do not fit the tokens so far.
     """
     all_ids, num_virtual = note_tokens(past_key_values, input_ids)
+    if all_ids.shape[0] != input_ids.shape[0]:
+        raise ValueError(
+            f"The cache holds {all_ids.shape[0]} rows but the new tokens have "
+            f"{input_ids.shape[0]}; pass as many rows, or position_ids and attention_mask of your "
+            "own."
+        )
     if attention_mask is not None and attention_mask.shape[1] > all_ids.shape[1]:
         attention_mask = attention_mask[:, num_virtual:]
     key_length = reserved_length(past_key_values)
@@ -238,27 +244,20 @@ def locate_new_tokens(
 
 
 def note_tokens(past_key_values: Any, input_ids: Tensor) -> tuple[Tensor, int]:
-    """Note on a cache that new ids `(B, S)` join it.
+    """Note on a cache that new ids `(B, S)` join it, unless it holds another number of rows.
 
     Returns:
         The ids of all tokens so far, `(B, T)`, and the number of virtual ones cached before them.
-
-    Raises:
-        ValueError: if the cache holds another number of rows.
     """
     if past_key_values is None:
         return input_ids, 0
     if count_cached_columns(past_key_values) == 0 or not hasattr(past_key_values, "noted_tokens"):
         past_key_values.noted_tokens = input_ids[:, :0]
         past_key_values.num_virtual_tokens = count_cached_columns(past_key_values)
-    noted = past_key_values.noted_tokens
-    if noted.shape[0] != input_ids.shape[0]:
-        raise ValueError(
-            f"The cache holds {noted.shape[0]} rows but the new tokens have {input_ids.shape[0]}; "
-            "pass as many rows, or start with a new cache."
-        )
-    noted = noted[:, : count_cached_tokens(past_key_values)]  # a cropped cache holds fewer
-    past_key_values.noted_tokens = torch.cat((noted.to(input_ids), input_ids), dim=1)
+    if past_key_values.noted_tokens.shape[0] == input_ids.shape[0]:
+        # A cropped cache holds fewer than were noted.
+        noted = past_key_values.noted_tokens[:, : count_cached_tokens(past_key_values)]
+        past_key_values.noted_tokens = torch.cat((noted.to(input_ids), input_ids), dim=1)
     return past_key_values.noted_tokens, getattr(past_key_values, "num_virtual_tokens", 0)
 
 
@@ -280,12 +279,13 @@ def reserved_length(past_key_values: Any) -> int | None:
     return past_key_values.layers[0].max_cache_len
 
 
-def find_static_columns(past_key_values: Any, num_new: int, device: Any) -> Tensor | None:
-    """Return the columns that new tokens take in a static cache, `(S,)`; None for other caches."""
+def find_static_columns(past_key_values: Any, embeddings: Tensor) -> Tensor | None:
+    """Return the columns `(S,)` that `(B, S, H)` take in a static cache; None for other caches."""
     if reserved_length(past_key_values) is None:
         return None
+    columns = torch.arange(embeddings.shape[1], device=embeddings.device)
     # The length may be a tensor; as a number it would break a compiled step.
-    return torch.arange(num_new, device=device) + past_key_values.get_seq_length()
+    return columns + past_key_values.get_seq_length()
 
 
 def accept_hidden_mask(attention_mask: Tensor | None) -> Tensor | None:

@@ -255,7 +255,8 @@ class ChatGLMPreTrainedModel(PreTrainedModel):
             ValueError: if `quantization_bit` is set but the stored weights are not quantized.
         """
         wants_report = kwargs.pop("output_loading_info", False)
-        model, report = super().from_pretrained(*args, output_loading_info=True, **kwargs)
+        loaded: Any = super().from_pretrained(*args, output_loading_info=True, **kwargs)
+        model, report = loaded
         unscaled = [name for name in report["missing_keys"] if name.endswith("weight_scale")]
         if unscaled:
             bits = model.config.quantization_bit
@@ -266,7 +267,7 @@ class ChatGLMPreTrainedModel(PreTrainedModel):
         model.base_model.freeze_around_prefix()
         return (model, report) if wants_report else model
 
-    def get_input_embeddings(self) -> nn.Module:
+    def get_input_embeddings(self) -> Any:
         return self.base_model.word_embeddings
 
     def set_input_embeddings(self, value: nn.Module) -> None:
@@ -360,9 +361,7 @@ class ChatGLMModel(ChatGLMPreTrainedModel):
         )
         cache_position = kwargs.get("cache_position")
         if cache_position is None:
-            cache_position = find_static_columns(
-                past_key_values, *embeddings.shape[1:2], embeddings.device
-            )
+            cache_position = find_static_columns(past_key_values, embeddings)
         hidden_states, all_hidden_states, all_attentions = self._run_blocks(
             embeddings,
             self._build_attention_bias(hidden_mask, embeddings.dtype),
