@@ -9,7 +9,8 @@ from typing import Any
 
 import pytest
 import torch
-from chatglm_6b.configuration_chatglm import require_transformers
+from chatglm_6b.configuration_chatglm import ChatGLMConfig, require_transformers
+from chatglm_6b.modeling_chatglm import ChatGLMForConditionalGeneration
 from conftest import build_model
 from safetensors.torch import load_file
 from transformers import (
@@ -185,6 +186,19 @@ def test_a_prefix_on_a_checkpoint_without_one(tiny_repo: Path, tmp_path: Path) -
     again = load(tmp_path)
     assert torch.equal(logits(again, prompt(tiny_repo)), expected)
     assert {name for name, p in again.named_parameters() if p.requires_grad} == trained
+
+
+def test_a_class_without_auto(tiny_repo: Path) -> None:
+    ids = prompt(tiny_repo)
+    model = ChatGLMForConditionalGeneration.from_pretrained(tiny_repo)
+    assert torch.equal(logits(model, ids), logits(load(tiny_repo), ids))
+    config = ChatGLMConfig.from_pretrained(tiny_repo, pre_seq_len=4)
+    model, report = ChatGLMForConditionalGeneration.from_pretrained(
+        tiny_repo, config=config, output_loading_info=True
+    )
+    assert set(report["missing_keys"]) == {"transformer.prefix_encoder.embedding.weight"}
+    trained = {name for name, p in model.named_parameters() if p.requires_grad}
+    assert trained == {"transformer.prefix_encoder.embedding.weight"}
 
 
 def test_a_prefix_with_its_projection(tiny_repo: Path) -> None:

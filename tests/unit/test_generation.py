@@ -260,6 +260,20 @@ def original_inputs(ids: torch.Tensor, arrays: dict[str, torch.Tensor]) -> dict[
     }
 
 
+def test_one_axis_models_cache_in_any_case() -> None:
+    """What they compute depends on it, and the original did; their own positions count on too."""
+    model = build_model(spread=5, position_encoding_2d=False)
+    ids = torch.tensor([PROMPTS[0]])
+    expected = model.generate(ids, **GREEDY)
+    assert torch.equal(model.generate(ids, use_cache=False, **GREEDY), expected)
+    places = build_geometry(ids, None, model.transformer.special_ids, num_positions=1).position_ids
+    blank = PROMPTS[0].index(GMASK)
+    assert places[0, 0, -1] == blank + 1  # from where on `continue_position_ids` holds
+    held = torch.cat((places[:, 0, :-1], torch.tensor([[blank]])), dim=1)
+    step = model.generate(ids, position_ids=held, **GREEDY)
+    assert step.shape == expected.shape and not torch.equal(step, expected)
+
+
 def test_several_answers_to_a_prompt_with_positions(model: Any) -> None:
     ids = torch.tensor([PROMPTS[2]])
     geometry = build_geometry(ids, None, model.transformer.special_ids)
