@@ -30,7 +30,7 @@ from recipes.mini.corpus import (
 )
 
 SEED = 20261122
-STEPS = 2520
+STEPS = 2240
 WARM_UP_STEPS = 150
 FALL_SHARE = 0.2
 LEARNING_RATE = 1e-3
