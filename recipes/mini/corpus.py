@@ -10,6 +10,7 @@ dialogue, and asks for the chosen round's answer.
 
 import json
 import random
+import re
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -27,31 +28,71 @@ BATCH_TOKENS = 3072
 BATCHES_IN_POOL = 8
 
 
-class Part(NamedTuple):
-    """A source's share of the examples, at first and from `FOCUS_STEP` on, and a limit.
+class Phase(NamedTuple):
+    """What is drawn from `first_step` on.
 
-    The limit is how many of its dialogues are used: the model is too small to learn every word
-    and idiom, and fewer, more often, stick.
+    Attributes:
+        shares: each source's share of the examples.
+        limits: of these sources only so many dialogues, the first ones, are drawn.
+        basics_weight: how many times as often as another a seed about the basics is drawn.
+        gap_share: share of the questions in which words go missing.
     """
 
-    share: float
-    focused_share: float
-    limit: int | None = None
+    first_step: int
+    shares: dict[str, float]
+    limits: dict[str, int] = {}
+    basics_weight: int = 1
+    gap_share: float = 0.0
 
 
-# First a broad mix, for fluency; then mostly our own dialogues, which the model is meant to know.
-MIX = {
-    "seeds": Part(0.50, 0.72),
-    "health": Part(0.09, 0.06),
-    "countries": Part(0.09, 0.06),
-    "wordnet": Part(0.08, 0.03, 1200),
-    "arithmetic": Part(0.08, 0.05),
-    "idioms": Part(0.06, 0.02, 800),
-    "chitchat": Part(0.05, 0.03),
-    "django": Part(0.03, 0.01),
-    "chatterbot": Part(0.02, 0.02),
-}
-FOCUS_STEP = 1400
+PHASES = (
+    # A broad mix, for fluency.
+    Phase(
+        0,
+        {
+            "seeds": 0.50,
+            "health": 0.09,
+            "countries": 0.09,
+            "wordnet": 0.08,
+            "arithmetic": 0.08,
+            "idioms": 0.06,
+            "chitchat": 0.05,
+            "django": 0.03,
+            "chatterbot": 0.02,
+        },
+    ),
+    # Mostly our own dialogues, which the model is meant to know.
+    Phase(
+        1400,
+        {
+            "seeds": 0.72,
+            "health": 0.06,
+            "countries": 0.06,
+            "wordnet": 0.03,
+            "arithmetic": 0.05,
+            "idioms": 0.02,
+            "chitchat": 0.03,
+            "django": 0.01,
+            "chatterbot": 0.02,
+        },
+    ),
+    # Only what so small a model can learn, asked with gaps, so that the other words must do.
+    Phase(
+        2240,
+        {"seeds": 0.80, "health": 0.04, "countries": 0.06, "arithmetic": 0.09, "chatterbot": 0.01},
+        limits={"arithmetic": 800},
+        basics_weight=3,
+        gap_share=0.35,
+    ),
+)
+SOURCES = tuple(PHASES[0].shares)
+# The model is too small to learn every word and idiom, and fewer, more often, stick.
+LIMITS = {"wordnet": 1200, "idioms": 800}
+# The talk seeds begin with greetings, what the model is and can do, thanks and good-byes.
+BASICS = re.compile(r"talk-(en|zh)-0[0-7]\d")
+# A Chinese character, or a word, with the space before it.
+WORD = re.compile(r"\s*(?:[\u4e00-\u9fff]|[^\s\u4e00-\u9fff]+)")
+GAP_RATE = 0.15  # of a question's words, where any go missing
 
 OTHER_TOPIC_SHARE = 0.3  # examples whose history begins with another dialogue
 LOWER_CASE_SHARE = 0.25
@@ -85,12 +126,12 @@ class Example(NamedTuple):
 def load_dialogues(data: Path) -> list[Dialogue]:
     """Read our own seeds and the fetched sources of a folder, in a fixed order."""
     files = [("seeds", path) for path in sorted(SEEDS.glob("*.jsonl"))]
-    files += [(path.stem, path) for path in sorted(data.glob("*.jsonl")) if path.stem in MIX]
+    files += [(path.stem, path) for path in sorted(data.glob("*.jsonl")) if path.stem in SOURCES]
     return [dialogue for source, path in files for dialogue in _read_dialogues(source, path)]
 
 
 def _read_dialogues(source: str, path: Path) -> Iterator[Dialogue]:
-    limit = MIX[source].limit
+    limit = LIMITS.get(source)
     for number, line in enumerate(path.read_text(encoding="utf-8").splitlines()):
         if limit is not None and number >= limit:
             return
@@ -138,6 +179,23 @@ def vary_question(question: str, rng: random.Random) -> str:
     return spell_question(question, is_lower, is_bare)
 
 
+def open_gaps(question: str, rng: random.Random) -> str:
+    """Leave out some words of a question of at least four."""
+    words = WORD.findall(question)
+    kept = [word for word in words if rng.random() >= GAP_RATE]
+    return "".join(kept).lstrip() if 3 <= len(kept) < len(words) else question
+
+
+def pool_dialogues(dialogues: Sequence[Dialogue], phase: Phase) -> dict[str, list[Dialogue]]:
+    """Return, by source, what a phase draws from; a dialogue stands there as often as it weighs."""
+    pools: dict[str, list[Dialogue]] = {source: [] for source in phase.shares}
+    for dialogue in dialogues:
+        pool = pools.get(dialogue.source, [])
+        if len(pool) < phase.limits.get(dialogue.source, len(dialogues) * phase.basics_weight):
+            pool += [dialogue] * (phase.basics_weight if BASICS.match(dialogue.id) else 1)
+    return {source: pool for source, pool in pools.items() if pool}
+
+
 class Sampler:
     """Draws examples and batches; the same seed and step give the same batch.
 
@@ -155,12 +213,7 @@ class Sampler:
     ) -> None:
         self.tokenizer = tokenizer
         self.build_prompt = build_prompt
-        self.by_source: dict[str, list[Dialogue]] = {}
-        for dialogue in dialogues:
-            self.by_source.setdefault(dialogue.source, []).append(dialogue)
-        self.sources = [source for source in MIX if source in self.by_source]
-        self.shares = [MIX[source].share for source in self.sources]
-        self.focused_shares = [MIX[source].focused_share for source in self.sources]
+        self.pools = [pool_dialogues(dialogues, phase) for phase in PHASES]
         self.end_id = tokenizer.convert_tokens_to_ids("<eop>")
 
     def encode(self, query: str, history: list[tuple[str, str]], answer: str) -> Example:
@@ -172,27 +225,33 @@ class Sampler:
         ]
         return Example(prompt_ids, [*answer_ids, self.end_id])
 
-    def draw_example(self, rng: random.Random, is_focused: bool = False) -> Example:
-        """Draw one example; too long a history is forgotten."""
-        shares = self.focused_shares if is_focused else self.shares
-        (source,) = rng.choices(self.sources, shares)
-        dialogue = rng.choice(self.by_source[source])
+    def draw_example(self, rng: random.Random, step: int = 0) -> Example:
+        """Draw one example of a step's phase; too long a history is forgotten."""
+        phase = max(i for i, phase in enumerate(PHASES) if phase.first_step <= step)
+        dialogue = self._draw_dialogue(rng, phase)
         last = rng.randrange(len(dialogue.rounds))
         history = self._draw_other_topic(rng) if rng.random() < OTHER_TOPIC_SHARE else []
         history += self._draw_rounds(dialogue.rounds[:last], rng)
         query = vary_question(rng.choice(dialogue.rounds[last].questions), rng)
+        if PHASES[phase].gap_share and rng.random() < PHASES[phase].gap_share:
+            query = open_gaps(query, rng)
         answer = dialogue.rounds[last].answer
         example = self.encode(query, history, answer)
         if sum(map(len, example)) > MAX_TOKENS:
             example = self.encode(query, history[-last:] if last else [], answer)
         return example
 
+    def _draw_dialogue(self, rng: random.Random, phase: int) -> Dialogue:
+        pools = self.pools[phase]
+        shares = [PHASES[phase].shares[source] for source in pools]
+        (source,) = rng.choices(list(pools), shares)
+        return rng.choice(pools[source])
+
     def _draw_rounds(self, rounds: Sequence[Round], rng: random.Random) -> list[tuple[str, str]]:
         return [(vary_question(rng.choice(r.questions), rng), r.answer) for r in rounds]
 
     def _draw_other_topic(self, rng: random.Random) -> list[tuple[str, str]]:
-        (source,) = rng.choices(self.sources, self.shares)
-        rounds = rng.choice(self.by_source[source]).rounds
+        rounds = self._draw_dialogue(rng, 0).rounds
         return self._draw_rounds(rounds[: rng.randrange(1, 3)], rng)
 
     def iter_batches(self, seed: int, first_step: int) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
@@ -200,17 +259,15 @@ class Sampler:
         pool = first_step // BATCHES_IN_POOL
         skipped = first_step % BATCHES_IN_POOL
         while True:
-            is_focused = pool * BATCHES_IN_POOL >= FOCUS_STEP
-            yield from self._draw_pool(random.Random(f"{seed}/{pool}"), is_focused)[skipped:]
+            rng = random.Random(f"{seed}/{pool}")
+            yield from self._draw_pool(rng, pool * BATCHES_IN_POOL)[skipped:]
             pool, skipped = pool + 1, 0
 
-    def _draw_pool(
-        self, rng: random.Random, is_focused: bool
-    ) -> list[tuple[Tensor, Tensor, Tensor]]:
+    def _draw_pool(self, rng: random.Random, step: int) -> list[tuple[Tensor, Tensor, Tensor]]:
         """Draw some batches' worth of examples and group them by length, which saves padding."""
         examples, budget = [], BATCHES_IN_POOL * BATCH_TOKENS
         while budget > 0:
-            example = self.draw_example(rng, is_focused)
+            example = self.draw_example(rng, step)
             if sum(map(len, example)) <= MAX_TOKENS:
                 examples.append(example)
                 budget -= sum(map(len, example))

@@ -16,7 +16,7 @@ import torch
 from recipes.mini.corpus import (
     IGNORED_LABEL,
     MAX_TOKENS,
-    MIX,
+    SOURCES,
     Dialogue,
     Example,
     Sampler,
@@ -95,7 +95,7 @@ def pick_taught(seen: Sequence[Dialogue]) -> list[Question]:
     """Draw up to `TAUGHT_ROUNDS` rounds of each source from what was trained on."""
     rng = random.Random(SEED)
     asked = [question for dialogue in seen for question in iter_questions(dialogue)]
-    pools = [[question for question in asked if question.source == source] for source in MIX]
+    pools = [[question for question in asked if question.source == source] for source in SOURCES]
     return [q for pool in pools for q in rng.sample(pool, min(TAUGHT_ROUNDS, len(pool)))]
 
 
@@ -128,7 +128,7 @@ def measure_losses(
 ) -> dict[str, dict[str, Any]]:
     """Return the summed losses of the model and of the baseline by source, with the counts."""
     measured = {}
-    for source in MIX:
+    for source in SOURCES:
         examples = encode_questions((q for q in questions if q.source == source), sampler)
         if examples:
             measured[source] = {

@@ -2,9 +2,9 @@
 
     python -m recipes.mini.train --data DIR --work DIR [--steps N]
 
-Resumable: the state is saved every `SAVE_EVERY` steps and a second call goes on from it. The
-learning rate warms up, stays, and falls linearly over the last fifth, so a run may be prolonged
-by more `--steps` as long as it has not reached its fall. Loss and time go to `log.jsonl`.
+Resumable: the state is saved every `SAVE_EVERY` steps and a second call goes on from it. There are
+two courses of the learning rate, the second with the last of the mixes in `corpus.py`. Loss and
+time go to `log.jsonl`.
 """
 
 import argparse
@@ -30,7 +30,8 @@ from recipes.mini.corpus import (
 )
 
 SEED = 20261122
-STEPS = 2240
+STEPS = 4640
+SECOND_COURSE = 2240  # the step at which it begins, with the mix of its own
 WARM_UP_STEPS = 150
 FALL_SHARE = 0.2
 LEARNING_RATE = 1e-3
@@ -43,10 +44,19 @@ HELD_OUT_EXAMPLES = 256
 
 
 def learning_rate(step: int, steps: int) -> float:
-    """Return the rate of a step: warm up, stay, fall linearly to a hundredth."""
-    fall_steps = int(steps * FALL_SHARE)
-    fall = max(0.01, (steps - step) / fall_steps) if step > steps - fall_steps else 1.0
-    return LEARNING_RATE * min(1.0, (step + 1) / WARM_UP_STEPS) * fall
+    """Return the rate of a step of one of the two courses.
+
+    The first warms up, stays, and falls linearly to a hundredth over its last fifth; the second
+    rises again and falls all the way.
+    """
+    first_step, length = 0, min(steps, SECOND_COURSE)
+    fall_steps = int(length * FALL_SHARE)
+    if step >= SECOND_COURSE:
+        first_step, length = SECOND_COURSE, steps - SECOND_COURSE
+        fall_steps = length
+    done = step - first_step
+    fall = max(0.01, min(1.0, (length - done) / fall_steps))
+    return LEARNING_RATE * min(1.0, (done + 1) / WARM_UP_STEPS) * fall
 
 
 def build_optimizer(model: nn.Module) -> torch.optim.Optimizer:

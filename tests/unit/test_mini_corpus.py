@@ -18,13 +18,17 @@ from recipes.mini.corpus import (
     HELD_OUT_WORDINGS,
     IGNORED_LABEL,
     MAX_TOKENS,
-    MIX,
+    PHASES,
+    SOURCES,
+    WORD,
     Dialogue,
-    Part,
+    Phase,
     Round,
     Sampler,
     collate,
     load_dialogues,
+    open_gaps,
+    pool_dialogues,
     spell_question,
     split_dialogues,
 )
@@ -65,7 +69,7 @@ def parts(data: Path) -> tuple[list[Dialogue], list[Dialogue]]:
 
 def test_sources_come_with_their_limit_and_in_a_fixed_order(data: Path) -> None:
     dialogues = load_dialogues(data)
-    counts = {source: sum(d.source == source for d in dialogues) for source in MIX}
+    counts = {source: sum(d.source == source for d in dialogues) for source in SOURCES}
     assert (counts["seeds"], counts["wordnet"], counts["chitchat"]) == (900, 1200, 200)
     assert sum(counts.values()) == len(dialogues)
     assert dialogues == load_dialogues(data)
@@ -160,12 +164,11 @@ def test_batches_depend_on_seed_and_step_alone(
     assert other.shape != from_step[0][0].shape or not torch.equal(other, from_step[0][0])
 
 
-def test_the_mix_is_focused_from_its_step_on(
+def test_each_phase_draws_its_own_mix_from_its_step_on(
     data: Path, tokenizer: ChatGLMTokenizer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("recipes.mini.corpus.FOCUS_STEP", BATCHES_IN_POOL)
-    monkeypatch.setitem(MIX, "wordnet", Part(1.0, 0.0))
-    monkeypatch.setitem(MIX, "chitchat", Part(0.0, 1.0))
+    phases = (Phase(0, {"wordnet": 1.0}), Phase(BATCHES_IN_POOL, {"chitchat": 1.0}))
+    monkeypatch.setattr("recipes.mini.corpus.PHASES", phases)
     dialogues = [d for d in load_dialogues(data) if d.source != "seeds"]
     sampler = Sampler(dialogues, tokenizer, lambda query, history: query)
     batches = islice(sampler.iter_batches(7, 0), 2 * BATCHES_IN_POOL)
@@ -175,9 +178,42 @@ def test_the_mix_is_focused_from_its_step_on(
     assert "chitchat" in after and "wordnet" not in after
 
 
-def test_the_shares_of_both_mixes_sum_to_one() -> None:
-    for shares in ([p.share for p in MIX.values()], [p.focused_share for p in MIX.values()]):
-        assert sum(shares) == pytest.approx(1)
+def test_the_shares_of_every_phase_sum_to_one_and_phases_begin_with_a_pool() -> None:
+    for phase in PHASES:
+        assert sum(phase.shares.values()) == pytest.approx(1)
+        assert set(phase.limits) <= set(phase.shares) <= set(SOURCES)
+        assert phase.first_step % BATCHES_IN_POOL == 0
+    assert [phase.first_step for phase in PHASES] == sorted({p.first_step for p in PHASES})
+
+
+def test_a_pool_keeps_to_its_limits_and_repeats_the_basics() -> None:
+    rounds = [Round(["?"], "!")]
+    ids = ["talk-en-007", "talk-zh-080", "sum-1", "sum-2", "sum-3", "health-en-001"]
+    sources = ["seeds", "seeds", *["arithmetic"] * 3, "health"]
+    dialogues = [Dialogue(id, source, rounds) for id, source in zip(ids, sources)]
+    phase = Phase(0, {"seeds": 0.5, "arithmetic": 0.5}, {"arithmetic": 2}, basics_weight=3)
+    pools = pool_dialogues(dialogues, phase)
+    assert {source: [d.id for d in pool] for source, pool in pools.items()} == {
+        "seeds": ["talk-en-007"] * 3 + ["talk-zh-080"],
+        "arithmetic": ["sum-1", "sum-2"],
+    }
+
+
+@pytest.mark.parametrize("question", ["What is the best way to fall asleep?", "晚上睡不着怎么办"])
+def test_gaps_leave_some_words_in_their_order(question: str) -> None:
+    rng = random.Random(1)
+    found = {open_gaps(question, rng) for _ in range(200)}
+    assert len(found) > 20 and question in found
+    for gappy in found:
+        letters = iter(question)
+        assert all(letter in letters for letter in gappy), gappy
+        assert len(WORD.findall(gappy)) >= 3
+
+
+@pytest.mark.parametrize("question", ["hello", "who are you", ""])
+def test_short_questions_get_no_gaps(question: str) -> None:
+    rng = random.Random(1)
+    assert {open_gaps(question, rng) for _ in range(50)} == {question}
 
 
 def test_only_answers_and_their_end_carry_labels(

@@ -65,10 +65,16 @@ def test_the_rate_warms_up_stays_and_falls() -> None:
     assert rates[:150] == sorted(rates[:150]) and rates[800:] == sorted(rates[800:], reverse=True)
 
 
-def test_a_run_may_be_prolonged_before_its_fall() -> None:
-    steps = range(800)
-    short, long = ([recipe.learning_rate(step, total) for step in steps] for total in (1000, 9000))
-    assert short == long
+def test_the_second_course_rises_again_and_falls_to_its_end() -> None:
+    start, steps = recipe.SECOND_COURSE, recipe.STEPS
+    first = [recipe.learning_rate(step, steps) for step in range(start)]
+    assert first == [recipe.learning_rate(step, start) for step in range(start)]
+    second = [recipe.learning_rate(step, steps) for step in range(start, steps)]
+    top = second.index(max(second))
+    assert second[:top] == sorted(second[:top]) and top < recipe.WARM_UP_STEPS
+    assert second[top:] == sorted(second[top:], reverse=True)
+    assert 0.9e-3 < second[top] <= 1e-3
+    assert second[-1] == pytest.approx(1e-5)
 
 
 def test_only_matrices_decay_and_the_tied_one_once() -> None:
