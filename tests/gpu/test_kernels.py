@@ -1,0 +1,141 @@
+"""The kernels on a real GPU: the assertions of the simulator, and how near the memory's speed.
+
+    python -m pytest tests/gpu
+
+None of this has run for the project, whose machines have no GPU: reports are welcome.
+"""
+
+import sys
+from collections.abc import Callable
+
+import pytest
+import torch
+from chatglm_6b import quantization_cuda
+from chatglm_6b.quantization import QuantizedLinear, quantized_linear
+from chatglm_6b.quantization_cuda import CudaKernels, find_kernels
+from ptx.cases import (
+    CASES,
+    DTYPES,
+    FEW_CASES,
+    ODD_CASES,
+    SMALL_CASES,
+    Case,
+    assert_dequantizes,
+    assert_multiplies,
+    make_input,
+    make_operands,
+)
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(
+        not torch.cuda.is_available() or torch.version.hip is not None,
+        reason="there is no CUDA device",
+    ),
+]
+ALL_CASES = [*CASES, *FEW_CASES, *SMALL_CASES, *ODD_CASES]
+# The linear layers of the 6B model, outputs by inputs.
+SHAPES = ((12288, 4096), (4096, 4096), (16384, 4096), (4096, 16384))
+REPEATS = 50
+
+
+@pytest.fixture
+def kernels() -> CudaKernels:
+    found = find_kernels(torch.device("cuda"))
+    assert found is not None, "the log says why"
+    return found
+
+
+@pytest.mark.parametrize("case", ALL_CASES, ids=str)
+def test_matrices_are_unpacked_bit_for_bit(case: Case, kernels: CudaKernels) -> None:
+    assert_dequantizes(kernels, case, "cuda")
+
+
+@pytest.mark.parametrize("rows", [1, 2, 3, 8])
+@pytest.mark.parametrize("case", ALL_CASES, ids=str)
+def test_products_are_exact(case: Case, rows: int, kernels: CudaKernels) -> None:
+    assert_multiplies(kernels, case, rows, device="cuda")
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_products_of_the_real_sizes_are_exact(shape: tuple[int, int], kernels: CudaKernels) -> None:
+    for case in (Case(4, torch.float16, None, shape), Case(8, torch.bfloat16, 128, shape)):
+        assert_multiplies(kernels, case, 1, device="cuda")
+        assert_dequantizes(kernels, case, "cuda")
+
+
+def test_kernels_wait_for_the_stream_they_are_launched_on(kernels: CudaKernels) -> None:
+    case = Case(4, torch.float16, None, (4096, 4096))
+    weight, scale = make_operands(case, "cuda")
+    input = make_input(case, 1, device="cuda")
+    expected = kernels.multiply(input, weight, scale, 4)
+    late, stream = torch.zeros_like(input), torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        torch.cuda._sleep(10_000_000)
+        late.copy_(input)
+        output = kernels.multiply(late, weight, scale, 4)
+    torch.cuda.synchronize()
+    assert output is not None and expected is not None
+    assert torch.equal(output, expected)
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="there is one CUDA device only")
+def test_kernels_run_on_the_device_of_their_operands() -> None:
+    other = find_kernels(torch.device("cuda", 1))
+    assert other is not None, "the log says why"
+    with torch.cuda.device(0):
+        assert_multiplies(other, SMALL_CASES[0], 1, device="cuda:1")
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_gradients_are_those_of_plain_torch(
+    dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    layer = QuantizedLinear.from_linear(torch.nn.Linear(512, 96, device="cuda"), 4).to(dtype)
+    gradients = []
+    for found in (None, {}):
+        if found is None:  # as on a device without kernels
+            monkeypatch.setitem(quantization_cuda._found, torch.cuda.current_device(), None)
+        else:
+            monkeypatch.undo()
+        input = torch.ones(3, 512, device="cuda", dtype=dtype, requires_grad=True)
+        output = quantized_linear(input, layer.weight, layer.weight_scale, 4)
+        output.sum().backward()
+        gradients.append(input.grad)
+    assert torch.equal(*gradients)
+
+
+def measure(function: Callable[[], object]) -> float:
+    """Return the seconds that a call takes on the device, with its weights out of the cache."""
+    flush = torch.empty(256 * 2**20, dtype=torch.int8, device="cuda")
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    seconds = 0.0
+    for repeat in range(REPEATS + 3):
+        flush.zero_()
+        start.record()
+        function()
+        end.record()
+        torch.cuda.synchronize()
+        seconds += start.elapsed_time(end) / 1000 if repeat >= 3 else 0
+    return seconds / REPEATS
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_one_row_is_faster_than_with_half_weights(
+    bits: int, shape: tuple[int, int], kernels: CudaKernels, capsys: pytest.CaptureFixture[str]
+) -> None:
+    case = Case(bits, torch.float16, None, shape)
+    weight, scale = make_operands(case, "cuda")
+    input = make_input(case, 1, device="cuda")
+    half = torch.randn(shape, dtype=torch.float16, device="cuda")
+    packed = measure(lambda: kernels.multiply(input, weight, scale, bits))
+    plain = measure(lambda: torch.nn.functional.linear(input, half))
+    with capsys.disabled():
+        sys.stdout.write(
+            f"\n{torch.cuda.get_device_name()}, {bits} bits, {shape}: {packed * 1e6:.0f} us, "
+            f"{weight.nbytes / packed / 1e9:.0f} GB/s; half {plain * 1e6:.0f} us, "
+            f"{half.nbytes / plain / 1e9:.0f} GB/s"
+        )
+    assert packed < plain
