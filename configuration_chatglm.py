@@ -66,6 +66,9 @@ class ChatGLMConfig(PretrainedConfig):
             `<eop>`, `[MASK]`, `[gMASK]` and `<pad>`; default by `vocab_size`.
         position_encoding_2d: two rotary positions a token (all released weights) or one.
         quantization_bit: 0 for plain weights, 4 or 8 for a quantized checkpoint.
+        quantization_group_size: 32, 64 or 128 columns that share a scale; None for a scale per
+            row, as in the official checkpoints.
+        quantization_embeddings: whether the embedding and the head are quantized too.
         pre_seq_len: length of a P-Tuning v2 prefix, or None for a model without one.
         prefix_projection: whether the prefix goes through a two-layer network.
         tie_word_embeddings: whether `lm_head` is the embedding matrix (all released weights).
@@ -106,6 +109,8 @@ class ChatGLMConfig(PretrainedConfig):
         pad_token_id: int | None = None,
         position_encoding_2d: bool = True,
         quantization_bit: int = 0,
+        quantization_group_size: int | None = None,
+        quantization_embeddings: bool = False,
         pre_seq_len: int | None = None,
         prefix_projection: bool = False,
         tie_word_embeddings: bool = True,
@@ -121,6 +126,8 @@ class ChatGLMConfig(PretrainedConfig):
         self.use_cache = use_cache
         self.position_encoding_2d = position_encoding_2d
         self.quantization_bit = quantization_bit
+        self.quantization_group_size = quantization_group_size
+        self.quantization_embeddings = quantization_embeddings
         self.pre_seq_len: Any = pre_seq_len
         self.prefix_projection = prefix_projection
         token_ids = {

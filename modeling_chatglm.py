@@ -2,7 +2,8 @@
 
 Owns the blocks, the heads and their losses. Knows nothing of text; where a token stands and what
 it sees comes from `masking_chatglm`, tokens from `generation_chatglm`, talk from
-`conversation_chatglm`, a trained prefix from `prefix_chatglm`, packed weights from `quantization`.
+`conversation_chatglm`, a trained prefix from `prefix_chatglm`, packed weights from `quantization`
+and `packing_chatglm`.
 
 Shapes: `B` batch, `S` new tokens, `K` keys (past, new and prefix), `N` heads, `D` head dim,
 `H` hidden, `P` position axes, `L` layers, `V` vocabulary.
@@ -37,8 +38,13 @@ from .masking_chatglm import (
     note_tokens,
     reserved_length,
 )
+from .packing_chatglm import QuantizationMixin, WeightFormat, note_ties, swap_layers
 from .prefix_chatglm import PrefixEncoder, PrefixTable, prepend_prefix
-from .quantization import quantize_model
+from .quantization import QuantizedLinear
+
+# Not used here: transformers copies the files that this one imports, and not theirs.
+from .quantization_cuda import find_kernels  # noqa: F401
+from .quantizer_chatglm import QuantizedLoadingMixin
 
 # The released weights were trained with 28 layers, and the original code uses this number for a
 # model of any depth.
@@ -232,7 +238,7 @@ class GLMBlock(GradientCheckpointingLayer):
         return mlp_input * self.alpha + self.mlp(mlp_input), attn_weights
 
 
-class ChatGLMPreTrainedModel(PreTrainedModel):
+class ChatGLMPreTrainedModel(QuantizationMixin, QuantizedLoadingMixin, PreTrainedModel):
     """What transformers needs to know to load, place, split and initialize the network."""
 
     config_class = ChatGLMConfig
@@ -247,25 +253,16 @@ class ChatGLMPreTrainedModel(PreTrainedModel):
 
     @classmethod
     def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:
-        """Load as transformers does, and see to what it leaves undone.
-
-        transformers 5 makes all that it loads trainable, a P-Tuning model's frozen weights too.
+        """Load as transformers does, quantizing on the way if asked to (`quantizer_chatglm`).
 
         Raises:
-            ValueError: if `quantization_bit` is set but the stored weights are not quantized.
+            ValueError: if the stored tensors are not those of the configuration.
         """
-        wants_report = kwargs.pop("output_loading_info", False)
-        loaded: Any = super().from_pretrained(*args, output_loading_info=True, **kwargs)
-        model, report = loaded
-        unscaled = [name for name in report["missing_keys"] if name.endswith("weight_scale")]
-        if unscaled:
-            bits = model.config.quantization_bit
-            raise ValueError(
-                f"quantization_bit is {bits}, but the checkpoint has no {sorted(unscaled)[0]}: its "
-                f"weights are not quantized. Load it without and call model.quantize({bits})."
-            )
+        loaded: Any = super().from_pretrained(*args, **kwargs)
+        model = loaded[0] if isinstance(loaded, tuple) else loaded
+        # transformers 5 makes all that it loads trainable, a P-Tuning model's frozen weights too.
         model.base_model.freeze_around_prefix()
-        return (model, report) if wants_report else model
+        return loaded
 
     def get_input_embeddings(self) -> Any:
         return self.base_model.word_embeddings
@@ -279,6 +276,8 @@ class ChatGLMPreTrainedModel(PreTrainedModel):
         The normed, scaled residual stays at the unigram plateau with the usual N(0, 0.02); Xavier
         everywhere learns (docs/mini.md).
         """
+        if isinstance(module, QuantizedLinear):
+            return
         if isinstance(module, nn.Linear):
             nn.init.xavier_normal_(module.weight)
             if module.bias is not None:
@@ -325,7 +324,7 @@ class ChatGLMModel(ChatGLMPreTrainedModel):
         if self.pre_seq_len is not None:
             self.prefix_encoder = PrefixEncoder(config, self.pre_seq_len)
         if config.quantization_bit:
-            quantize_model(self, config.quantization_bit, empty_init=True)
+            swap_layers(self, WeightFormat.of_config(config), empty_init=True)
         self.freeze_around_prefix()
         self.post_init()
 
@@ -496,7 +495,10 @@ class ChatGLMForConditionalGeneration(ChatGLMPreTrainedModel, ChatMixin, GLMGene
     def __init__(self, config: ChatGLMConfig) -> None:
         super().__init__(config)
         self.transformer = ChatGLMModel(config)
-        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.lm_head: nn.Module = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        if config.quantization_bit:
+            swap_layers(self, WeightFormat.of_config(config), empty_init=True)
+        note_ties(self)
         self.post_init()
 
     def get_output_embeddings(self) -> nn.Module:
@@ -550,20 +552,6 @@ class ChatGLMForConditionalGeneration(ChatGLMPreTrainedModel, ChatMixin, GLMGene
             loss = self.loss_function(logits, labels, self.config.vocab_size, **kwargs)
         output = CausalLMOutputWithPast(loss=loss, logits=logits, **_states_of(outputs))
         return output if _default(return_dict, self.config.return_dict) else output.to_tuple()
-
-    def quantize(
-        self, bits: int, empty_init: bool = False, **kwargs: Any
-    ) -> "ChatGLMForConditionalGeneration":
-        """Pack the blocks' linear weights to 4 or 8 bits, in place, and return the model.
-
-        Args:
-            bits: 4 or 8; 0 leaves the model as it is.
-            empty_init: only change the storage, for weights that will be loaded afterwards.
-
-        Raises:
-            ValueError: for other bits, or for a model already quantized to another number.
-        """
-        return quantize_model(self, bits, empty_init=empty_init, **kwargs)
 
 
 class ChatGLMForSequenceClassification(ChatGLMPreTrainedModel):

@@ -1,54 +1,69 @@
-"""Packed 4-bit and 8-bit weights: the official storage format and its arithmetic in plain torch.
+"""Packed 4-bit and 8-bit weights: the storage formats, their arithmetic, the layers that use them.
 
-Owns how a float matrix becomes integers with a scale per row, how two 4-bit integers share a byte,
-the layer that computes with them, and the walk that swaps a model's layers. Knows nothing of
-attention, of text, or of devices: whatever torch runs on, this runs on.
+Owns how a float matrix becomes integers with a scale per row or per group of columns, how two 4-bit
+integers share a byte, and the layers that compute with them. Knows nothing of attention, of text,
+or of how a model gets such layers (`packing_chatglm`). Kernels for a device come from a file of
+their own; what none of them takes is computed by plain torch, on whatever torch runs on.
 
-The scheme is the original's (absmax rounding as in GLM-130B, https://arxiv.org/abs/2210.02414,
-symmetric, one scale a row), with `limit = 2 ** (bits - 1) - 1`:
+The official scheme is the original's (absmax rounding as in GLM-130B,
+https://arxiv.org/abs/2210.02414, symmetric, one scale a row), with `limit = 2 ** (bits - 1) - 1`:
 
     weight_scale[o] = half(max_i |W[o, i]| / limit)
     weight[o, i]    = round_half_to_even(W[o, i] / weight_scale[o])
     W[o, i]        ~= weight[o, i] * weight_scale[o]
 
-Shapes: `O` output features, `I` input features, `C` stored columns: `I`, or `I / 2` with 4 bits.
+With groups, each run of `group_size` columns of a row is treated as such a row.
+
+Shapes: `O` output features, `I` input features, `C` stored columns: `I`, or `I / 2` with 4 bits;
+`G` groups of a row. Scales are `(O,)`, or `(O, G)` with groups.
 """
 
-from collections.abc import Callable
-from typing import Any, TypeVar, cast
+from collections.abc import Callable, Iterator
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
-from transformers.utils import logging
 
-logger = logging.get_logger(__name__)
+from .quantization_cuda import find_kernels as find_cuda_kernels
 
-# The layers of a block whose weights are packed; embedding, norms and head stay as they are.
-PACKED_LAYERS = (
-    "attention.query_key_value",
-    "attention.dense",
-    "mlp.dense_h_to_4h",
-    "mlp.dense_4h_to_h",
-)
-
-ModelT = TypeVar("ModelT", bound=PreTrainedModel)
+GROUP_SIZES = (32, 64, 128)
+# Larger matrices (the head, the embedding) are worked on by blocks of rows of this many weights.
+BLOCK_WEIGHTS = 2**26
 
 
-def _check_bits(bits: int) -> None:
+def check_bits(bits: int) -> None:
+    """Raise ValueError for a number of bits that there is no format for."""
     if bits not in (4, 8):
         raise ValueError(f"bits must be 4 or 8, got {bits!r}; 0 leaves a model as it is.")
 
 
-def count_columns(in_features: int, bits: int, name: str = "weight") -> int:
-    """Return the stored columns of a matrix, or say why it cannot be stored."""
-    _check_bits(bits)
+def check_columns(
+    in_features: int, bits: int, group_size: int | None = None, name: str = "weight"
+) -> None:
+    """Raise ValueError if a matrix of so many columns cannot be stored so.
+
+    Args:
+        in_features: columns of the matrix.
+        bits: 4 or 8.
+        group_size: 32, 64 or 128 columns that share a scale; None for whole rows.
+        name: what the error calls the matrix.
+    """
+    check_bits(bits)
     if bits == 4 and in_features % 2:
         raise ValueError(
             f"{name} has {in_features} columns, and 4 bits need an even number of them, two to a "
             "byte: use 8 bits."
         )
-    return in_features * bits // 8
+    if group_size is not None and group_size not in GROUP_SIZES:
+        raise ValueError(
+            f"group_size must be one of {GROUP_SIZES}, or None for a scale per row; got "
+            f"{group_size!r}."
+        )
+    if group_size is not None and in_features % group_size:
+        raise ValueError(
+            f"{name} has {in_features} columns, which groups of {group_size} do not divide: use "
+            "another group_size, or None for a scale per row."
+        )
 
 
 def pack_int4(integers: Tensor) -> Tensor:
@@ -71,8 +86,10 @@ def unpack_int4(packed: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def quantize_weight(weight: Tensor, bits: int, name: str = "weight") -> tuple[Tensor, Tensor]:
-    """Round a float matrix to integers, bit for bit as the original does.
+def quantize_weight(
+    weight: Tensor, bits: int, name: str = "weight", group_size: int | None = None
+) -> tuple[Tensor, Tensor]:
+    """Round a float matrix to integers, without groups bit for bit as the original does.
 
     Half keeps few bits of a very small scale, so a quotient can leave the integers' range: it is
     clamped, where the original wraps around to the other sign. A row of scale 0 becomes zeros.
@@ -81,47 +98,104 @@ def quantize_weight(weight: Tensor, bits: int, name: str = "weight") -> tuple[Te
         weight: `(O, I)`, any floating dtype, any device.
         bits: 4 or 8.
         name: what an error calls the matrix.
+        group_size: columns that share a scale; None for whole rows, the official format.
 
     Returns:
-        The stored integers, int8 `(O, C)`, and the scales, half `(O,)`.
+        The stored integers, int8 `(O, C)`, and the scales, half `(O,)` or `(O, G)`.
 
     Raises:
-        ValueError: for other bits, an odd `I` with 4 bits, or a row whose scale is not finite.
+        ValueError: for other bits, an `I` that cannot be stored so, or a scale that is not finite.
     """
-    count_columns(weight.shape[1], bits, name)
-    limit = 2 ** (bits - 1) - 1
-    largest = torch.linalg.vector_norm(weight, ord=torch.inf, dim=1)
-    scale = (largest.float() / limit).half()  # (O,)
+    rows, in_features = weight.shape
+    check_columns(in_features, bits, group_size, name)
+    packed = weight.new_empty(rows, in_features * bits // 8, dtype=torch.int8)
+    groups = () if group_size is None else (in_features // group_size,)
+    scale = weight.new_empty(rows, *groups, dtype=torch.float16)
+    for block in iter_row_blocks(rows, in_features):
+        packed[block], scale[block] = _quantize_rows(weight[block], bits, scale[block].shape)
     if not scale.isfinite().all():
-        row = int(scale.isfinite().int().argmin())
+        row = int(scale.view(rows, -1).isfinite().all(1).int().argmin())
         raise ValueError(
-            f"{name} cannot be quantized: row {row} reaches {largest[row].item()}, and half scales "
-            f"with {bits} bits reach {65504 * limit}. Repair the weights."
+            f"{name} cannot be quantized: row {row} reaches {weight[row].abs().max().item()}, and "
+            f"half scales with {bits} bits reach {65504 * _limit(bits)}. Repair the weights."
         )
+    return packed, scale
+
+
+def _limit(bits: int) -> int:
+    return 2 ** (bits - 1) - 1
+
+
+def _quantize_rows(weight: Tensor, bits: int, scale_shape: torch.Size) -> tuple[Tensor, Tensor]:
+    limit = _limit(bits)
+    groups = weight.reshape(scale_shape.numel(), -1)  # (O * G, I / G)
+    largest = torch.linalg.vector_norm(groups, ord=torch.inf, dim=1)
+    scale = (largest.float() / limit).half()  # (O * G,)
     divisor = scale.masked_fill(scale == 0, torch.inf).unsqueeze(1)
     # Half weights are divided in half, as by the original: a rounded quotient can make a tie.
-    integers = (weight / divisor).round_().clamp_(-limit - 1, limit).to(torch.int8)
-    return (pack_int4(integers) if bits == 4 else integers), scale
+    integers = (groups / divisor).round_().clamp_(-limit - 1, limit).to(torch.int8)
+    integers = integers.view(weight.shape)  # (O, I)
+    return (pack_int4(integers) if bits == 4 else integers), scale.view(scale_shape)
+
+
+def iter_row_blocks(rows: int, columns: int) -> Iterator[slice]:
+    """Cut the rows of a matrix into blocks of at most `BLOCK_WEIGHTS` weights."""
+    step = max(1, BLOCK_WEIGHTS // max(1, columns))
+    for start in range(0, rows, step):
+        yield slice(start, min(start + step, rows))
 
 
 def dequantize_weight(
     weight: Tensor, weight_scale: Tensor, bits: int, dtype: torch.dtype
 ) -> Tensor:
-    """Return the matrix `(O, I)` that stored integers stand for.
+    """Return the matrix `(O, I)` that stored integers stand for; the oracle of every kernel.
 
     Half times half is taken in half, as the original's kernels do; any other product in a dtype
     that holds the scales exactly.
 
     Args:
         weight: int8 `(O, C)`.
-        weight_scale: `(O,)`, any floating dtype.
+        weight_scale: `(O,)` or `(O, G)`, any floating dtype.
         bits: 4 or 8.
         dtype: of the result.
     """
     integers = unpack_int4(weight) if bits == 4 else weight
     # Widening by hand: a product of mixed dtypes has the same value, at twice the time and memory.
     product_dtype = torch.promote_types(dtype, weight_scale.dtype)
-    return integers.to(product_dtype).mul_(weight_scale.unsqueeze(1)).to(dtype)
+    groups = integers.to(product_dtype).view(*weight_scale.shape, -1)  # (O, [G,] I / G)
+    return groups.mul_(weight_scale.unsqueeze(-1)).view(integers.shape).to(dtype)
+
+
+class LinearKernels(Protocol):
+    """What a device's kernels offer; None for operands that they leave to torch."""
+
+    def multiply(
+        self, input: Tensor, weight: Tensor, weight_scale: Tensor, bits: int
+    ) -> Tensor | None:
+        """Return `input @ W.T`, `(..., I)` to `(..., O)`, without writing `W` to memory."""
+
+    def dequantize(
+        self, weight: Tensor, weight_scale: Tensor, bits: int, dtype: torch.dtype
+    ) -> Tensor | None:
+        """Return what `dequantize_weight` returns, bit for bit."""
+
+
+# How to find the kernels of a device, by its type; None where they cannot run.
+KERNEL_FINDERS: dict[str, Callable[[torch.device], LinearKernels | None]] = {
+    "cuda": find_cuda_kernels
+}
+
+
+def _find_kernels(tensor: Tensor) -> LinearKernels | None:
+    finder = KERNEL_FINDERS.get(tensor.device.type)
+    # A compiled graph is torch's own: it cannot look into a kernel of ours.
+    return None if finder is None or torch.compiler.is_compiling() else finder(tensor.device)
+
+
+def _dequantize(weight: Tensor, weight_scale: Tensor, bits: int, dtype: torch.dtype) -> Tensor:
+    kernels = _find_kernels(weight)
+    matrix = None if kernels is None else kernels.dequantize(weight, weight_scale, bits, dtype)
+    return dequantize_weight(weight, weight_scale, bits, dtype) if matrix is None else matrix
 
 
 class PackedProduct(torch.autograd.Function):
@@ -131,14 +205,25 @@ class PackedProduct(torch.autograd.Function):
     def forward(ctx: Any, input: Tensor, weight: Tensor, weight_scale: Tensor, bits: int) -> Tensor:
         ctx.save_for_backward(weight, weight_scale)
         ctx.bits = bits
-        unpacked = dequantize_weight(weight, weight_scale, bits, input.dtype)
-        return nn.functional.linear(input, unpacked)
+        kernels = _find_kernels(weight)
+        product = None if kernels is None else kernels.multiply(input, weight, weight_scale, bits)
+        if product is not None:
+            return product
+        parts = []
+        for rows in iter_row_blocks(weight.shape[0], input.shape[-1]):
+            matrix = _dequantize(weight[rows], weight_scale[rows], bits, input.dtype)
+            parts.append(nn.functional.linear(input, matrix))
+        return parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)
 
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor, None, None, None]:
         weight, weight_scale = ctx.saved_tensors
-        unpacked = dequantize_weight(weight, weight_scale, ctx.bits, grad_output.dtype)
-        return grad_output @ unpacked, None, None, None
+        in_features = weight.shape[1] * 8 // ctx.bits
+        grad_input = grad_output.new_zeros(*grad_output.shape[:-1], in_features)
+        for rows in iter_row_blocks(weight.shape[0], in_features):
+            matrix = _dequantize(weight[rows], weight_scale[rows], ctx.bits, grad_output.dtype)
+            grad_input += grad_output[..., rows] @ matrix
+        return grad_input, None, None, None
 
 
 def quantized_linear(
@@ -158,18 +243,89 @@ def quantized_linear(
     return output if bias is None else output + bias
 
 
-class QuantizedLinear(nn.Module):
-    """A linear layer with frozen, packed weights under the official names.
+class PackedMatrix(nn.Module):
+    """What packed layers share: frozen integers and scales under the official names.
 
-    A new layer holds zeros, to be loaded into; `from_linear` makes one with values.
+    A new one holds zeros, to be loaded into.
+
+    Attributes:
+        weight: int8 `(O, C)`.
+        weight_scale: `(O,)` or `(O, G)`.
+        bits: 4 or 8.
+        group_size: columns that share a scale, or None.
+    """
+
+    weight: Tensor
+    weight_scale: Tensor
+    bits: int
+    group_size: int | None
+
+    def _hold_zeros(
+        self,
+        shape: tuple[int, int],
+        bits: int,
+        group_size: int | None,
+        device: torch.device | str | None,
+        dtype: torch.dtype | None,
+    ) -> None:
+        rows, columns = shape
+        check_columns(columns, bits, group_size)
+        self.bits, self.group_size = bits, group_size
+        packed = torch.zeros(rows, columns * bits // 8, dtype=torch.int8, device=device)
+        scale_shape = (rows,) if group_size is None else (rows, columns // group_size)
+        scale = torch.zeros(scale_shape, dtype=dtype, device=device)
+        self.weight = freeze(packed)
+        self.weight_scale = freeze(scale.float() if scale.dtype == torch.bfloat16 else scale)
+
+    def pack(self, weight: Tensor, name: str = "weight") -> None:
+        """Hold a float matrix of this layer's shape from now on; errors as in `quantize_weight`."""
+        packed, scale = quantize_weight(weight, self.bits, name, self.group_size)
+        self.weight, self.weight_scale = freeze(packed), freeze(scale)
+
+    def unpack(self, dtype: torch.dtype) -> Tensor:
+        """Return the matrix `(O, I)` that the layer computes with."""
+        return _dequantize(self.weight, self.weight_scale, self.bits, dtype)
+
+    def _format(self) -> str:
+        group = "" if self.group_size is None else f", group_size={self.group_size}"
+        return f"bits={self.bits}{group}"
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """Keep assigned parameters frozen; transformers 5 loads every float one as trainable."""
+        if isinstance(value, nn.Parameter):
+            value.requires_grad_(False)
+        super().__setattr__(name, value)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "PackedMatrix":
+        """Move or cast the layer; casts pass integers by, and never narrow scales to bfloat16.
+
+        Of half's 11 significant bits bfloat16 keeps 8, which a later `.half()` would not restore.
+        """
+        scale = self.weight_scale
+
+        def convert(tensor: Tensor) -> Tensor:
+            converted = fn(tensor)
+            if tensor is scale and converted.dtype == torch.bfloat16:
+                return tensor.to(converted.device, torch.float32)
+            return converted
+
+        return super()._apply(convert, recurse)
+
+
+class QuantizedLinear(PackedMatrix, nn.Linear):
+    """A linear layer with a packed weight.
+
+    It is an `nn.Linear` to those who look for layers to adapt (peft), but one whose weight is
+    integers: merge adapters into a model that `dequantize` has unpacked.
 
     Args:
         in_features, out_features, bias, device: as in `nn.Linear`.
         bits: 4 or 8.
         dtype: of the bias and, bfloat16 excepted, of the scales; by default torch's default.
+        group_size: columns that share a scale; None for whole rows.
 
     Raises:
-        ValueError: for other bits, or an odd `in_features` with 4 bits.
+        ValueError: for other bits, or an `in_features` that cannot be stored so.
     """
 
     bias: nn.Parameter | None
@@ -182,21 +338,23 @@ class QuantizedLinear(nn.Module):
         bias: bool = True,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
+        group_size: int | None = None,
     ) -> None:
-        super().__init__()
+        nn.Module.__init__(self)  # nn.Linear would make a float matrix first
         self.in_features = in_features
         self.out_features = out_features
-        self.bits = bits
-        columns = count_columns(in_features, bits)
-        zeros = torch.zeros(out_features, dtype=dtype, device=device)
-        scale = zeros.float() if zeros.dtype == torch.bfloat16 else zeros.clone()
-        self.weight = _freeze(torch.zeros(out_features, columns, dtype=torch.int8, device=device))
-        self.weight_scale = _freeze(scale)
-        self.register_parameter("bias", _freeze(zeros) if bias else None)
+        self._hold_zeros((out_features, in_features), bits, group_size, device, dtype)
+        zeros = torch.zeros(out_features, dtype=dtype, device=device) if bias else None
+        self.register_parameter("bias", None if zeros is None else freeze(zeros))
 
     @classmethod
     def from_linear(
-        cls, linear: nn.Linear, bits: int, empty_init: bool = False, name: str = "weight"
+        cls,
+        linear: nn.Linear,
+        bits: int,
+        empty_init: bool = False,
+        name: str = "weight",
+        group_size: int | None = None,
     ) -> "QuantizedLinear":
         """Pack a linear layer on its device; with `empty_init`, only take its sizes.
 
@@ -204,101 +362,109 @@ class QuantizedLinear(nn.Module):
         """
         device, dtype = linear.weight.device, linear.weight.dtype
         has_bias = linear.bias is not None
-        layer = cls(linear.in_features, linear.out_features, bits, has_bias, device, dtype)
+        sizes = (linear.in_features, linear.out_features)
+        layer = cls(*sizes, bits, has_bias, device, dtype, group_size)
         if not empty_init:
-            weight, scale = quantize_weight(linear.weight, bits, name)
-            layer.weight, layer.weight_scale = _freeze(weight), _freeze(scale)
-            layer.bias = _freeze(linear.bias.detach()) if has_bias else None
+            layer.pack(linear.weight, name)
+            layer.bias = freeze(linear.bias.detach()) if has_bias else None
         return layer.train(linear.training)
+
+    def to_linear(self, dtype: torch.dtype) -> nn.Linear:
+        """Return a plain layer with the values that this one computes with, not frozen."""
+        has_bias = self.bias is not None
+        linear = nn.Linear(self.in_features, self.out_features, has_bias, "meta", dtype)
+        linear.weight = nn.Parameter(self.unpack(dtype))
+        if self.bias is not None:
+            linear.bias = nn.Parameter(self.bias.detach().to(dtype, copy=True))
+        return linear.train(self.training)
 
     def forward(self, input: Tensor) -> Tensor:
         """Map `(..., in_features)` to `(..., out_features)`."""
         return quantized_linear(input, self.weight, self.weight_scale, self.bits, self.bias)
 
+    def reset_parameters(self) -> None:
+        """Keep the stored integers: there is no initialization for them."""
+
     def extra_repr(self) -> str:
         sizes = f"in_features={self.in_features}, out_features={self.out_features}"
-        return f"{sizes}, bias={self.bias is not None}, bits={self.bits}"
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        """Keep assigned parameters frozen; transformers 5 loads every float one as trainable."""
-        if isinstance(value, nn.Parameter):
-            value.requires_grad_(False)
-        super().__setattr__(name, value)
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "QuantizedLinear":
-        """Move or cast the layer; casts pass integers by, and never narrow scales to bfloat16.
-
-        Of half's 11 significant bits bfloat16 keeps 8, which a later `.half()` would not restore.
-        """
-        scale = self.weight_scale.detach()
-        super()._apply(fn, recurse)
-        if self.weight_scale.dtype == torch.bfloat16:
-            self.weight_scale = _freeze(scale.to(self.weight_scale.device, torch.float32))
-        return self
+        return f"{sizes}, bias={self.bias is not None}, {self._format()}"
 
 
-def _freeze(tensor: Tensor) -> nn.Parameter:
+class QuantizedEmbedding(PackedMatrix):
+    """An embedding with a packed table; only the rows asked for are unpacked.
+
+    Args:
+        num_embeddings, embedding_dim, device: as in `nn.Embedding`.
+        bits, group_size: as in `QuantizedLinear`.
+        dtype: of the vectors it gives and, bfloat16 excepted, of the scales.
+
+    Raises:
+        ValueError: as in `QuantizedLinear`.
+    """
+
+    like: Tensor
+
+    def __init__(
+        self,
+        num_embeddings: int,
+        embedding_dim: int,
+        bits: int,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        group_size: int | None = None,
+    ) -> None:
+        super().__init__()
+        self.num_embeddings = num_embeddings
+        self.embedding_dim = embedding_dim
+        self._hold_zeros((num_embeddings, embedding_dim), bits, group_size, device, dtype)
+        # The dtype of the vectors; the scales cannot tell it, which bfloat16 never narrows.
+        self.register_buffer("like", torch.empty(0, dtype=dtype, device=device), persistent=False)
+
+    @classmethod
+    def from_embedding(
+        cls,
+        embedding: nn.Embedding,
+        bits: int,
+        empty_init: bool = False,
+        name: str = "weight",
+        group_size: int | None = None,
+    ) -> "QuantizedEmbedding":
+        """Pack an embedding on its device; with `empty_init`, only take its sizes."""
+        sizes = (embedding.num_embeddings, embedding.embedding_dim)
+        table = embedding.weight
+        layer = cls(*sizes, bits, table.device, table.dtype, group_size)
+        if not empty_init:
+            layer.pack(table, name)
+        return layer.train(embedding.training)
+
+    def to_embedding(self, dtype: torch.dtype) -> nn.Embedding:
+        """Return a plain embedding with the values that this one gives."""
+        embedding = nn.Embedding(
+            self.num_embeddings, self.embedding_dim, _weight=self.unpack(dtype)
+        )
+        return embedding.train(self.training)
+
+    def forward(self, input_ids: Tensor) -> Tensor:
+        """Map ids `(...)` to vectors `(..., embedding_dim)`."""
+        ids = input_ids.flatten()
+        rows = dequantize_weight(
+            self.weight[ids], self.weight_scale[ids], self.bits, self.like.dtype
+        )
+        return rows.view(*input_ids.shape, self.embedding_dim)
+
+    def extra_repr(self) -> str:
+        return f"{self.num_embeddings}, {self.embedding_dim}, {self._format()}"
+
+
+def freeze(tensor: Tensor) -> nn.Parameter:
+    """Return a parameter that no optimizer will touch."""
     return nn.Parameter(tensor, requires_grad=False)
 
 
-def quantize_model(model: ModelT, bits: int, empty_init: bool = False, **ignored: Any) -> ModelT:
-    """Swap the linear layers of all blocks for packed ones, in place and one at a time.
-
-    Args:
-        model: a ChatGLM model, on any device and in any floating dtype.
-        bits: 4 or 8, also written to the model's config; 0 leaves the model as it is.
-        empty_init: only change the storage, for values that will be loaded afterwards.
-        ignored: options of the original's own kernels.
-
-    Returns:
-        The model itself.
-
-    Raises:
-        ValueError: for other bits, another number than before, or a layer that cannot be packed.
-    """
-    if bits == 0:
-        return model
-    _check_bits(bits)
-    if ignored:
-        logger.warning("quantize() ignores %s.", ", ".join(sorted(ignored)))
-    names = _find_layers_to_pack(model, bits, empty_init)
-    if not names:
-        logger.info("The model is already quantized to %d bits.", bits)
-    for name in names:
-        parent, _, child = name.rpartition(".")
-        linear = cast(nn.Linear, model.get_submodule(name))
-        packed = QuantizedLinear.from_linear(linear, bits, empty_init, name)
-        setattr(model.get_submodule(parent), child, packed)
-    model.config.quantization_bit = bits
-    return model
-
-
-def _find_layers_to_pack(model: nn.Module, bits: int, empty_init: bool) -> list[str]:
-    """Name the layers to be packed, or refuse before any of them is.
-
-    Names, since a list of the modules would keep the replaced matrices alive.
-    """
-    names = []
-    for name, module in model.named_modules():
-        if not name.endswith(PACKED_LAYERS):
-            continue
-        if isinstance(module, QuantizedLinear):
-            if module.bits == bits:
-                continue
-            raise ValueError(
-                f"The model is quantized to {module.bits} bits and cannot be quantized to {bits}: "
-                "load the unquantized weights and quantize those."
-            )
-        if not isinstance(module, nn.Linear):
-            raise ValueError(
-                f"{name} is a {type(module).__name__}, and only linear layers can be quantized: "
-                "quantize before adding adapters, or merge them first."
-            )
-        if module.weight.is_meta and not empty_init:
-            raise ValueError(f"{name} has no values (meta device): load the weights first.")
-        count_columns(module.in_features, bits, name)
-        names.append(name)
-    return names
-
-
-__all__ = ["QuantizedLinear", "dequantize_weight", "quantize_model", "quantize_weight"]
+__all__ = [
+    "QuantizedEmbedding",
+    "QuantizedLinear",
+    "dequantize_weight",
+    "quantize_weight",
+    "quantized_linear",
+]

@@ -51,12 +51,7 @@ def load_model(
     folder = check_model_folder(path)
     tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=True)
     try:
-        if bits is None:
-            model = _read_model(folder, target, final_dtype)
-        else:
-            # Half weights give the official scales; only the packed model must fit the device.
-            model = _read_model(folder, torch.device("cpu"), torch.float16).quantize(bits)
-        return model.to(device=target, dtype=final_dtype).eval(), tokenizer
+        return _read_model(folder, target, final_dtype, bits).eval(), tokenizer
     except torch.OutOfMemoryError as error:
         raise ValueError(
             f"{folder} does not fit into the memory of {target} (bits={bits}, {final_dtype}): "
@@ -87,7 +82,7 @@ def check_model_folder(path: str | Path) -> Path:
         raise ValueError(f"{path} is no folder: name a model folder on this machine")
     if not (folder / "config.json").is_file():
         raise ValueError(f"{folder} is no model folder: it has no config.json")
-    for name in _weight_names(folder):
+    for name in list_weight_files(folder):
         _check_weight_file(folder / name)
     return folder
 
@@ -122,8 +117,12 @@ def choose_dtype(dtype: str | torch.dtype | None, device: torch.device) -> torch
     return DTYPES[name]
 
 
-def _weight_names(folder: Path) -> list[str]:
-    """The names of the files that hold the weights, shards in their order."""
+def list_weight_files(folder: Path) -> list[str]:
+    """The names of the files that hold a folder's weights, shards in their order.
+
+    Raises:
+        ValueError: if there are none.
+    """
     for single, index in WEIGHT_FILES:
         if (folder / single).is_file():
             return [single]
@@ -158,8 +157,13 @@ def _is_archive(file: Path) -> bool:
         return False
 
 
-def _read_model(folder: Path, device: torch.device, dtype: torch.dtype) -> Any:
+def _read_model(
+    folder: Path, device: torch.device, dtype: torch.dtype, bits: int | None = None
+) -> Any:
     """Read the weights straight to a device, and see that they are those of the configuration."""
+    options: dict[str, Any] = {}
+    if bits is not None:  # each matrix is packed as it is read; it is never whole on the device
+        options["quantization_config"] = {"quant_method": "chatglm", "bits": bits}
     model, report = AutoModel.from_pretrained(
         folder,
         trust_remote_code=True,
@@ -168,6 +172,7 @@ def _read_model(folder: Path, device: torch.device, dtype: torch.dtype) -> Any:
         # Transformers 5 would only point to a log; the check below names the tensors.
         ignore_mismatched_sizes=True,
         output_loading_info=True,
+        **options,
     )
     _check_fit(folder, report)
     return model

@@ -49,8 +49,11 @@ MODEL_FILES = (
     "generation_chatglm.py",
     "masking_chatglm.py",
     "modeling_chatglm.py",
+    "packing_chatglm.py",
     "prefix_chatglm.py",
     "quantization.py",
+    "quantization_cuda.py",
+    "quantizer_chatglm.py",
     "tokenization_chatglm.py",
 )
 TOKENIZER_FILES = ("ice_text.model", "tokenizer_config.json", "chat_template.jinja")

@@ -5,6 +5,7 @@ code of the official int4 checkpoint, which keeps float32 scales there.
 """
 
 import json
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -143,7 +144,12 @@ def test_greedy_ids_equal_the_original(bits: int, dtype: str) -> None:
 
 def load_int4_repository() -> dict[str, Tensor]:
     """Read the state dict of the int4 code on a CPU, whose embedding and head are stored sparse."""
-    state = load_file(GOLDEN / "quantization" / "int4repo_cpu4.scattered.safetensors")
+    return load_scattered_weights(GOLDEN / "quantization" / "int4repo_cpu4.scattered.safetensors")
+
+
+def load_scattered_weights(file: Path) -> dict[str, Tensor]:
+    """Read weights of which only some rows of the embedding and the head are stored."""
+    state = load_file(file)
     row_ids = state.pop("row_ids")
     for name in ("transformer.word_embeddings.weight", "lm_head.weight"):
         rows = state[name]
@@ -159,11 +165,37 @@ def test_float32_scales_of_the_int4_repository_load_and_give_its_greedy_ids() ->
     assert all(torch.equal(t, expected[name]) for name, t in model.state_dict().items())
     assert model.transformer.layers[0].mlp.dense_h_to_4h.weight_scale.dtype == torch.float32
 
-    ids = torch.tensor(read_json("quantization/int4repo.json")["cpu4_greedy"])
-    # That code places <sop> itself one further than the rest of the answer.
+    assert_greedy_ids(model, "cpu4_greedy")
+
+
+def assert_greedy_ids(model: ChatGLMForConditionalGeneration, case: str) -> None:
+    """Compare with what the int4 code answers; it places <sop> one further than the rest."""
+    ids = torch.tensor(read_json("quantization/int4repo.json")[case])
     answer_length = ids.shape[1] - CONTEXT
     positions = [*range(CONTEXT), *[CONTEXT - 2] * answer_length]
     block_positions = [*[0] * (CONTEXT - 1), *range(1, answer_length + 2)]
     with torch.no_grad():
         logits = model(ids, position_ids=torch.tensor([[positions, block_positions]])).logits
     assert logits[0, CONTEXT - 1 : -1].argmax(-1).tolist() == ids[0, CONTEXT:].tolist()
+
+
+@both_bits
+def test_quantized_embeddings_have_the_official_names_and_give_the_original_ids(bits: int) -> None:
+    facts = read_json("quantization/int4repo.json")
+    config = load_config(GOLDEN / "model_fork", "tiny2d", tie_word_embeddings=True)
+    model = ChatGLMForConditionalGeneration(config).eval()
+    weights = load_scattered_weights(GOLDEN / "model_fork" / "tiny2d.scattered.safetensors")
+    weights["lm_head.weight"] = weights["transformer.word_embeddings.weight"]
+    load_weights(model, weights)
+    model.quantize(bits, embeddings=True)
+
+    expected = facts[f"cpu{bits}_emb_state_dict"]
+    actual = model.state_dict()
+    assert set(actual) == {name for name in expected if not name.endswith("inv_freq")}
+    for name, tensor in actual.items():
+        dtype = "torch.float16" if name.endswith("weight_scale") else expected[name][0]
+        assert [str(tensor.dtype), list(tensor.shape)] == [dtype, expected[name][1]], name
+    assert model.lm_head.weight is model.transformer.word_embeddings.weight
+    assert model.lm_head.weight_scale is model.transformer.word_embeddings.weight_scale
+    assert model.config.quantization_embeddings
+    assert_greedy_ids(model, f"cpu{bits}_emb_greedy")

@@ -1,6 +1,7 @@
 """`load_model` on a toy model folder with code of its own, loaded as the real one is."""
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,7 @@ import torch
 from safetensors.torch import save_file
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
-from transformers import PreTrainedTokenizerFast
+from transformers import AutoModel, PreTrainedTokenizerFast
 
 from chatglm import loading
 from chatglm.loading import choose_device, choose_dtype, default_model_folder, load_model
@@ -40,16 +41,11 @@ class ToyModel(PreTrainedModel):
         super().__init__(config)
         self.first = torch.nn.Linear(config.size, config.size, bias=False)
         self.second = torch.nn.Linear(config.size, 2, bias=False)
-        self.quantized_from = None
         self.post_init()
 
     def _init_weights(self, module):
         if isinstance(module, torch.nn.Linear):
             torch.nn.init.zeros_(module.weight)
-
-    def quantize(self, bits):
-        self.quantized_from = (bits, self.first.weight.dtype, self.first.weight.device.type)
-        return self
 """
 WEIGHTS = {"first.weight": torch.arange(16.0).view(4, 4), "second.weight": torch.ones(2, 4)}
 SHARDS = ("pytorch_model-00001-of-00002.bin", "pytorch_model-00002-of-00002.bin")
@@ -108,12 +104,37 @@ def test_the_number_format_is_the_one_asked_for(folder: Path, dtype: Any) -> Non
     assert model.first.weight.dtype == torch.bfloat16
 
 
-def test_quantization_starts_from_half_weights(folder: Path) -> None:
-    """The official scales come from half weights, whatever the format of the rest is."""
-    model, _ = load_model(folder, bits=4, device="cpu")
-    assert model.quantized_from == (4, torch.float16, "cpu")
-    assert model.first.weight.dtype == torch.float32
-    assert load_model(folder, device="cpu")[0].quantized_from is None
+@pytest.mark.parametrize("bits", [4, 8])
+def test_weights_are_quantized_while_they_are_read(bits: int, tiny_repo: Path) -> None:
+    """From the stored weights, whatever the format of the rest is."""
+    model, tokenizer = load_model(tiny_repo, bits=bits, device="cpu", dtype="bfloat16")
+    plain = AutoModel.from_pretrained(tiny_repo, trust_remote_code=True, dtype=torch.float32)
+    expected = plain.quantize(bits).to(torch.bfloat16).state_dict()
+    state = model.state_dict()
+    assert state.keys() == expected.keys()
+    for name, tensor in expected.items():
+        assert state[name].dtype == tensor.dtype and torch.equal(state[name], tensor), name
+    assert model.config.quantization_bit == bits
+    assert not model.training
+    assert type(tokenizer).__name__ == "ChatGLMTokenizer"
+
+
+def test_a_quantized_folder_keeps_its_bits(tiny_repo: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(tiny_repo, tmp_path / "quantized")
+    (folder / "config.json").unlink()
+    model, _ = load_model(tiny_repo, bits=8, device="cpu")
+    model.save_pretrained(folder)
+    for bits in (None, 8):
+        again, _ = load_model(folder, bits=bits, device="cpu")
+        for name, tensor in model.state_dict().items():
+            assert torch.equal(again.state_dict()[name], tensor), name
+    with pytest.raises(ValueError, match="quantized to 8 bits and cannot be quantized to 4 bits"):
+        load_model(folder, bits=4, device="cpu")
+
+
+def test_another_architecture_is_not_quantized(folder: Path) -> None:
+    with pytest.raises(ValueError, match="chatglm"):
+        load_model(folder, bits=4, device="cpu")
 
 
 @pytest.mark.parametrize("bits", [0, 3, 16])

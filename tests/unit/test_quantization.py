@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from chatglm_6b import quantization
+from chatglm_6b import packing_chatglm, quantization
 from chatglm_6b.configuration_chatglm import ChatGLMConfig
 from chatglm_6b.modeling_chatglm import ChatGLMForConditionalGeneration
 from chatglm_6b.quantization import (
@@ -331,12 +331,14 @@ def test_the_same_bits_again_are_logged_and_others_refused(
 ) -> None:
     model = make_model().quantize(8)
     storage = read_storage(model)
-    with caplog.at_level(logging.INFO, quantization.__name__):
+    with caplog.at_level(logging.INFO, packing_chatglm.__name__):
         assert model.quantize(8) is model
     assert [record.message for record in caplog.records] == [
         "The model is already quantized to 8 bits."
     ]
-    with pytest.raises(ValueError, match="quantized to 8 bits and cannot be quantized to 4: load"):
+    with pytest.raises(
+        ValueError, match="quantized to 8 bits and cannot be quantized to 4 bits: load"
+    ):
         model.quantize(4)
     with pytest.raises(ValueError, match="bits must be 4 or 8, got 5"):
         model.quantize(5)

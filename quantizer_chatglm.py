@@ -1,0 +1,544 @@
+"""Quantizing a checkpoint while it is read, and checking that it is what the configuration says.
+
+Owns transformers' quantization method "chatglm", the way from a shard to the model's tensors, and
+what is refused on it. Which layers are packed is the business of `packing_chatglm`, the rounding
+that of `quantization`.
+
+A float checkpoint is handed to transformers as if it had been saved quantized: under each packed
+name stands a `PendingTensor` that is read, rounded and released when it is asked for. So one way
+serves `quantization_config`, `config.quantization_bit`, every `device_map` and every release. What
+is rounded is the tensor as stored, whatever dtype is asked for the rest: half shards give the
+official integers.
+
+Shapes: `O` output features, `I` input features of a packed layer.
+"""
+
+import ctypes
+import dataclasses
+import mmap
+import sys
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
+from typing import Any, NamedTuple, cast
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+from transformers.modeling_utils import load_state_dict
+from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_QUANTIZER_MAPPING
+from transformers.quantizers.base import HfQuantizer
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from .packing_chatglm import WeightFormat, is_packed
+from .quantization import GROUP_SIZES, PackedMatrix, check_columns, quantize_weight
+
+METHOD = "chatglm"
+# Shards are read by so many weights at once. Larger blocks are no faster, and what is freed between
+# the results leaves holes in the heap: with 2**24 they were 2 GB after the 6B model.
+WEIGHTS_AT_ONCE = 2**20
+
+
+class ChatGLMQuantizationConfig(QuantizationConfigMixin):
+    """The format of packed weights, as `from_pretrained(quantization_config=...)` takes it.
+
+    Args:
+        bits: 4 or 8.
+        group_size: 32, 64 or 128 columns that share a scale; None for a scale per row.
+        embeddings: whether to pack the embedding and the head too.
+        quant_method: "chatglm", by which a dictionary names this class.
+
+    Raises:
+        ValueError: for a format that there is not, or an unknown option.
+    """
+
+    def __init__(
+        self,
+        bits: int | None = None,
+        group_size: int | None = None,
+        embeddings: bool = False,
+        quant_method: str = METHOD,
+        **unknown: Any,
+    ) -> None:
+        if unknown:
+            raise ValueError(
+                f"quantization_config has no {', '.join(sorted(unknown))}: it takes bits, "
+                "group_size and embeddings."
+            )
+        check_columns(max(GROUP_SIZES), cast(int, bits), group_size)
+        self.quant_method = cast(Any, quant_method)
+        self.bits = cast(int, bits)
+        self.group_size = group_size
+        self.embeddings = embeddings
+
+
+class ChatGLMQuantizer(HfQuantizer):
+    """Makes room for packed weights in a model before it is loaded; the reading does the rest.
+
+    It asks the model itself, whose classes another folder's copy of this file would not know.
+    """
+
+    def _process_model_before_weight_loading(self, model: Any, **kwargs: Any) -> Any:
+        asked = cast(ChatGLMQuantizationConfig, self.quantization_config)
+        if model.config.model_type != METHOD:
+            raise ValueError(
+                f"quant_method {METHOD} is for ChatGLM models, and {type(model).__name__} is a "
+                f"{model.config.model_type}: load it without."
+            )
+        model.quantize(
+            asked.bits, empty_init=True, group_size=asked.group_size, embeddings=asked.embeddings
+        )
+        return model
+
+    def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
+        # The format stands in the configuration's own fields now, which the original reads as
+        # well; a model that is quantized in transformers' sense would refuse `half` and `float`.
+        self.remove_quantization_config(model)
+        return model
+
+    def is_serializable(self, safe_serialization: bool | None = None) -> bool:
+        return True
+
+    @property
+    def is_trainable(self) -> bool:
+        """Whether adapters can be trained around the packed layers."""
+        return True
+
+
+def register() -> None:
+    """Make this copy of the file the one that transformers knows the method by.
+
+    transformers makes a copy for every folder, and the registries' own functions refuse a second.
+    """
+    AUTO_QUANTIZATION_CONFIG_MAPPING[METHOD] = ChatGLMQuantizationConfig
+    AUTO_QUANTIZER_MAPPING[METHOD] = ChatGLMQuantizer
+
+
+class QuantizedLoadingMixin:
+    """The steps of `from_pretrained` that quantize and check."""
+
+    @classmethod
+    def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:
+        """Load as transformers does, quantizing on the way if a format is asked for.
+
+        Args:
+            args, kwargs: as in transformers. A `quantization_config` of the method "chatglm", or
+                `quantization_bit` in the configuration, packs a float checkpoint while it is read.
+
+        Raises:
+            ValueError: if the checkpoint's tensors are not those of the configuration, or cannot
+                be packed; it names the tensor.
+        """
+        register()
+        asked = _read_format(kwargs)
+        loaded = cast(Any, super()).from_pretrained(*args, **kwargs)
+        model = loaded[0] if isinstance(loaded, tuple) else loaded
+        if asked is not None:
+            _check_same_format(WeightFormat.of_config(model.config), asked)
+        return loaded
+
+    @classmethod
+    def _load_pretrained_model(
+        cls,
+        model: PreTrainedModel,
+        state_dict: Mapping[str, Tensor] | None,
+        checkpoint_files: list[str] | None,
+        *args: Any,
+        **options: Any,
+    ) -> Any:
+        """Check what transformers is about to load, and quantize it on the way if need be.
+
+        Its other arguments come one by one from transformers 4, and as one object from 5.
+        """
+        load = cast(Any, super())._load_pretrained_model
+        config: Any = args[0] if args and dataclasses.is_dataclass(args[0]) else None
+        settings = options if config is None else vars(config)
+        if "expected_keys" in options or _is_foreign(settings["hf_quantizer"]):
+            # An adapter, or the layers of another method: none of our tensors.
+            return load(model, state_dict, checkpoint_files, *args, **options)
+        are_files = state_dict is None
+        tensors = state_dict or _open_shards(checkpoint_files or [], settings["weights_only"])
+        checkpoint = Checkpoint.match(model, tensors)
+        check_checkpoint(checkpoint, settings)
+        changes: dict[str, Any] = {"hf_quantizer": None}  # nothing is left for it to do
+        if checkpoint.has_float_matrices:
+            changes["sharded_metadata"] = None  # it does not know the scales
+            state_dict = pack_checkpoint(checkpoint, are_files)
+        _settle_buffers(model)
+        del tensors, checkpoint  # shards of an old kind are not mapped, but read as a whole
+        if config is None:
+            return load(model, state_dict, checkpoint_files, *args, **(options | changes))
+        args = (dataclasses.replace(config, **changes), *args[1:])
+        return load(model, state_dict, checkpoint_files, *args, **options)
+
+
+def _settle_buffers(model: PreTrainedModel) -> None:
+    """Make the buffers that no checkpoint stores; transformers 4 leaves them on the meta device."""
+    for module in model.modules():
+        for name, buffer in module.named_buffers(recurse=False):
+            if buffer.is_meta:
+                setattr(module, name, torch.empty_like(buffer, device="cpu"))
+
+
+def _read_format(options: dict[str, Any]) -> WeightFormat | None:
+    """Return the format asked for, and leave it in the options as an object of this file's class.
+
+    transformers refuses a dictionary if the configuration holds an object.
+    """
+    asked = dict(options.get("quantization_config") or {})
+    if asked.get("quant_method") != METHOD:
+        return None
+    config = ChatGLMQuantizationConfig(**asked)
+    options["quantization_config"] = config
+    return WeightFormat(config.bits, config.group_size, config.embeddings)
+
+
+def _check_same_format(found: WeightFormat, asked: WeightFormat) -> None:
+    """Notice where transformers preferred a config.json's format to the one asked for."""
+    if found[:2] != asked[:2]:
+        raise ValueError(
+            f"The checkpoint is quantized to {found}, and quantization_config asks for {asked}: "
+            "leave it out, or load the unquantized weights."
+        )
+
+
+def _is_foreign(quantizer: HfQuantizer | None) -> bool:
+    return quantizer is not None and quantizer.quantization_config.quant_method != METHOD
+
+
+def _open_shards(files: list[str], weights_only: bool) -> dict[str, Tensor]:
+    """Map the shards into memory; nothing but their tables of contents is read yet."""
+    tensors: dict[str, Tensor] = {}
+    for file in files:
+        tensors |= load_state_dict(file, map_location="cpu", weights_only=weights_only)
+    return tensors
+
+
+class Checkpoint(NamedTuple):
+    """Stored tensors beside the model that they are for.
+
+    Attributes:
+        tensors: what is stored, by the stored name.
+        names: the stored name of each of the model's tensors that is stored.
+        expected: the model's tensors, by its own names; without values.
+        packed: the model's packed layers, by name.
+        ties: the model's tensors that are others of its own: name to name.
+    """
+
+    tensors: Mapping[str, Tensor]
+    names: dict[str, str]
+    expected: dict[str, Tensor]
+    packed: dict[str, PackedMatrix]
+    ties: dict[str, str]
+
+    @classmethod
+    def match(cls, model: PreTrainedModel, tensors: Mapping[str, Tensor]) -> "Checkpoint":
+        """Find each stored tensor's place, which may have the base model's prefix or lack it."""
+        expected = model.state_dict()
+        prefix = f"{model.base_model_prefix}."
+        names = {}
+        for stored in tensors:
+            for name in (stored, prefix + stored, stored.removeprefix(prefix)):
+                if name in expected:
+                    names[name] = stored
+                    break
+        packed = {name: layer for name, layer in model.named_modules() if is_packed(layer)}
+        is_tied = cast(Any, model.config).tie_word_embeddings
+        ties = cast(dict[str, str], model._tied_weights_keys) if is_tied else None
+        return cls(tensors, names, expected, cast(Any, packed), ties or {})
+
+    def find(self, name: str) -> Tensor | None:
+        """Return the stored tensor for one of the model's, or None."""
+        return self.tensors[self.names[name]] if name in self.names else None
+
+    def iter_matrices(self) -> Iterator[tuple[str, PackedMatrix, Tensor]]:
+        """Yield the name of each packed layer's weight, the layer and the stored matrix.
+
+        Raises:
+            ValueError: for a layer that is not stored.
+        """
+        for layer_name, layer in self.packed.items():
+            name = f"{layer_name}.weight"
+            stored = self.find(name)
+            if stored is not None:
+                yield name, layer, stored
+            elif name not in self.ties:
+                raise ValueError(f"The checkpoint has no {name}: use all of its shards.")
+
+    @property
+    def has_float_matrices(self) -> bool:
+        """Whether packed layers are stored as plain matrices, to be packed while loading."""
+        return any(stored.is_floating_point() for _, _, stored in self.iter_matrices())
+
+
+# What is refused
+
+
+def check_checkpoint(checkpoint: Checkpoint, settings: Mapping[str, Any]) -> None:
+    """Refuse stored tensors that are not the model's, before any is read.
+
+    Args:
+        checkpoint: what is to be loaded.
+        settings: transformers' `sharded_metadata`, `device_map` and `ignore_mismatched_sizes`.
+
+    Raises:
+        ValueError: with the tensor's name.
+    """
+    _check_one_dtype(checkpoint)
+    for name, layer, stored in checkpoint.iter_matrices():
+        if stored.is_floating_point():
+            _check_size(name, stored, (layer.weight.shape[0], _count_columns(layer)))
+        else:
+            _check_packed(name, layer, stored, checkpoint.find(f"{name}_scale"))
+    _check_plain_tensors(checkpoint, settings["ignore_mismatched_sizes"])
+    if settings["sharded_metadata"] is not None:
+        _check_index(checkpoint, settings["sharded_metadata"]["weight_map"])
+    on_disk = "disk" in (settings["device_map"] or {}).values()
+    if on_disk and checkpoint.has_float_matrices:
+        raise ValueError(
+            'device_map puts layers on "disk", where they cannot be quantized while loading: save '
+            "a quantized checkpoint first and load that."
+        )
+
+
+def _count_columns(layer: PackedMatrix) -> int:
+    return layer.weight.shape[1] * 8 // layer.bits
+
+
+def _check_one_dtype(checkpoint: Checkpoint) -> None:
+    """Refuse a mixture of checkpoints among the packed layers."""
+    first: tuple[str, torch.dtype] | None = None
+    for name, _, stored in checkpoint.iter_matrices():
+        first = first or (name, stored.dtype)
+        if stored.dtype != first[1]:
+            raise ValueError(
+                f"{first[0]} is stored as {first[1]} and {name} as {stored.dtype}: take all shards "
+                "from one checkpoint, quantized or not."
+            )
+
+
+def _check_size(name: str, stored: Tensor, expected: tuple[int, ...]) -> None:
+    if stored.shape != expected:
+        raise ValueError(
+            f"{name} is stored with the sizes {tuple(stored.shape)}, and the configuration makes "
+            f"it {tuple(expected)}: use the config.json that came with the weights, or pass "
+            "ignore_mismatched_sizes=True to begin with new weights there."
+        )
+
+
+def _check_packed(name: str, layer: PackedMatrix, stored: Tensor, scale: Tensor | None) -> None:
+    """Check the integers and scales of one layer of a quantized checkpoint."""
+    other_bits = 12 - layer.bits
+    if stored.shape[1] * 8 == _count_columns(layer) * other_bits:
+        raise ValueError(
+            f"{name} is stored with the sizes {tuple(stored.shape)}, which is {other_bits} bits, "
+            f"and quantization_bit is {layer.bits}: set quantization_bit to {other_bits}."
+        )
+    _check_size(name, stored, layer.weight.shape)
+    if scale is None:
+        raise ValueError(
+            f"{name} is stored as {stored.dtype}, but the checkpoint has no {name}_scale: use a "
+            "complete quantized checkpoint, or the unquantized weights."
+        )
+    if scale.shape != layer.weight_scale.shape:
+        groups = scale.shape[1] if scale.dim() == 2 else None
+        group_size = _count_columns(layer) // groups if groups else None
+        raise ValueError(
+            f"{name}_scale is stored with the sizes {tuple(scale.shape)}, and "
+            f"quantization_group_size {layer.group_size} makes it "
+            f"{tuple(layer.weight_scale.shape)}: set it to {group_size}."
+        )
+    if not scale.isfinite().all():
+        value = scale[~scale.isfinite()][0].item()
+        raise ValueError(
+            f"{name}_scale holds {value}, and every scale must be finite: the checkpoint is "
+            "broken, fetch or make it again."
+        )
+
+
+def _check_plain_tensors(checkpoint: Checkpoint, may_differ: bool) -> None:
+    """Check the sizes of all other tensors, and that none of them is packed."""
+    packed = {f"{name}.{kind}" for name in checkpoint.packed for kind in ("weight", "weight_scale")}
+    for name in (name for name in checkpoint.names if name not in packed):
+        stored, expected = checkpoint.tensors[checkpoint.names[name]], checkpoint.expected[name]
+        if expected.is_floating_point() and not stored.is_floating_point():
+            bits = 4 if stored.shape[-1] * 2 == expected.shape[-1] else 8
+            raise ValueError(
+                f"{name} is stored as {stored.dtype}, and the configuration names no such format "
+                f"for it: set quantization_bit to {bits}, and quantization_embeddings if "
+                "the embedding is packed, or use the unquantized weights."
+            )
+        if not may_differ:
+            _check_size(name, stored, expected.shape)
+
+
+def _check_index(checkpoint: Checkpoint, weight_map: Mapping[str, str]) -> None:
+    """Refuse an index of other shards: a float index beside quantized ones, or the reverse."""
+    for name, layer, _ in checkpoint.iter_matrices():
+        stored = f"{checkpoint.names[name]}_scale"
+        if (stored in weight_map) != (stored in checkpoint.tensors):
+            known = "lists" if stored in weight_map else "does not list"
+            held = "holds" if stored in checkpoint.tensors else "does not hold"
+            raise ValueError(
+                f"The checkpoint's index {known} {stored}, and its shards' data {held} it: use "
+                f"the index that came with the shards, for {layer.bits} bits or for none."
+            )
+
+
+# Packing while reading
+
+
+class StoredTensor:
+    """A tensor of a checkpoint, read block by block.
+
+    Args:
+        tensor: as stored.
+        is_file: whether it comes from a file of ours, whose pages are given back once read: they
+            count as memory of the process until then.
+    """
+
+    def __init__(self, tensor: Tensor, is_file: bool) -> None:
+        self.tensor = tensor
+        self._is_mapped = is_file and tensor.is_contiguous() and is_mapped(tensor)
+
+    def iter_blocks(self) -> Iterator[tuple[slice, Tensor]]:
+        """Yield blocks of rows and where they stand; each is given back after its turn."""
+        rows = self.tensor.shape[0]
+        step = max(1, WEIGHTS_AT_ONCE * rows // max(1, self.tensor.numel()))
+        for start in range(0, rows, step):
+            block = self.tensor[start : start + step]
+            yield slice(start, start + block.shape[0]), block
+            if self._is_mapped:
+                forget_pages(block)
+
+    def read(self, dtype: torch.dtype) -> Tensor:
+        """Return a copy that no file stands behind."""
+        result = torch.empty(self.tensor.shape, dtype=dtype)
+        for rows, block in self.iter_blocks():
+            result[rows] = block
+        return result
+
+    def equals(self, other: "StoredTensor") -> bool:
+        """Tell whether two tensors of the same sizes have the same values."""
+        if self.tensor.data_ptr() == other.tensor.data_ptr():
+            return True
+        pairs = zip(self.iter_blocks(), other.iter_blocks())
+        return all(torch.equal(block, twin) for (_, block), (_, twin) in pairs)
+
+
+class Packing:
+    """The packed form of one stored matrix, made at the first question for a part of it.
+
+    Args:
+        stored: float `(O, I)`.
+        layer: the packed layer that it is for.
+        name: what an error calls the matrix.
+    """
+
+    def __init__(self, stored: StoredTensor, layer: PackedMatrix, name: str) -> None:
+        self._stored, self._layer, self._name = stored, layer, name
+        self._parts: dict[str, Tensor] = {}
+
+    def take(self, kind: str) -> Tensor:
+        """Return the "weight" or the "weight_scale" and keep only the other."""
+        if kind not in self._parts:
+            self._parts = dict(zip(("weight", "weight_scale"), self._pack()))
+        return self._parts.pop(kind)
+
+    def _pack(self) -> tuple[Tensor, Tensor]:
+        layer = self._layer
+        packed = torch.empty(layer.weight.shape, dtype=torch.int8)
+        scale = torch.empty(layer.weight_scale.shape, dtype=torch.float16)
+        for rows, block in self._stored.iter_blocks():
+            name = f"{self._name}[{rows.start}:{rows.stop}]"
+            packed[rows], scale[rows] = quantize_weight(block, layer.bits, name, layer.group_size)
+        return packed, scale
+
+
+class PendingTensor:
+    """A tensor that is made when transformers asks for it, which it does as for a shard's slice.
+
+    Args:
+        shape, dtype: those of what will be made.
+        make: makes it, on the CPU.
+        lock: held meanwhile; transformers 5 reads in threads, whose matrices would add up.
+    """
+
+    def __init__(
+        self,
+        shape: torch.Size,
+        dtype: torch.dtype,
+        make: Callable[[], Tensor],
+        lock: threading.Lock,
+    ) -> None:
+        self.shape, self.dtype = shape, dtype
+        self._make, self._lock = make, lock
+
+    def __getitem__(self, index: Any) -> Tensor:
+        with self._lock:
+            return self._make()[index]
+
+    def to(self, device: Any) -> Tensor:
+        """Make it on a device."""
+        return self[...].to(device)
+
+
+def pack_checkpoint(checkpoint: Checkpoint, are_files: bool) -> dict[str, Any]:
+    """Return a float checkpoint as the quantized one that it would make.
+
+    Args:
+        checkpoint: float tensors, checked.
+        are_files: whether they are mapped from files that nobody else reads.
+    """
+    lock = threading.Lock()
+    pending: dict[str, Any] = dict(checkpoint.tensors)
+    for name, stored_name in checkpoint.names.items():
+        if _is_copy(checkpoint, name, are_files):
+            del pending[stored_name]
+            continue
+        stored = StoredTensor(checkpoint.tensors[stored_name], are_files)
+        layer = checkpoint.packed.get(name.removesuffix(".weight"))
+        if layer is None:
+            shape, dtype = stored.tensor.shape, checkpoint.expected[name].dtype
+            pending[stored_name] = PendingTensor(shape, dtype, partial(stored.read, dtype), lock)
+            continue
+        packing = Packing(stored, layer, name)
+        for suffix, kind in (("", "weight"), ("_scale", "weight_scale")):
+            part = getattr(layer, kind)
+            take = partial(packing.take, kind)
+            pending[stored_name + suffix] = PendingTensor(part.shape, part.dtype, take, lock)
+    return pending
+
+
+def _is_copy(checkpoint: Checkpoint, name: str, are_files: bool) -> bool:
+    """Tell whether a stored tensor repeats the one it is tied to: a head beside its embedding."""
+    stored, origin = checkpoint.find(name), checkpoint.find(checkpoint.ties.get(name, ""))
+    if stored is None or origin is None or stored.shape != origin.shape:
+        return False
+    return StoredTensor(stored, are_files).equals(StoredTensor(origin, are_files))
+
+
+def is_mapped(tensor: Tensor) -> bool:
+    """Tell whether a tensor lies in memory that a file stands behind; False where unknown."""
+    if sys.platform != "linux":
+        return False
+    address = tensor.data_ptr()
+    with open("/proc/self/maps", encoding="utf-8") as maps:
+        for line in maps:
+            area, _, _, _, inode = line.split(maxsplit=5)[:5]
+            start, end = (int(number, 16) for number in area.split("-"))
+            if start <= address < end:
+                return inode != "0"
+    return False
+
+
+def forget_pages(tensor: Tensor) -> None:
+    """Give the pages that only this mapped tensor touches back; they can be read again."""
+    start = -(-tensor.data_ptr() // mmap.PAGESIZE) * mmap.PAGESIZE
+    length = (tensor.data_ptr() + tensor.nbytes) // mmap.PAGESIZE * mmap.PAGESIZE - start
+    if length > 0:
+        advise = ctypes.CDLL(None).madvise
+        advise(ctypes.c_void_p(start), ctypes.c_size_t(length), ctypes.c_int(mmap.MADV_DONTNEED))
+
+
+__all__ = ["ChatGLMQuantizationConfig", "ChatGLMQuantizer", "QuantizedLoadingMixin"]

@@ -1,0 +1,530 @@
+"""The CUDA kernels and their host code, run by a simulated driver: values, choices, failures.
+
+The PTX is what the compiler makes of the shipped source, and the host code is the shipped one; see
+tests/ptx for what stands in for the driver. None of it shows what a GPU's own compiler and hardware
+do with the PTX: tests/gpu does, where there is one.
+"""
+
+import ctypes
+import logging
+import re
+import types
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from chatglm_6b import quantization, quantization_cuda
+from chatglm_6b.quantization import dequantize_weight, quantized_linear
+from chatglm_6b.quantization_cuda import (
+    SOURCE,
+    CudaKernels,
+    KernelError,
+    find_kernels,
+    list_nvrtc_files,
+    load_nvrtc,
+)
+from ptx.cases import (
+    CASES,
+    FEW_CASES,
+    NEWER,
+    ODD_CASES,
+    OLDER,
+    SMALL_CASES,
+    WIDE,
+    Case,
+    assert_dequantizes,
+    assert_multiplies,
+    assert_product,
+    make_input,
+    make_operands,
+    simulate,
+)
+from ptx.driver import INVALID_VALUE, NVCC, STREAM, DeviceMemory, NvccAsNvrtc, SimulatedDriver
+from torch import Tensor
+
+HALF = Case(4, torch.float16, None, WIDE)
+needs_nvcc = pytest.mark.skipif(NVCC is None, reason="nvcc is not on the path")
+each_case = pytest.mark.parametrize("case", CASES, ids=str)
+few_cases = pytest.mark.parametrize("case", FEW_CASES, ids=str)
+
+
+def unpack(weight: Tensor, scale: Tensor, bits: int) -> Tensor:
+    return dequantize_weight(weight, scale.double(), bits, torch.float64)
+
+
+# Values
+
+
+@each_case
+def test_matrices_are_unpacked_bit_for_bit(case: Case) -> None:
+    with simulate() as machine:
+        assert_dequantizes(machine.kernels, case)
+    assert machine.driver.launches == [("dequantize_wide", (67, 2))]
+
+
+@each_case
+def test_products_of_one_row_and_of_several_are_exact(case: Case) -> None:
+    with simulate() as machine:
+        assert_multiplies(machine.kernels, case, 1)
+        assert_multiplies(machine.kernels, case, 3)
+    assert machine.driver.launches == [("multiply_1x4", (5, 1)), ("multiply_4x2", (9, 1))]
+
+
+@few_cases
+def test_products_of_every_other_kernel_are_exact(case: Case) -> None:
+    with simulate(multiprocessors=2) as machine:
+        assert_multiplies(machine.kernels, case, 1)
+        assert_multiplies(machine.kernels, case, 2)
+        assert_multiplies(machine.kernels, case, 8)
+    assert machine.driver.launches == [
+        ("multiply_1x2", (9, 1)),
+        ("multiply_2x2", (9, 1)),
+        ("multiply_4x2", (9, 2)),
+    ]
+
+
+@few_cases
+def test_the_compilers_other_front_end_writes_the_same_kernels(case: Case) -> None:
+    with simulate(NEWER) as machine:
+        assert_multiplies(machine.kernels, case, 1)
+        assert_multiplies(machine.kernels, case, 5)
+        assert_dequantizes(machine.kernels, case)
+    target = re.search(rb"\.target sm_(\d+)", machine.driver.images[0])
+    assert target is not None and int(target[1]) >= 100
+
+
+@pytest.mark.parametrize("case", [*SMALL_CASES, *ODD_CASES], ids=str)
+def test_any_shape_is_computed(case: Case) -> None:
+    with simulate() as machine:
+        assert_dequantizes(machine.kernels, case)
+        assert_multiplies(machine.kernels, case, 1)
+        assert_multiplies(machine.kernels, case, 8)
+    is_wide = case.shape[1] * case.bits // 8 % 16 == 0
+    assert {name for name, _ in machine.driver.launches} == {
+        "dequantize_wide" if case.shape[1] % 8 == 0 else "dequantize_any",
+        *({"multiply_1x2", "multiply_4x2"} if is_wide else {"multiply_any"}),
+    }
+
+
+@few_cases
+def test_operands_may_begin_anywhere(case: Case) -> None:
+    weight, scale = make_operands(case)
+    input = make_input(case, 2)
+    with simulate() as machine:
+        for shift_input, shift_weight in ((1, 0), (0, 1)):
+            moved = [
+                torch.cat([tensor.new_zeros(shift), tensor.flatten()])[shift:].view_as(tensor)
+                for tensor, shift in ((input, shift_input), (weight, shift_weight))
+            ]
+            output = machine.kernels.multiply(*moved, scale.clone(), case.bits)
+            assert_product(output, input, unpack(weight, scale, case.bits))
+        matrix = machine.kernels.dequantize(moved[1], scale.clone(), case.bits, case.dtype)
+        assert matrix is not None
+        assert torch.equal(matrix, dequantize_weight(weight, scale, case.bits, case.dtype))
+    assert [name for name, _ in machine.driver.launches] == [
+        "multiply_any",
+        "multiply_any",
+        "dequantize_any",
+    ]
+
+
+def test_strides_and_leading_dimensions_do_not_matter() -> None:
+    case = FEW_CASES[1]
+    weight, scale = make_operands(case)
+    input = make_input(case, 2, 3)
+    with simulate() as machine:
+        operands = [tensor.mT.contiguous().mT for tensor in (input, weight, scale.clone())]
+        assert not any(tensor.is_contiguous() for tensor in operands)
+        output = machine.kernels.multiply(operands[0], operands[1], operands[2], case.bits)
+        matrix = machine.kernels.dequantize(operands[1], operands[2], case.bits, case.dtype)
+    assert_product(output, input, unpack(weight, scale, case.bits))
+    assert matrix is not None
+    assert torch.equal(matrix, dequantize_weight(weight, scale, case.bits, case.dtype))
+
+
+@few_cases
+def test_nan_and_infinity_reach_their_rows_only(case: Case) -> None:
+    with simulate() as machine:
+        weight, scale = make_operands(case)
+        input = make_input(case, 4)
+        input[1, 5], input[2, 7] = torch.nan, torch.inf
+        output = machine.kernels.multiply(input, weight, scale, case.bits)
+    assert output is not None
+    assert output[[0, 3]].isfinite().all()
+    assert output[1].isnan().all()
+    assert not output[2].isfinite().all(0).any()
+
+
+def test_results_do_not_change_from_run_to_run() -> None:
+    with simulate() as machine:
+        operands = make_input(HALF, 1), *make_operands(HALF)
+        first, second = (machine.kernels.multiply(*operands, 4) for _ in range(2))
+    assert first is not None and second is not None
+    assert torch.equal(first, second)
+
+
+@few_cases
+def test_a_layer_and_its_gradient_come_from_the_kernels(
+    case: Case, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with simulate() as machine:
+        monkeypatch.setitem(quantization.KERNEL_FINDERS, "cpu", lambda device: machine.kernels)
+        weight, scale = make_operands(case)
+        bias = torch.randn(case.shape[0]).to(case.dtype)
+        for rows, kernels in ((3, ["multiply_4x2"]), (9, ["dequantize_wide"])):
+            machine.driver.launches.clear()
+            input = make_input(case, rows).requires_grad_()
+            output = quantized_linear(input, weight, scale, case.bits, bias)
+            output.backward(torch.ones_like(output))
+            names = [name for name, _ in machine.driver.launches]
+            assert names == [*kernels, "dequantize_wide"]
+            matrix = unpack(weight, scale, case.bits)
+            tolerance = {"rtol": 0, "atol": matrix.abs().max().item() * 0.5}
+            torch.testing.assert_close(
+                output.double(), input.double() @ matrix.T + bias.double(), **tolerance
+            )
+            assert input.grad is not None
+            gradient = matrix.sum(0).expand_as(input)
+            torch.testing.assert_close(input.grad.double(), gradient, **tolerance)
+
+
+# Choices
+
+
+def count_calls(machine: Any) -> tuple[int, int, int]:
+    calls = machine.driver.calls
+    names = ("cuModuleLoadData", "cuModuleGetFunction", "cuLaunchKernel")
+    return tuple(calls.count(name) for name in names)  # pyright: ignore[reportReturnType]
+
+
+@needs_nvcc
+def test_a_module_is_compiled_and_loaded_once() -> None:
+    with simulate() as machine:
+        assert machine.nvrtc.compiled == []
+        for _ in range(3):
+            assert_dequantizes(machine.kernels, SMALL_CASES[0])
+            assert_multiplies(machine.kernels, SMALL_CASES[0], 1)
+        assert count_calls(machine) == (1, 2, 6)
+        assert_dequantizes(machine.kernels, ODD_CASES[0])
+    assert count_calls(machine) == (2, 3, 7)
+    assert [options[1:] for options in machine.nvrtc.compiled] == [
+        ("-DBITS=4", "-DBFLOAT16=0", "-DGROUPED=0"),
+        ("-DBITS=8", "-DBFLOAT16=0", "-DGROUPED=0"),
+    ]
+    assert machine.nvrtc.destroyed == 2
+
+
+def test_kernels_run_in_the_context_of_their_own_device() -> None:
+    with simulate(device=3) as machine:
+        assert_multiplies(machine.kernels, SMALL_CASES[0], 1)
+    assert machine.driver.calls[:2] == ["cuDeviceGet", "cuDevicePrimaryCtxRetain"]
+    assert machine.driver.calls.count("cuCtxPushCurrent_v2") == 1
+
+
+@needs_nvcc
+@pytest.mark.parametrize(
+    ("capability", "known", "option", "magic"),
+    [
+        (86, [75, 80, 86, 90], "--gpu-architecture=sm_86", b"\x7fELF"),
+        (89, [75, 80, 86, 90], "--gpu-architecture=compute_86", b"//"),
+        (120, [75, 80, 86, 90], "--gpu-architecture=compute_90", b"//"),
+    ],
+)
+def test_a_device_gets_machine_code_or_else_ptx_before_it(
+    capability: int, known: list[int], option: str, magic: bytes
+) -> None:
+    nvcc = NvccAsNvrtc(known)
+    with simulate(capability, nvrtc=nvcc) as machine:
+        machine.kernels.dequantize(*make_operands(SMALL_CASES[0]), 4, torch.float16)
+    assert nvcc.compiled[0][0] == option
+    assert machine.driver.images[0].lstrip().startswith(magic)
+
+
+def test_the_sources_of_all_variants_differ() -> None:
+    with simulate() as machine:
+        for case in CASES:
+            machine.kernels.dequantize(*make_operands(case), case.bits, case.dtype)
+    assert len(set(machine.driver.images)) == 8
+
+
+@pytest.mark.parametrize("rows", [0, 9, 32])
+def test_other_numbers_of_rows_are_declined(rows: int) -> None:
+    with simulate() as machine:
+        weight, scale = make_operands(HALF)
+        assert machine.kernels.multiply(make_input(HALF, rows), weight, scale, 4) is None
+    assert machine.driver.launches == []
+
+
+def declined_operands() -> dict[str, tuple[Tensor, Tensor, Tensor, int]]:
+    """Return operands of `multiply` that it leaves to torch, by what is uncommon about them."""
+    weight, scale = make_operands(HALF)
+    grouped = make_operands(HALF._replace(group=32))[1]
+    input = make_input(HALF, 1)
+    return {
+        "float32": (input.float(), weight, scale, 4),
+        "float32 scales": (input, weight, scale.float(), 4),
+        "bfloat16 and half scales": (input.bfloat16(), weight, scale, 4),
+        "bfloat16 scales": (input.bfloat16(), weight, scale.bfloat16(), 4),
+        "16 columns a group": (input, weight, torch.cat([grouped, grouped], 1), 4),
+        "no matrix of scales": (input, weight, grouped[None], 4),
+        "scales of other rows": (input, weight, scale[1:], 4),
+        "groups of other columns": (input, weight, grouped[:, 1:], 4),
+        "2 bits": (input, weight, scale, 2),
+        "uint8": (input, weight.view(torch.uint8), scale, 4),
+        "a vector": (input, weight[0], scale, 4),
+        "no rows": (input, weight[:0], scale[:0], 4),
+        "input of other columns": (input[:, 1:], weight, scale, 4),
+        "another device": (input.to("meta"), weight, scale, 4),
+        "scales of another device": (input, weight, scale.to("meta"), 4),
+    }
+
+
+@pytest.mark.parametrize("name", declined_operands())
+def test_what_the_kernels_do_not_compute_is_declined_in_silence(
+    name: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    with simulate() as machine:
+        input, weight, scale, bits = declined_operands()[name]
+        assert machine.kernels.multiply(input, weight, scale, bits) is None
+        if not name.endswith(("of other columns", "another device")) or "scales" in name:
+            assert machine.kernels.dequantize(weight, scale, bits, input.dtype) is None
+    assert machine.driver.launches == []
+    assert caplog.records == []
+
+
+# Failures
+
+
+@pytest.fixture
+def messages(caplog: pytest.LogCaptureFixture) -> Callable[[], list[str]]:
+    caplog.set_level(logging.WARNING, quantization_cuda.__name__)
+    return lambda: [record.getMessage() for record in caplog.records]
+
+
+def assert_falls_back(machine: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Assert that layers answer as plain torch does, twice, and that nothing is tried twice."""
+    monkeypatch.setitem(quantization.KERNEL_FINDERS, "cpu", lambda device: machine.kernels)
+    case = SMALL_CASES[0]
+    weight, scale = make_operands(case)
+    for rows in (1, 9):
+        input = make_input(case, rows)
+        matrix = dequantize_weight(weight, scale, case.bits, case.dtype)
+        expected = torch.nn.functional.linear(input, matrix)
+        assert torch.equal(quantized_linear(input, weight, scale, case.bits), expected)
+        calls = len(machine.driver.calls)
+    assert len(machine.driver.calls) == calls
+    assert machine.kernels.dequantize(weight, scale, case.bits, case.dtype) is None
+    assert len(machine.driver.calls) == calls
+
+
+@pytest.mark.parametrize(
+    "name", ["cuCtxPushCurrent_v2", "cuModuleLoadData", "cuModuleGetFunction", "cuLaunchKernel"]
+)
+def test_a_failing_driver_leaves_the_layer_to_torch(
+    name: str, monkeypatch: pytest.MonkeyPatch, messages: Callable[[], list[str]]
+) -> None:
+    with simulate() as machine:
+        machine.driver.failures[name] = INVALID_VALUE
+        assert_falls_back(machine, monkeypatch)
+    assert messages() == [
+        "Quantized layers on cuda:0 compute in plain torch, which is slower: "
+        f"{name} failed: CUDA_ERROR_INVALID_VALUE (1)."
+    ]
+
+
+@needs_nvcc
+@pytest.mark.parametrize(
+    ("options", "reason"),
+    [
+        ({"source": "__global__ void error() { wrong(); }"}, "is undefined"),
+        (
+            {"capability": 60, "nvrtc": NvccAsNvrtc([75, 80])},
+            "from sm_75 on, and this GPU is sm_60",
+        ),
+        ({"source": "", "capability": OLDER}, "cuModuleGetFunction failed: CUDA_ERROR_NOT_FOUND"),
+        ({"capability": 86}, "cuModuleLoadData failed: CUDA_ERROR_INVALID_IMAGE"),
+    ],
+    ids=["compile error", "old GPU", "no kernel", "image that the driver refuses"],
+)
+def test_a_failing_compiler_leaves_the_layer_to_torch(
+    options: Any,
+    reason: str,
+    monkeypatch: pytest.MonkeyPatch,
+    messages: Callable[[], list[str]],
+) -> None:
+    with simulate(**options) as machine:
+        assert_falls_back(machine, monkeypatch)
+    assert len(messages()) == 1
+    assert reason in messages()[0]
+    assert machine.nvrtc.destroyed == len(machine.nvrtc.compiled)
+
+
+def test_a_launch_that_fails_later_leaves_the_layer_to_torch(
+    monkeypatch: pytest.MonkeyPatch, messages: Callable[[], list[str]]
+) -> None:
+    with simulate() as machine:
+        assert_multiplies(machine.kernels, SMALL_CASES[0], 1)
+        machine.driver.failures["cuLaunchKernel"] = 700
+        assert_falls_back(machine, monkeypatch)
+    assert len(messages()) == 1
+    assert "cuLaunchKernel failed: unknown (700)" in messages()[0]
+
+
+@pytest.fixture
+def gpu(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    """Let torch report a GPU, with libraries that can be named by path or by name."""
+    monkeypatch.setattr(quantization_cuda, "_found", {})
+    monkeypatch.setattr(torch.version, "hip", None)
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
+    properties = types.SimpleNamespace(major=7, minor=6, multi_processor_count=1)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: properties)
+    stream = types.SimpleNamespace(cuda_stream=STREAM)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda index: stream)
+    libraries: dict[str, Any] = {}
+
+    def open_library(name: str, mode: int = 0) -> Any:
+        for part, library in libraries.items():
+            if part in name:
+                return library
+        raise OSError(f"{name}: cannot open shared object file")
+
+    monkeypatch.setattr(ctypes, "CDLL", open_library)
+    return libraries
+
+
+@needs_nvcc
+def test_kernels_of_a_device_are_found_once(gpu: dict[str, Any]) -> None:
+    memory = DeviceMemory()
+    gpu |= {"cuda.": SimulatedDriver(memory, device=1), "nvrtc": NvccAsNvrtc()}
+    kernels = find_kernels(torch.device("cuda", 1))
+    assert isinstance(kernels, CudaKernels)
+    assert find_kernels(torch.device("cuda", 1)) is kernels
+    assert find_kernels(torch.device("cuda")) is kernels  # the current device
+    with memory:
+        assert_multiplies(kernels, SMALL_CASES[0], 1)
+    assert gpu["cuda."].error is None
+
+
+def test_other_devices_have_no_kernels(messages: Callable[[], list[str]]) -> None:
+    assert find_kernels(torch.device("cpu")) is None
+    assert find_kernels(torch.device("meta")) is None
+    assert messages() == []
+
+
+@pytest.mark.parametrize(
+    ("missing", "reason"),
+    [
+        ("nvrtc", "there is no NVRTC of CUDA 13.0 that can be loaded"),
+        ("driver", "libcuda.so.1: cannot open shared object file"),
+        ("context", "cuDevicePrimaryCtxRetain failed: CUDA_ERROR_INVALID_VALUE (1)"),
+        ("rocm", "this torch is built for ROCm, and the kernels for CUDA"),
+        ("gpu", "torch finds no GPU"),
+    ],
+)
+def test_what_a_machine_lacks_is_said_once(
+    missing: str,
+    reason: str,
+    gpu: dict[str, Any],
+    monkeypatch: pytest.MonkeyPatch,
+    messages: Callable[[], list[str]],
+) -> None:
+    driver = SimulatedDriver(DeviceMemory())
+    gpu |= {"cuda.": driver, "nvrtc": NvccAsNvrtc([75])}
+    if missing == "context":
+        driver.failures["cuDevicePrimaryCtxRetain"] = INVALID_VALUE
+    elif missing == "rocm":
+        monkeypatch.setattr(torch.version, "hip", "6.4")
+    elif missing == "gpu":
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    else:
+        del gpu["nvrtc" if missing == "nvrtc" else "cuda."]
+    for _ in range(3):
+        assert find_kernels(torch.device("cuda", 0)) is None
+    assert messages() == [
+        f"Quantized layers on cuda:0 compute in plain torch, which is slower: {reason}."
+    ]
+
+
+# NVRTC
+
+
+@pytest.mark.parametrize(
+    ("version", "files", "last"),
+    [
+        ("13.0", ["nvidia/cu13/lib/libnvrtc.so.13"], "libnvrtc.so.13"),
+        ("12.6", ["nvidia/cuda_nvrtc/lib/libnvrtc.so.12"], "libnvrtc.so.12"),
+        ("11.8", ["torch/lib/libnvrtc-672ee683.so.11.2"], "libnvrtc.so.11.2"),
+    ],
+)
+def test_nvrtc_is_looked_for_where_torch_keeps_it(
+    version: str, files: list[str], last: str, tmp_path: Path
+) -> None:
+    decoys = (
+        *("nvidia/cu13/lib/libnvrtc-builtins.so.13.0", "nvidia/cu13/lib/libnvrtc.alt.so.13"),
+        *("nvidia/cuda_nvrtc/lib/libnvrtc.so.99", "torch/lib/libnvrtc-builtins-8a2c.so.11.8"),
+    )
+    for name in (*files, *decoys):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).touch()
+    found = list(list_nvrtc_files(tmp_path / "torch", version))
+    assert found[-len(files) - 1 :] == [*(str(tmp_path / name) for name in files), last]
+
+
+def test_nvrtc_is_looked_for_by_its_windows_names(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sys.platform", "win32")
+    folder = tmp_path / "torch" / "lib"
+    folder.mkdir(parents=True)
+    for name in ("nvrtc64_120_0.dll", "nvrtc64_120_0.alt.dll", "nvrtc-builtins64_126.dll"):
+        (folder / name).touch()
+    found = list(list_nvrtc_files(tmp_path / "torch", "12.6"))
+    assert found[-2:] == [str(folder / "nvrtc64_120_0.dll"), "nvrtc64_120_0.dll"]
+    assert list(list_nvrtc_files(tmp_path, "11.8"))[-1] == "nvrtc64_112_0.dll"
+
+
+def test_nvrtc_is_loaded_after_its_builtins_and_never_from_here(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    opened: list[str] = []
+
+    def open_library(name: str, mode: int = 0) -> Any:
+        if Path(name).is_absolute() and not name.startswith(str(tmp_path)):
+            raise OSError("mapped by torch itself")
+        opened.append(name)
+
+    monkeypatch.setattr(ctypes, "CDLL", open_library)
+    monkeypatch.setattr(torch, "__file__", str(tmp_path / "torch" / "__init__.py"))
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "libnvrtc-builtins.so.13.0").touch()
+    load_nvrtc()
+    assert opened == ["libnvrtc.so.13"]
+
+    folder = tmp_path / "nvidia" / "cu13" / "lib"
+    folder.mkdir(parents=True)
+    names = [str(folder / "libnvrtc-builtins.so.13.0"), str(folder / "libnvrtc.so.13")]
+    for name in names:
+        Path(name).touch()
+    load_nvrtc()
+    assert opened[1:] == names
+
+
+def test_real_nvrtc_compiles_what_the_simulator_runs() -> None:
+    try:
+        nvrtc = load_nvrtc()
+    except KernelError as error:
+        pytest.skip(str(error))
+    with simulate(nvrtc=nvrtc) as machine:
+        assert_dequantizes(machine.kernels, SMALL_CASES[0])
+        assert_multiplies(machine.kernels, SMALL_CASES[0], 1)
+    code = quantization_cuda.compile_source(
+        nvrtc, SOURCE, 80, ["-DBITS=4", "-DBFLOAT16=1", "-DGROUPED=1"]
+    )
+    assert code.startswith(b"\x7fELF")
+    with pytest.raises(KernelError, match=r"NVRTC failed with error 6: .*wrong.*undefined"):
+        quantization_cuda.compile_source(nvrtc, "__global__ void error() { wrong(); }", 80, [])
