@@ -16,6 +16,7 @@ from chatglm import __version__
 
 COMMANDS = {
     "chat": ("chatglm.serving.chat", "talk with a model, in the terminal or through a pipe"),
+    "quantize": ("chatglm.quantizing.command", "write a model folder with 4-bit or 8-bit weights"),
 }
 BAD_INPUT = 2
 INTERRUPTED = 130  # 128 + SIGINT, what a shell expects
@@ -66,7 +67,7 @@ def run_command(run: Callable[[argparse.Namespace], int], args: argparse.Namespa
 
 def _build_parser(asked: Sequence[str]) -> CommandParser:
     """The parser with every command listed, and the options of the one that is asked for."""
-    parser = CommandParser(prog="chatglm", description="ChatGLM-6B: chat with a model folder.")
+    parser = CommandParser(prog="chatglm", description="ChatGLM-6B: chat with it, or quantize it.")
     parser.add_argument("--version", action="version", version=f"chatglm {__version__}")
     subparsers = parser.add_subparsers(dest="command", metavar="COMMAND", title="commands")
     for name, (module, summary) in COMMANDS.items():

@@ -14,7 +14,8 @@ from conftest import ROOT
 
 from chatglm.cli import COMMANDS
 from chatglm.loading import load_model
-from chatglm.serving.chat import make_parser
+from chatglm.quantizing import command as quantize
+from chatglm.serving import chat
 
 REQUIRED = inspect.Parameter.empty
 GENERATOR = "modeling_chatglm.ChatGLMForConditionalGeneration"
@@ -36,7 +37,20 @@ PUBLIC_NAMES = {
         "ChatGLMPreTrainedModel",
     },
     "prefix_chatglm": {"PrefixEncoder", "PrefixTable", "prepend_prefix"},
-    "quantization": {"QuantizedLinear", "dequantize_weight", "quantize_model", "quantize_weight"},
+    "packing_chatglm": {"QuantizationMixin", "WeightFormat", "note_ties", "swap_layers"},
+    "quantization": {
+        "QuantizedEmbedding",
+        "QuantizedLinear",
+        "dequantize_weight",
+        "quantize_weight",
+        "quantized_linear",
+    },
+    "quantization_cuda": {"CudaKernels", "find_kernels"},
+    "quantizer_chatglm": {
+        "ChatGLMQuantizationConfig",
+        "ChatGLMQuantizer",
+        "QuantizedLoadingMixin",
+    },
 }
 # The original's parameters in its order, with its defaults. Ours may come behind them.
 CHAT_SAMPLING = {
@@ -71,7 +85,11 @@ ORIGINAL_METHODS: dict[str, dict[str, Any]] = {
     "quantize": {"bits": REQUIRED, "empty_init": False},
     "process_response": {"response": REQUIRED},
 }
-OUR_OWN = {"chat": {"stop": None}, "stream_chat": {"stop": None}}
+OUR_OWN = {
+    "chat": {"stop": None},
+    "stream_chat": {"stop": None},
+    "quantize": {"group_size": None, "embeddings": False},
+}
 # What the original's forward took.
 FORWARD = {
     ChatGLMModel: (
@@ -142,6 +160,15 @@ CHAT_OPTIONS: dict[str, tuple[Any, Any]] = {
     "--temperature": ("F", None),
     "--greedy": (None, False),
     "--seed": ("N", None),
+}
+# The words without dashes go by the name of what they take.
+QUANTIZE_OPTIONS: dict[str, tuple[Any, Any]] = {
+    "SRC": ("SRC", None),
+    "DST": ("DST", None),
+    "--bits": ((4, 8), None),
+    "--group-size": ((32, 64, 128), None),
+    "--embeddings": (None, False),
+    "--lora": ("DIR", None),
 }
 
 
@@ -219,13 +246,21 @@ def test_the_loader_s_signature() -> None:
 
 
 def test_the_commands_are_frozen() -> None:
-    assert set(COMMANDS) == {"chat"}
+    assert set(COMMANDS) == {"chat", "quantize"}
 
 
-def test_the_options_of_chat_are_frozen() -> None:
-    actions = [a for a in make_parser()._actions if not isinstance(a, argparse._HelpAction)]
+@pytest.mark.parametrize(
+    ("parser", "expected"),
+    [(chat.make_parser(), CHAT_OPTIONS), (quantize.make_parser(), QUANTIZE_OPTIONS)],
+    ids=["chat", "quantize"],
+)
+def test_the_options_of_the_commands_are_frozen(
+    parser: argparse.ArgumentParser, expected: dict[str, tuple[Any, Any]]
+) -> None:
+    actions = [a for a in parser._actions if not isinstance(a, argparse._HelpAction)]
     assert {
         option: (action.choices or action.metavar, action.default)
         for action in actions
-        for option in action.option_strings
-    } == CHAT_OPTIONS
+        for option in action.option_strings or [action.metavar]
+    } == expected
+    assert all(action.help for action in actions)

@@ -1,0 +1,70 @@
+"""Owns `chatglm quantize`: a model folder in, a smaller one with 4-bit or 8-bit weights out.
+
+    chatglm quantize ../chatglm-6b ../chatglm-6b-int4 --bits 4
+    chatglm quantize ../chatglm-6b ../mine --bits 8 --lora ../adapter --group-size 128
+
+Does not know what is computed and written (`conversion`); what it prints is the outcome.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+from typing import Any
+
+from chatglm.cli import CommandParser, run_command
+
+DESCRIPTION = """\
+Write a model folder with quantized weights, shard by shard: a few GB of memory are enough for the
+6B models. DST is complete and appears only when it is; run a command that was stopped again, and it
+goes on where it was."""
+
+
+def make_parser(subparsers: Any = None) -> argparse.ArgumentParser:
+    """The options of `chatglm quantize`, as a command of its own or of `subparsers`."""
+    if subparsers is None:
+        parser = CommandParser(prog="python -m chatglm.quantizing.command", description=DESCRIPTION)
+    else:
+        parser = subparsers.add_parser("quantize", description=DESCRIPTION)
+    add = parser.add_argument
+    add("source", metavar="SRC", help="model folder with float weights, of any generation or fork")
+    add("target", metavar="DST", help="folder to be made")
+    add("--bits", type=int, choices=(4, 8), required=True, help="of a quantized weight")
+    sizes = "columns that share a scale (default: whole rows, the official format)"
+    add("--group-size", type=int, choices=(32, 64, 128), help=sizes)
+    add("--embeddings", action="store_true", help="quantize the embedding and the head too")
+    add("--lora", metavar="DIR", help="merge this LoRA adapter of peft into the weights first")
+    parser.set_defaults(run=main)
+    return parser
+
+
+def main(args: argparse.Namespace) -> int:
+    """Make the quantized folder and say how large it is.
+
+    Args:
+        args: what `make_parser` parsed.
+
+    Raises:
+        ValueError: if the folders, the weights or the adapter are not such as can be quantized.
+    """
+    import transformers
+
+    from chatglm.quantizing.conversion import PackedFormat, quantize_checkpoint
+    from chatglm.quantizing.staging import unfinished_folder
+
+    transformers.logging.set_verbosity_error()
+    packed_format = PackedFormat(args.bits, args.group_size, args.embeddings)
+    try:
+        size = quantize_checkpoint(args.source, args.target, packed_format, args.lora)
+    except KeyboardInterrupt:
+        unfinished = unfinished_folder(Path(args.target).expanduser().resolve())
+        if unfinished.is_dir():
+            sys.stderr.write(
+                f"\nchatglm: stopped; the same command goes on from {unfinished}, or remove it\n"
+            )
+        raise
+    sys.stdout.write(f"{args.target}: {args.bits} bits, {size / 1e6:,.0f} MB\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(run_command(main, make_parser().parse_args()))

@@ -1,0 +1,161 @@
+"""Owns the writing of a quantized model folder, from the plan to the last file.
+
+The packed layers of the model itself do the packing, so that the format is the model's own. Only
+one matrix and one shard of the result are in memory at a time. Does not know what may be quantized
+(`planning`), how an adapter is merged (`merging`), how tensors are read (`checkpoint`) nor how the
+result survives a kill (`staging`).
+"""
+
+import copy
+import json
+import shutil
+from collections.abc import Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from safetensors.torch import save_file  # pyright: ignore[reportUnknownVariableType]
+from torch import Tensor
+from tqdm import tqdm
+
+from chatglm.loading import check_model_folder
+from chatglm.quantizing.checkpoint import TensorReader
+from chatglm.quantizing.merging import Adapter
+from chatglm.quantizing.planning import (
+    PackedFormat,
+    Piece,
+    Plan,
+    kept_dtype,
+    make_plan,
+    read_source,
+)
+from chatglm.quantizing.staging import Staging, check_target, free_bytes
+
+SPARE_BYTES = 2**20  # more than the headers, the record and the index take
+
+
+def quantize_checkpoint(
+    source: str | Path, target: str | Path, packed_format: PackedFormat, lora: str | None = None
+) -> int:
+    """Write a quantized copy of a model folder, or go on with one that was stopped.
+
+    Args:
+        source: model folder with float weights: official, a fork's or a fine-tune's.
+        target: folder to be made; it must not exist, or be empty.
+        packed_format: what the weights become.
+        lora: folder of a peft LoRA adapter to merge into the weights first.
+
+    Returns:
+        The size of the new weights in bytes.
+
+    Raises:
+        ValueError: before anything is written, for folders, weights or an adapter that cannot be
+            quantized so, or a volume without room for the result; later for a value that is not
+            finite, and for a file that does not read back as it was written.
+    """
+    origin = read_source(check_model_folder(source))
+    place = check_target(origin.folder, target)
+    plan = make_plan(origin, packed_format, lora)
+    staging = Staging(place, plan.job())
+    _check_room(staging, plan)
+    staging.begin()
+    write_shards(staging, plan)
+    _write_rest(staging, plan)
+    staging.finish()
+    return sum(plan.shard_sizes().values())
+
+
+def _check_room(staging: Staging, plan: Plan) -> None:
+    """Raise ValueError if the volume of the result is too full for it."""
+    sizes = {name: path.stat().st_size for name, path in plan.files.items()}
+    needed = staging.missing_bytes(sizes | plan.shard_sizes()) + SPARE_BYTES
+    free = free_bytes(staging.folder)
+    if needed > free:
+        raise ValueError(
+            f"the disk of {staging.target} has {free / 1e6:,.0f} MB free, and the result "
+            f"needs {needed / 1e6:,.0f} MB: make room, or name a folder on another disk"
+        )
+
+
+def write_shards(staging: Staging, plan: Plan) -> None:
+    """Write the shards that are not there yet, one after the other.
+
+    Raises:
+        ValueError: for a value that is not finite, or tied tensors that differ.
+    """
+    total = sum(piece.stored[0].nbytes for pieces in plan.shards.values() for piece in pieces)
+    units = {"unit": "B", "unit_scale": True}
+    reader = TensorReader()
+    with cast(Any, tqdm)(total=total, desc="quantizing", disable=None, **units) as progress:
+        for name, pieces in plan.shards.items():
+            is_missing = not staging.has(name)
+            tensors: dict[str, Tensor] = {}
+            for piece in pieces:
+                if is_missing:
+                    tensors.update(convert(piece, reader, plan.adapter))
+                progress.update(piece.stored[0].nbytes)
+            if is_missing:
+                staging.write(name, partial(save_file, tensors, metadata={"format": "pt"}))
+
+
+def convert(piece: Piece, reader: TensorReader, adapter: Adapter | None) -> dict[str, Tensor]:
+    """Read a parameter, merge and pack it; return what is stored for it, by name."""
+    name, tensor = piece.name, _read(piece, reader)
+    if adapter is not None:
+        tensor = adapter.merge(name, tensor)
+    if piece.layer is None:
+        return {name: _keep(name, tensor, kept_dtype(piece.stored[0]))}
+    # A copy, or the whole packed model would gather in the skeleton.
+    layer: Any = copy.deepcopy(piece.layer)
+    layer.pack(tensor.half(), name)
+    return {name: layer.weight.detach(), f"{name}_scale": layer.weight_scale.detach()}
+
+
+def _read(piece: Piece, reader: TensorReader) -> Tensor:
+    """Read a parameter; one that is stored twice must be the same in both places."""
+    first, *others = piece.stored
+    tensor = reader.read(first)
+    for other in others:
+        if not torch.equal(tensor, reader.read(other).to(tensor.dtype)):
+            raise ValueError(
+                f"{first.name} and {other.name} differ, and config.json ties them: set "
+                "tie_word_embeddings to false there to keep both, or remove the wrong one"
+            )
+    return tensor
+
+
+def _keep(name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return a tensor that is not packed as it is stored, if all of it is finite."""
+    # Copied: a view would keep all of its file mapped until the shard is written.
+    kept = tensor.to(dtype, copy=True, memory_format=torch.contiguous_format)
+    if not all(bound.isfinite() for bound in kept.aminmax()):
+        raise ValueError(
+            f"{name} has values that are not finite in {dtype}: repair the weights, or take an "
+            "earlier checkpoint"
+        )
+    return kept
+
+
+def _write_rest(staging: Staging, plan: Plan) -> None:
+    """Write the files beside the shards: code, settings, configuration and index."""
+    for name, path in plan.files.items():
+        staging.write(name, partial(shutil.copyfile, path))
+    staging.write("config.json", partial(_write_json, plan.fields))
+    if len(plan.shards) > 1:
+        staging.write("model.safetensors.index.json", partial(_write_json, _build_index(plan)))
+
+
+def _build_index(plan: Plan) -> dict[str, Any]:
+    """Return the index of the shards as transformers reads it."""
+    weight_map = {name: shard for shard in plan.shards for name in _stored_names(plan, shard)}
+    total_size = sum(plan.shard_sizes().values())
+    return {"metadata": {"total_size": total_size}, "weight_map": weight_map}
+
+
+def _stored_names(plan: Plan, shard: str) -> list[str]:
+    return [name for piece in plan.shards[shard] for name in piece.sizes]
+
+
+def _write_json(fields: Mapping[str, Any], path: Path) -> None:
+    path.write_text(json.dumps(fields, indent=2, sort_keys=True) + "\n", encoding="utf-8")

@@ -1,0 +1,340 @@
+"""Owns what is decided before `chatglm quantize` writes anything, and what is refused.
+
+A model of the same configuration without values says which tensors there must be, and in which
+form they will be stored. Settings and code come from the folder itself or from this repository, by
+the size of its vocabulary. Reads files and writes none; knows nothing of values.
+"""
+
+import re
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple, cast
+
+import torch
+from torch import nn
+from transformers import AutoConfig, AutoModel
+
+from chatglm.loading import default_model_folder
+from chatglm.quantizing.checkpoint import StoredTensor, list_tensors, read_json
+from chatglm.quantizing.merging import Adapter, read_adapter
+from chatglm.quantizing.staging import describe_files
+
+MAX_SHARD_BYTES = 10**9
+FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+CODE = ("*_chatglm.py", "quantization*.py")
+VOCABULARY = "ice_text.model"
+TEMPLATE = "chat_template.jinja"
+SETTINGS = ("generation_config.json", "tokenizer_config.json")
+# What a tokenizer of ours saves beside these on some releases of transformers.
+MORE_SETTINGS = ("special_tokens_map.json", "added_tokens.json")
+LICENSES = ("LICENSE*", "MODEL_LICENSE*", "NOTICE*")
+# What other quantizers leave beside weights that only they can read.
+FOREIGN_CONFIGS = {"quantize_config.json": "AutoGPTQ", "quant_config.json": "AutoAWQ"}
+
+
+class PackedFormat(NamedTuple):
+    """What the weights become.
+
+    Attributes:
+        bits: 4 or 8; 0 for weights that stay as they are.
+        group_size: columns that share a scale; None for whole rows, the official format.
+        embeddings: whether the embedding and the head are packed too.
+    """
+
+    bits: int
+    group_size: int | None = None
+    embeddings: bool = False
+
+    def fields(self) -> dict[str, Any]:
+        """The format as config.json has it."""
+        return {
+            "quantization_bit": self.bits,
+            "quantization_group_size": self.group_size,
+            "quantization_embeddings": self.embeddings,
+        }
+
+
+FLOAT_WEIGHTS = PackedFormat(0)
+
+
+class Source(NamedTuple):
+    """A folder with float weights.
+
+    Attributes:
+        folder: where they are.
+        fields: its configuration, completed, for float weights.
+        files: what the result takes over as it is, by its name there.
+    """
+
+    folder: Path
+    fields: dict[str, Any]
+    files: dict[str, Path]
+
+
+class Piece(NamedTuple):
+    """A parameter of the model.
+
+    Attributes:
+        name: its name.
+        stored: where its values are; a tied one may be stored twice.
+        layer: the layer without values that packs it, or None if it stays a float tensor.
+        sizes: the bytes that are written for it, by name.
+    """
+
+    name: str
+    stored: list[StoredTensor]
+    layer: nn.Module | None
+    sizes: dict[str, int]
+
+
+class Plan(NamedTuple):
+    """What will be written.
+
+    Attributes:
+        files: what the result takes over as it is, by its name there.
+        fields: its config.json.
+        shards: the pieces of each weight file, by its name.
+        adapter: what is merged into the weights first, or None.
+        inputs: all files that the result depends on.
+    """
+
+    files: dict[str, Path]
+    fields: dict[str, Any]
+    shards: dict[str, list[Piece]]
+    adapter: Adapter | None
+    inputs: list[Path]
+
+    def job(self) -> dict[str, Any]:
+        """Describe the plan so that one that gives the same files is equal, and others are not."""
+        shards = {name: [piece.name for piece in self.shards[name]] for name in self.shards}
+        inputs = describe_files(self.inputs)
+        return {"config": self.fields, "shards": shards, "inputs": inputs}
+
+    def shard_sizes(self) -> dict[str, int]:
+        """The bytes of the tensors of each weight file."""
+        return {name: sum(map(sum_sizes, pieces)) for name, pieces in self.shards.items()}
+
+
+def make_plan(source: Source, packed_format: PackedFormat, lora: str | None) -> Plan:
+    """Check the weights and the adapter of a folder and say what becomes of them.
+
+    Args:
+        source: the folder.
+        packed_format: what the weights become.
+        lora: folder of a LoRA adapter to merge first, or None.
+
+    Raises:
+        ValueError: for tensors that are not those of the configuration, a format that does not fit
+            them, or an adapter that cannot be merged.
+    """
+    plain = build_skeleton(source.fields)
+    tensors = match_tensors(source.folder, plain)
+    adapter = None if lora is None else _read_adapter(lora, plain)
+    fields = source.fields | packed_format.fields()
+    shards = cut_shards(plan_pieces(tensors, build_skeleton(fields)), MAX_SHARD_BYTES)
+    inputs = {*source.files.values(), source.folder / "config.json"}
+    inputs |= {tensor.file for found in tensors.values() for tensor in found}
+    inputs |= set(adapter.files if adapter else ())
+    return Plan(source.files, fields, shards, adapter, sorted(inputs))
+
+
+def read_source(folder: Path) -> Source:
+    """Read the configuration of a folder and find what belongs beside its quantized weights.
+
+    A folder that has our code keeps its own settings; any other takes those of its generation,
+    which its vocabulary's size tells.
+
+    Raises:
+        ValueError: if the weights are quantized already, a file is missing, or the generation is
+            not known.
+    """
+    code = default_model_folder()
+    if not (code / "packing_chatglm.py").is_file():
+        raise ValueError(f"{code} has not the model's code: run this in a clone of the repository")
+    own = read_json(folder / "config.json")
+    _refuse_foreign(folder, own)
+    auto_map = read_json(code / "config.json")["auto_map"]
+    is_ours = own.get("auto_map") == auto_map
+    settings = folder
+    if not is_ours or not all((folder / name).is_file() for name in SETTINGS):
+        settings = _find_generation(code, folder, own.get("vocab_size"))
+    fields = own if is_ours else _modernize(own, read_json(settings / "config.json"))
+    for name in ("_name_or_path", "dtype"):
+        fields.pop(name, None)
+    fields |= {"torch_dtype": "float16", **FLOAT_WEIGHTS.fields()}
+    return Source(folder, fields, _find_companions(folder, code, settings))
+
+
+def _refuse_foreign(folder: Path, fields: Mapping[str, Any]) -> None:
+    """Raise ValueError if another tool has quantized the weights."""
+    tools = [tool for name, tool in FOREIGN_CONFIGS.items() if (folder / name).is_file()]
+    settings: Any = fields.get("quantization_config")
+    if settings:
+        tools.insert(0, str(settings.get("quant_method", "another tool")))
+    if tools:
+        raise ValueError(
+            f"{folder} is quantized already, by {tools[0]}: name the folder with the float weights "
+            "that it was made from"
+        )
+
+
+def _find_generation(code: Path, folder: Path, vocab_size: int | None) -> Path:
+    """Return the folder with the settings of a model whose embedding has so many rows."""
+    known: dict[int, Path] = {}
+    for candidate in (code, *sorted((code / "presets").glob("*"))):
+        known[read_json(candidate / "config.json")["vocab_size"]] = candidate
+    if vocab_size in known:
+        return known[vocab_size]
+    raise ValueError(
+        f"{folder} has a vocab_size of {vocab_size}, and the known ones are {sorted(known)}: copy "
+        f"the files of this repository there ({', '.join(SETTINGS)} and a config.json with its "
+        "auto_map), adapted to that vocabulary"
+    )
+
+
+def _modernize(own: Mapping[str, Any], preset: Mapping[str, Any]) -> dict[str, Any]:
+    """Complete an old configuration; its generation decides the classes and the token ids."""
+    decided = {"architectures", "auto_map", "model_type"}
+    decided |= {name for name in preset if name.endswith("_token_id")}
+    return {**preset, **own, **{name: preset[name] for name in decided}}
+
+
+def _find_companions(folder: Path, code: Path, settings: Path) -> dict[str, Path]:
+    """Return the files that the result takes over, by name: code, settings, vocabulary, licences.
+
+    What the folder has of its own goes before the repository's.
+    """
+    if not (folder / VOCABULARY).is_file():
+        raise ValueError(
+            f"{folder} has no {VOCABULARY}: copy that of the model it was made from there"
+        )
+    template = settings / TEMPLATE
+    files = [code / "LICENSE", folder / VOCABULARY, *(settings / name for name in SETTINGS)]
+    files += [path for pattern in LICENSES for path in folder.glob(pattern)]
+    files += [path for pattern in CODE for path in code.glob(pattern)]
+    files.append(template if template.is_file() else code / TEMPLATE)
+    if settings == folder:
+        files += [folder / name for name in MORE_SETTINGS]
+    return {path.name: path for path in files if path.is_file()}
+
+
+def build_skeleton(fields: Mapping[str, Any]) -> nn.Module:
+    """Return the model of a configuration without values, built by this repository's code.
+
+    Raises:
+        ValueError: if the configuration is wrong, or its matrices cannot be packed so.
+    """
+    code = default_model_folder()
+    repository: Any = cast(Any, AutoConfig).from_pretrained(code, trust_remote_code=True)
+    config: Any = cast(Any, type(repository)).from_dict(dict(fields))
+    config.name_or_path = str(code)  # where the classes of its auto_map are
+    with torch.device("meta"):
+        return cast(Any, AutoModel).from_config(config, trust_remote_code=True)
+
+
+def match_tensors(folder: Path, plain: nn.Module) -> dict[str, list[StoredTensor]]:
+    """Find where each parameter of the model is stored, tied ones under any of their names.
+
+    Raises:
+        ValueError: for a tensor that is missing, left over, of another shape or no float tensor.
+    """
+    stored = list_tensors(folder)
+    groups = _tied_names(plain)
+    shapes = {names[0]: tuple(plain.get_parameter(names[0]).shape) for names in groups}
+    found = {names[0]: [stored[name] for name in names if name in stored] for names in groups}
+    _check_dtypes(folder, [tensor for tensors in found.values() for tensor in tensors])
+    _refuse(folder, "the weights lack", [name for name in found if not found[name]])
+    known = {name for names in groups for name in names}
+    ignored = [re.compile(p) for p in cast(Any, plain)._keys_to_ignore_on_load_unexpected]
+    left_over = stored.keys() - known
+    left_over -= {name for name in left_over for pattern in ignored if pattern.search(name)}
+    _refuse(folder, "the model has no place for", left_over)
+    misfits = [
+        f"{tensor.name} as {shapes[name]}, and not {tensor.shape}"
+        for name, tensors in found.items()
+        for tensor in tensors
+        if tensor.shape != shapes[name]
+    ]
+    _refuse(folder, "the model wants", misfits)
+    return found
+
+
+def _tied_names(model: nn.Module) -> list[list[str]]:
+    """Return the names of all parameters, those of one and the same together."""
+    names: dict[int, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        names.setdefault(id(parameter), []).append(name)
+    return list(names.values())
+
+
+def _check_dtypes(folder: Path, tensors: Iterable[StoredTensor]) -> None:
+    for tensor in tensors:
+        if tensor.dtype not in FLOATS:
+            raise ValueError(
+                f"{tensor.name} in {tensor.file.name} of {folder} is {tensor.dtype}: such weights "
+                "are quantized already; name the folder with the float weights"
+            )
+
+
+def _refuse(folder: Path, problem: str, names: Iterable[str]) -> None:
+    """Raise ValueError if there are any such tensors, naming the first."""
+    found = sorted(names)
+    if found:
+        more = f" and {len(found) - 1} more" if len(found) > 1 else ""
+        raise ValueError(
+            f"weights and config.json of {folder} do not belong together: {problem} "
+            f"{found[0]}{more}; use the config.json that came with the weights"
+        )
+
+
+def _read_adapter(lora: str, plain: nn.Module) -> Adapter:
+    """Read an adapter for the model's parameters; tied ones cannot be changed one by one."""
+    groups = _tied_names(plain)
+    shapes = {n[0]: tuple(plain.get_parameter(n[0]).shape) for n in groups if len(n) == 1}
+    return read_adapter(Path(lora).expanduser().resolve(), shapes)
+
+
+def plan_pieces(tensors: Mapping[str, list[StoredTensor]], packed: nn.Module) -> list[Piece]:
+    """Say for each stored parameter what becomes of it in the packed model."""
+    parameters = dict(packed.named_parameters())
+    pieces: list[Piece] = []
+    for name, stored in tensors.items():
+        scale = parameters.get(f"{name}_scale")
+        if scale is None:
+            dtype = kept_dtype(stored[0])
+            sizes = {name: parameters[name].numel() * dtype.itemsize}
+            pieces.append(Piece(name, stored, None, sizes))
+        else:
+            layer = packed.get_submodule(name.rpartition(".")[0])
+            half = torch.float16.itemsize
+            sizes = {name: parameters[name].nbytes, f"{name}_scale": scale.numel() * half}
+            pieces.append(Piece(name, stored, layer, sizes))
+    return pieces
+
+
+def kept_dtype(tensor: StoredTensor) -> torch.dtype:
+    """Return half, or float32 for vectors that have it, as the official checkpoints' norms do."""
+    is_wide_vector = len(tensor.shape) == 1 and tensor.dtype == torch.float32
+    return torch.float32 if is_wide_vector else torch.float16
+
+
+def sum_sizes(piece: Piece) -> int:
+    """The bytes that are written for a piece."""
+    return sum(piece.sizes.values())
+
+
+def cut_shards(pieces: Iterable[Piece], limit: int) -> dict[str, list[Piece]]:
+    """Distribute pieces, in their order, to files of at most `limit` bytes or one piece."""
+    cuts: list[list[Piece]] = []
+    room = 0
+    for piece in pieces:
+        size = sum_sizes(piece)
+        if not cuts or size > room:
+            cuts.append([])
+            room = limit
+        cuts[-1].append(piece)
+        room -= size
+    if len(cuts) == 1:
+        return {"model.safetensors": cuts[0]}
+    numbers = range(1, len(cuts) + 1)
+    return {f"model-{n:05d}-of-{len(cuts):05d}.safetensors": cut for n, cut in zip(numbers, cuts)}
