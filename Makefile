@@ -11,7 +11,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 CHATTING := $(VENV)/.installed-for-chat
 WORKING := $(VENV)/.installed-for-work
 
-.PHONY: help setup chat test parity compat lint fmt types check train-mini vocabulary-mini clean
+.PHONY: help setup chat test parity compat lint fmt types check bench-formats bench-memory train-mini vocabulary-mini clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/make \1  -  \2/p' Makefile
@@ -42,6 +42,12 @@ types: $(WORKING) ## check types
 	$(BIN)/pyright --pythonpath $(BIN)/python
 
 check: lint types test ## all that a change must pass
+
+bench-formats: $(WORKING) ## measure what each format of packed weights costs
+	$(BIN)/python -m benchmarks.bench_formats $(ARGS)
+
+bench-memory: $(WORKING) ## measure the memory that loading the 6B model quantized takes (14 GB of disk)
+	$(BIN)/python -m benchmarks.bench_memory $(ARGS)
 
 train-mini: $(WORKING) ## train the small model of this folder again (hours)
 	$(BIN)/python -m recipes.mini.sources --out $(MINI)/data

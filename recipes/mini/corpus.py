@@ -123,10 +123,12 @@ class Example(NamedTuple):
     answer_ids: list[int]
 
 
-def load_dialogues(data: Path) -> list[Dialogue]:
-    """Read our own seeds and the fetched sources of a folder, in a fixed order."""
+def load_dialogues(data: Path | None) -> list[Dialogue]:
+    """Read our own seeds, and the fetched sources of a folder if given, in a fixed order."""
     files = [("seeds", path) for path in sorted(SEEDS.glob("*.jsonl"))]
-    files += [(path.stem, path) for path in sorted(data.glob("*.jsonl")) if path.stem in SOURCES]
+    if data is not None:
+        fetched = sorted(data.glob("*.jsonl"))
+        files += [(path.stem, path) for path in fetched if path.stem in SOURCES]
     return [dialogue for source, path in files for dialogue in _read_dialogues(source, path)]
 
 
