@@ -260,6 +260,14 @@ def assert_quantized(names: dict[str, Any]) -> None:
     assert (weight.dtype, weight.shape[1] * 2) == (torch.int8, weight.shape[0])
 
 
+def assert_quantized_while_loading(names: dict[str, Any]) -> None:
+    assert_quantized(names)
+    config = names["model"].config
+    assert (config.quantization_group_size, config.quantization_embeddings) == (32, False)
+    scale = names["model"].transformer.layers[0].attention.dense.weight_scale
+    assert scale.shape == (config.hidden_size, config.hidden_size // 32)
+
+
 def assert_prefix(names: dict[str, Any]) -> None:
     stored = torch.load("../ptuning/pytorch_model.bin", weights_only=True)
     loaded = names["model"].transformer.prefix_encoder.embedding.weight
@@ -301,6 +309,7 @@ CHECKS: list[Callable[[dict[str, Any]], None]] = [
     assert_batch,
     assert_template,
     assert_quantized,
+    assert_quantized_while_loading,
     assert_prefix,
     assert_lora_training,
     assert_lora_chat,
