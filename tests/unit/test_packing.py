@@ -320,3 +320,31 @@ def test_a_packed_layer_is_not_initialized_anew() -> None:
     layer.reset_parameters()
     assert torch.equal(layer.weight, before)
     assert unpack_int4(layer.weight).shape == (4, 16)
+
+
+@both_bits
+@pytest.mark.parametrize("is_checkpointed", [False, True])
+def test_p_tuning_over_packed_weights_as_its_script_does_it(
+    bits: int, is_checkpointed: bool
+) -> None:
+    """The script quantizes, makes the model half and the prefix float32, and trains the prefix."""
+    packed = make_model(pre_seq_len=5, prefix_projection=True).quantize(bits)
+    plain = copy.deepcopy(packed).dequantize()
+    gradients = []
+    for model in (packed, plain):
+        model.half()
+        model.transformer.prefix_encoder.float()
+        model.train()
+        if is_checkpointed:
+            model.enable_input_require_grads()
+            model.gradient_checkpointing_enable()
+        torch.manual_seed(4)  # the prefix has dropout
+        model(INPUT_IDS, labels=INPUT_IDS).loss.backward()
+        named = model.transformer.prefix_encoder.named_parameters()
+        gradients.append({name: parameter.grad for name, parameter in named})
+    for name, expected in gradients[1].items():
+        assert expected.dtype == torch.float32 and expected.abs().max() > 0
+        error = (gradients[0][name] - expected).abs().max()
+        assert error <= 1e-5 * expected.abs().max(), name
+    trained = {name for name, p in packed.named_parameters() if p.grad is not None}
+    assert all(name.startswith("transformer.prefix_encoder.") for name in trained)

@@ -325,6 +325,27 @@ def test_every_mapped_matrix_is_given_back(
 # Saving and loading again
 
 
+@pytest.mark.parametrize(
+    "weight_format", [{"bits": 4}, {"bits": 8}, {"bits": 4, "embeddings": True}], ids=str
+)
+def test_official_quantized_checkpoints_load_as_they_are(
+    weight_format: dict[str, Any], tmp_path: Path
+) -> None:
+    """Their shards hold both names of what is tied, with embeddings the head's scales too."""
+    state = make_state(**weight_format)
+    has_embeddings = weight_format.get("embeddings", False)
+    assert ("lm_head.weight_scale" in state) == has_embeddings
+    fields = as_fields(**weight_format)
+    del fields["quantization_group_size"]  # the official configurations do not know it
+    folder = write_checkpoint(tmp_path / "official", state, **fields)
+    expected = build_model().half().quantize(**weight_format)
+    assert_same(load(folder), expected)
+    assert_same(load_auto(folder), expected)
+    if has_embeddings:
+        model = load(folder)
+        assert model.lm_head.weight_scale is model.transformer.word_embeddings.weight_scale
+
+
 @every_format
 def test_what_is_saved_has_the_official_fields_and_loads(
     weight_format: dict[str, Any], half_folder: Path, tmp_path: Path
