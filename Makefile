@@ -51,7 +51,7 @@ bench-memory: $(WORKING) ## measure the memory that loading the 6B model quantiz
 
 train-mini: $(WORKING) ## train the small model of this folder again (hours)
 	$(BIN)/python -m recipes.mini.sources --out $(MINI)/data
-	$(BIN)/python -m recipes.mini.train --data $(MINI)/data --work $(MINI)/work
+	$(BIN)/python -m recipes.mini.train --data $(MINI)/data --work $(MINI)/work $(ARGS)
 	$(BIN)/python -m recipes.mini.publish --work $(MINI)/work
 	$(BIN)/python -m recipes.mini.report --data $(MINI)/data --work $(MINI)/work
 
