@@ -18,6 +18,8 @@ from .quantization import (
     QuantizedLinear,
     check_bits,
     check_columns,
+    has_finite_scales,
+    quantize_weight,
 )
 
 logger = logging.get_logger(__name__)
@@ -108,8 +110,8 @@ class QuantizationMixin:
         model = cast(PreTrainedModel, self)
         if not swap_layers(model, weight_format, empty_init):
             logger.info("The model is already quantized to %s.", weight_format)
-        is_packed = isinstance(model.get_input_embeddings(), QuantizedEmbedding)
-        note_format(model, weight_format._replace(embeddings=is_packed))
+        has_packed_embedding = isinstance(model.get_input_embeddings(), QuantizedEmbedding)
+        note_format(model, weight_format._replace(embeddings=has_packed_embedding))
         return self
 
     def dequantize(self, dtype: torch.dtype | None = None) -> Any:
@@ -190,10 +192,9 @@ def swap_layers(
     names = _find_layers_to_pack(model, weight_format, empty_init)
     for name in names:
         layer = model.get_submodule(name)
-        is_embedding = isinstance(layer, nn.Embedding)
-        pack: Any = (
-            QuantizedEmbedding.from_embedding if is_embedding else (QuantizedLinear.from_linear)
-        )
+        pack: Any = QuantizedLinear.from_linear
+        if isinstance(layer, nn.Embedding):
+            pack = QuantizedEmbedding.from_embedding
         packed = pack(layer, weight_format.bits, empty_init, name, weight_format.group_size)
         del layer  # or the float matrix would outlive its replacement by one round
         _replace_module(model, name, packed)
@@ -244,7 +245,10 @@ def _check_layer(
         )
     if module.weight.is_meta and not empty_init:
         raise ValueError(f"{name} has no values (meta device): load the weights first.")
-    check_columns(module.weight.shape[1], weight_format.bits, weight_format.group_size, name)
+    bits, group_size = weight_format.bits, weight_format.group_size
+    check_columns(module.weight.shape[1], bits, group_size, name)
+    if not empty_init and not has_finite_scales(module.weight, bits):
+        quantize_weight(module.weight, bits, name, group_size)  # raises, naming the row
 
 
 __all__ = ["QuantizationMixin", "WeightFormat", "note_ties", "swap_layers"]

@@ -122,6 +122,13 @@ def quantize_weight(
     return packed, scale
 
 
+@torch.no_grad()
+def has_finite_scales(weight: Tensor, bits: int) -> bool:
+    """Tell whether `quantize_weight` would take a matrix's values, without a copy of them."""
+    largest = torch.stack(weight.aminmax()).abs().max()
+    return bool((largest.float() / _limit(bits)).half().isfinite())
+
+
 def _limit(bits: int) -> int:
     return 2 ** (bits - 1) - 1
 

@@ -363,9 +363,15 @@ def empty_last_layer(model: ChatGLMForConditionalGeneration) -> None:
     model.transformer.layers[1].mlp.dense_4h_to_h.to("meta")
 
 
+def break_last_layer(model: ChatGLMForConditionalGeneration) -> None:
+    with torch.no_grad():
+        model.transformer.layers[1].mlp.dense_4h_to_h.weight[3, 1] = float("nan")
+
+
 @pytest.mark.parametrize(
     ("change", "options", "message"),
     [
+        (break_last_layer, {}, r"1\.mlp\.dense_4h_to_h cannot be quantized: row 3 reaches nan"),
         (None, {"inner_hidden_size": 49}, r"0\.mlp\.dense_4h_to_h has 49 columns.*use 8 bits"),
         (wrap_last_layer, {}, r"layers\.1\.mlp\.dense_4h_to_h is a Adapter.*merge them first"),
         (empty_last_layer, {}, r"layers\.1\.mlp\.dense_4h_to_h has no values.*load the weights"),
