@@ -27,8 +27,10 @@ from torch import Tensor, nn
 from .quantization_cuda import find_kernels as find_cuda_kernels
 
 GROUP_SIZES = (32, 64, 128)
-# Larger matrices (the head, the embedding) are worked on by blocks of rows of this many weights.
+# Larger matrices are worked on by blocks of rows of this many weights: few enough that the head is
+# never unpacked as a whole, and on a CPU that each step of unpacking finds its data in the caches.
 BLOCK_WEIGHTS = 2**26
+CPU_BLOCK_WEIGHTS = 2**22
 
 
 def check_bits(bits: int) -> None:
@@ -111,7 +113,7 @@ def quantize_weight(
     packed = weight.new_empty(rows, in_features * bits // 8, dtype=torch.int8)
     groups = () if group_size is None else (in_features // group_size,)
     scale = weight.new_empty(rows, *groups, dtype=torch.float16)
-    for block in iter_row_blocks(rows, in_features):
+    for block in iter_row_blocks(rows, in_features, weight.device):
         packed[block], scale[block] = _quantize_rows(weight[block], bits, scale[block].shape)
     if not scale.isfinite().all():
         row = int(scale.view(rows, -1).isfinite().all(1).int().argmin())
@@ -145,9 +147,12 @@ def _quantize_rows(weight: Tensor, bits: int, scale_shape: torch.Size) -> tuple[
     return (pack_int4(integers) if bits == 4 else integers), scale.view(scale_shape)
 
 
-def iter_row_blocks(rows: int, columns: int) -> Iterator[slice]:
-    """Cut the rows of a matrix into blocks of at most `BLOCK_WEIGHTS` weights."""
-    step = max(1, BLOCK_WEIGHTS // max(1, columns))
+def iter_row_blocks(rows: int, columns: int, device: torch.device) -> Iterator[slice]:
+    """Cut the rows of a matrix on a device into blocks."""
+    # A compiled graph has its own ways with caches, and would grow with every block.
+    is_cached = device.type == "cpu" and not torch.compiler.is_compiling()
+    limit = CPU_BLOCK_WEIGHTS if is_cached else BLOCK_WEIGHTS
+    step = max(1, limit // max(1, columns))
     for start in range(0, rows, step):
         yield slice(start, min(start + step, rows))
 
@@ -217,7 +222,7 @@ class PackedProduct(torch.autograd.Function):
         if product is not None:
             return product
         parts = []
-        for rows in iter_row_blocks(weight.shape[0], input.shape[-1]):
+        for rows in iter_row_blocks(weight.shape[0], input.shape[-1], weight.device):
             matrix = _dequantize(weight[rows], weight_scale[rows], bits, input.dtype)
             parts.append(nn.functional.linear(input, matrix))
         return parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)
@@ -227,7 +232,7 @@ class PackedProduct(torch.autograd.Function):
         weight, weight_scale = ctx.saved_tensors
         in_features = weight.shape[1] * 8 // ctx.bits
         grad_input = grad_output.new_zeros(*grad_output.shape[:-1], in_features)
-        for rows in iter_row_blocks(weight.shape[0], in_features):
+        for rows in iter_row_blocks(weight.shape[0], in_features, weight.device):
             matrix = _dequantize(weight[rows], weight_scale[rows], ctx.bits, grad_output.dtype)
             grad_input += grad_output[..., rows] @ matrix
         return grad_input, None, None, None

@@ -4,9 +4,9 @@
 
 Perplexity is that of the answers to held-out questions, per token, by the model of this repository:
 in untaught wordings of its own dialogues ("own"), and with `--data` (the folder of
-`recipes.mini.sources`) over the other sources too ("fetched"). The difference is the mean, over the
-questions, of what a format adds to an answer's loss per token, with its standard error: one and the
-same questions are asked of every format.
+`recipes.mini.sources`) also of the fetched sources that it was trained on to the end ("fetched").
+The difference is the mean, over the questions, of what a format adds to an answer's loss per token,
+with its standard error: one and the same questions are asked of every format.
 
 Sizes are bytes of the stored tensors, those of the 6B model computed on the meta device. Times are
 of one block's four matrix products at the sizes of the 6B model, one row as in decoding, float32
@@ -36,7 +36,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
-from recipes.mini.corpus import ROOT, Example, Sampler, load_dialogues, split_dialogues
+from recipes.mini.corpus import PHASES, ROOT, Example, Sampler, load_dialogues, split_dialogues
 from recipes.mini.evaluation import encode_questions, pick_untaught, sum_losses
 
 PAGE = ROOT / "docs" / "quantization.md"
@@ -86,7 +86,8 @@ def draw_examples(model: Any, data: Path | None) -> dict[str, list[Example]]:
     sampler = Sampler(seen, tokenizer, model.build_prompt)
     untaught = pick_untaught(seen, held_out)
     own = [question for question in untaught if question.source == "seeds"]
-    fetched = [question for question in untaught if question.source != "seeds"]
+    kept = PHASES[-1].shares.keys() - {"seeds"}
+    fetched = [question for question in untaught if question.source in kept]
     parts = {"own": own, "fetched": fetched}
     return {name: encode_questions(part, sampler) for name, part in parts.items() if part}
 

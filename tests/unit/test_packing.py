@@ -104,8 +104,8 @@ def test_large_matrices_are_worked_on_by_blocks_of_rows(
     linear = nn.Linear(64, 37)
     whole = QuantizedLinear.from_linear(linear, bits, group_size=group_size)
     results = []
-    for block_weights in (quantization.BLOCK_WEIGHTS, 640, 1):
-        monkeypatch.setattr(quantization, "BLOCK_WEIGHTS", block_weights)
+    for block_weights in (quantization.CPU_BLOCK_WEIGHTS, 640, 1):
+        monkeypatch.setattr(quantization, "CPU_BLOCK_WEIGHTS", block_weights)
         layer = QuantizedLinear.from_linear(linear, bits, group_size=group_size)
         assert torch.equal(layer.weight, whole.weight)
         assert torch.equal(layer.weight_scale, whole.weight_scale)
