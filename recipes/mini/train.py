@@ -50,7 +50,7 @@ def learning_rate(step: int, steps: int) -> float:
     rises again and falls all the way.
     """
     first_step, length = 0, min(steps, SECOND_COURSE)
-    fall_steps = int(length * FALL_SHARE)
+    fall_steps = max(1, int(length * FALL_SHARE))
     if step >= SECOND_COURSE:
         first_step, length = SECOND_COURSE, steps - SECOND_COURSE
         fall_steps = length

@@ -65,6 +65,12 @@ def test_the_rate_warms_up_stays_and_falls() -> None:
     assert rates[:150] == sorted(rates[:150]) and rates[800:] == sorted(rates[800:], reverse=True)
 
 
+@pytest.mark.parametrize("steps", [1, 2, 4, recipe.SECOND_COURSE + 1])
+def test_the_shortest_courses_have_a_rate(steps: int) -> None:
+    rates = [recipe.learning_rate(step, steps) for step in range(steps)]
+    assert all(0 < rate <= 1e-3 for rate in rates)
+
+
 def test_the_second_course_rises_again_and_falls_to_its_end() -> None:
     start, steps = recipe.SECOND_COURSE, recipe.STEPS
     first = [recipe.learning_rate(step, steps) for step in range(start)]
