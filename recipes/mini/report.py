@@ -47,7 +47,7 @@ def read_log(path: Path) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
     A run that was stopped and resumed has logged some steps twice: the later line counts.
 
     Raises:
-        ValueError: if no step was saved.
+        ValueError: if no step was saved, or none logged before that.
     """
     lines = [json.loads(line) for line in path.read_text().splitlines()]
     held_out = {line["step"]: line for line in lines if "held_out_loss" in line}
@@ -55,6 +55,10 @@ def read_log(path: Path) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
     if not held_out:
         raise ValueError(f"{path} has no held-out loss: train until the first state is saved")
     kept = [training[step] for step in sorted(training) if step <= max(held_out)]
+    if not kept:
+        raise ValueError(
+            f"{path} has no training loss up to step {max(held_out)}: train for 20 steps or more"
+        )
     return kept, [held_out[step] for step in sorted(held_out)]
 
 

@@ -47,6 +47,13 @@ def test_the_log_counts_each_saved_step_once(tmp_path: Path) -> None:
     assert facts == {"steps": 80, "hours": 1, "tokens": 310, "loss": 6.0, "held_out_loss": 5.5}
 
 
+def test_a_run_too_short_for_a_report_is_refused(tmp_path: Path) -> None:
+    log = tmp_path / "log.jsonl"
+    log.write_text('{"step": 4, "held_out_loss": 9.0, "seconds": 8}\n')
+    with pytest.raises(ValueError, match="no training loss up to step 4: train for 20 steps"):
+        report.describe_training(log)
+
+
 def test_a_log_without_a_saved_step_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="has no held-out loss"):
         report.read_log(write_log(tmp_path, LOG[:2]))
