@@ -1,7 +1,7 @@
 """Decoding with every kind of cache gives what the whole sequence gives in one forward pass."""
 
 import copy
-import importlib.util
+import importlib.metadata
 from collections.abc import Callable
 from typing import Any
 
@@ -193,8 +193,8 @@ def test_a_quantized_cache(tiny_model: Any, residual_length: int) -> None:
 
 @pytest.mark.parametrize("backend", ["quanto", "hqq", "fp8"])
 def test_quantized_caches_of_transformers(backend: str) -> None:
-    package = {"quanto": "optimum.quanto", "hqq": "hqq"}.get(backend)
-    if package is not None and importlib.util.find_spec(package.split(".")[0]) is None:
+    package = {"quanto": "optimum-quanto", "hqq": "hqq"}.get(backend)
+    if package is not None and not any(importlib.metadata.distributions(name=package)):
         pytest.skip(f"{package} is not installed")
     if backend == "fp8" and not HAS_FP8:
         pytest.skip("this transformers has no fp8 cache")
