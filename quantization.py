@@ -414,8 +414,6 @@ class QuantizedEmbedding(PackedMatrix):
         ValueError: as in `QuantizedLinear`.
     """
 
-    like: Tensor
-
     def __init__(
         self,
         num_embeddings: int,
@@ -429,8 +427,8 @@ class QuantizedEmbedding(PackedMatrix):
         self.num_embeddings = num_embeddings
         self.embedding_dim = embedding_dim
         self._hold_zeros((num_embeddings, embedding_dim), bits, group_size, device, dtype)
-        # The dtype of the vectors; the scales cannot tell it, which bfloat16 never narrows.
-        self.register_buffer("like", torch.empty(0, dtype=dtype, device=device), persistent=False)
+        # Of the vectors; the scales cannot tell it, which bfloat16 never narrows.
+        self.dtype = dtype or torch.get_default_dtype()
 
     @classmethod
     def from_embedding(
@@ -459,10 +457,13 @@ class QuantizedEmbedding(PackedMatrix):
     def forward(self, input_ids: Tensor) -> Tensor:
         """Map ids `(...)` to vectors `(..., embedding_dim)`."""
         ids = input_ids.flatten()
-        rows = dequantize_weight(
-            self.weight[ids], self.weight_scale[ids], self.bits, self.like.dtype
-        )
+        rows = dequantize_weight(self.weight[ids], self.weight_scale[ids], self.bits, self.dtype)
         return rows.view(*input_ids.shape, self.embedding_dim)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "PackedMatrix":
+        """Move or cast the layer, and note what a cast makes of the vectors."""
+        self.dtype = fn(torch.empty(0, dtype=self.dtype, device=self.weight.device)).dtype
+        return super()._apply(fn, recurse)
 
     def extra_repr(self) -> str:
         return f"{self.num_embeddings}, {self.embedding_dim}, {self._format()}"

@@ -164,20 +164,11 @@ class QuantizedLoadingMixin:
         if checkpoint.has_float_matrices:
             changes["sharded_metadata"] = None  # it does not know the scales
             state_dict = pack_checkpoint(checkpoint, are_files)
-        _settle_buffers(model)
         del tensors, checkpoint  # shards of an old kind are not mapped, but read as a whole
         if config is None:
             return load(model, state_dict, checkpoint_files, *args, **(options | changes))
         args = (dataclasses.replace(config, **changes), *args[1:])
         return load(model, state_dict, checkpoint_files, *args, **options)
-
-
-def _settle_buffers(model: PreTrainedModel) -> None:
-    """Make the buffers that no checkpoint stores; transformers 4 leaves them on the meta device."""
-    for module in model.modules():
-        for name, buffer in module.named_buffers(recurse=False):
-            if buffer.is_meta:
-                setattr(module, name, torch.empty_like(buffer, device="cpu"))
 
 
 def _read_format(options: dict[str, Any]) -> WeightFormat | None:
