@@ -10,7 +10,7 @@ import io
 import os
 import sys
 from collections.abc import Callable, Sequence
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from chatglm import __version__
 
@@ -28,6 +28,13 @@ class CommandParser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         """Leave with exit code 2 and one line, instead of the usage text and a line."""
         self.exit(BAD_INPUT, f"{self.prog}: {message} (see {self.prog} --help)\n")
+
+
+def open_parser(subparsers: Any, command: str, description: str) -> argparse.ArgumentParser:
+    """The still empty parser of a command: one of `subparsers`, or its module's own if None."""
+    if subparsers is not None:
+        return subparsers.add_parser(command, description=description)
+    return CommandParser(prog=f"python -m {COMMANDS[command][0]}", description=description)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -11,7 +11,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from chatglm.cli import CommandParser, run_command
+from chatglm.cli import open_parser, run_command
 
 DESCRIPTION = """\
 Write a model folder with quantized weights, shard by shard: a few GB of memory are enough for the
@@ -21,10 +21,7 @@ goes on where it was."""
 
 def make_parser(subparsers: Any = None) -> argparse.ArgumentParser:
     """The options of `chatglm quantize`, as a command of its own or of `subparsers`."""
-    if subparsers is None:
-        parser = CommandParser(prog="python -m chatglm.quantizing.command", description=DESCRIPTION)
-    else:
-        parser = subparsers.add_parser("quantize", description=DESCRIPTION)
+    parser = open_parser(subparsers, "quantize", DESCRIPTION)
     add = parser.add_argument
     add("source", metavar="SRC", help="model folder with float weights, of any generation or fork")
     add("target", metavar="DST", help="folder to be made")

@@ -16,7 +16,7 @@ from contextlib import closing, suppress
 from dataclasses import dataclass, field
 from typing import Any
 
-from chatglm.cli import CommandParser, run_command
+from chatglm.cli import open_parser, run_command
 
 WELCOME = """\
 ChatGLM: {folder} ({device})
@@ -35,10 +35,7 @@ ANSWER_SHARE = 1 / 4
 def make_parser(subparsers: Any = None) -> argparse.ArgumentParser:
     """The options of `chatglm chat`, as a command of its own or of `subparsers`."""
     description = "Chat in the terminal; through a pipe, answer every line of standard input."
-    if subparsers is None:
-        parser = CommandParser(prog="python -m chatglm.serving.chat", description=description)
-    else:
-        parser = subparsers.add_parser("chat", description=description)
+    parser = open_parser(subparsers, "chat", description)
     add = parser.add_argument
     add("--model", metavar="PATH", help="model folder (default: this repository)")
     add("--bits", type=int, choices=(4, 8), help="quantize the weights (default: as they are)")
