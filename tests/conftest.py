@@ -108,3 +108,14 @@ def tiny_repo(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for name in (*MODEL_FILES, *TOKENIZER_FILES, "generation_config.json"):
         shutil.copy(ROOT / name, folder)
     return folder
+
+
+def pad_rows(rows: list[list[int]], side: str) -> list[list[int]]:
+    """Pad rows to two columns more than the longest, on one side or on both in turn."""
+    pad, width = TINY["pad_token_id"], max(map(len, rows)) + 2
+    padded = []
+    for i, row in enumerate(rows):
+        missing = width - len(row)
+        before = {"left": missing, "right": 0, "both": 1 + i % (missing - 1)}[side]
+        padded.append([pad] * before + row + [pad] * (missing - before))
+    return padded

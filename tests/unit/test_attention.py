@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 from chatglm_6b.masking_chatglm import build_geometry
-from conftest import build_model
+from conftest import build_model, pad_rows
 from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
@@ -39,17 +39,6 @@ def assert_near(actual: torch.Tensor, expected: torch.Tensor, tolerance: float =
 def forward(model: Any, rows: list[list[int]], **inputs: Any) -> Any:
     with torch.no_grad():
         return model(torch.tensor(rows), **inputs)
-
-
-def pad_rows(rows: list[list[int]], side: str) -> list[list[int]]:
-    """Pad rows to two columns more than the longest, on one side or on both in turn."""
-    width = max(map(len, rows)) + 2
-    padded = []
-    for i, row in enumerate(rows):
-        missing = width - len(row)
-        before = {"left": missing, "right": 0, "both": 1 + i % (missing - 1)}[side]
-        padded.append([PAD] * before + row + [PAD] * (missing - before))
-    return padded
 
 
 @pytest.mark.parametrize("pre_seq_len", [None, 4])

@@ -11,7 +11,7 @@ import pytest
 import torch
 from chatglm_6b.generation_chatglm import InvalidScoreLogitsProcessor
 from chatglm_6b.masking_chatglm import build_geometry
-from conftest import SHARED, build_model
+from conftest import SHARED, build_model, pad_rows
 from golden_model import load_arrays, load_model
 from transformers import GenerationConfig
 from transformers.generation.logits_process import LogitsProcessor, LogitsProcessorList
@@ -59,17 +59,6 @@ def generate(model: Any, rows: list[list[int]], **options: Any) -> list[list[int
     return model.generate(torch.tensor(rows), **{**GREEDY, **options}).tolist()
 
 
-def pad_rows(side: str) -> torch.Tensor:
-    """Pad the prompts to two columns more than the longest."""
-    width = max(map(len, PROMPTS)) + 2
-    rows = []
-    for i, row in enumerate(PROMPTS):
-        missing = width - len(row)
-        before = {"left": missing, "right": 0, "both": 1 + i % (missing - 1)}[side]
-        rows.append([PAD] * before + row + [PAD] * (missing - before))
-    return torch.tensor(rows)
-
-
 def test_the_tiny_model_says_something() -> None:
     """Equal answers below would mean little if they were all the same."""
     answers = [answer_alone(i)[0] for i in range(len(PROMPTS))]
@@ -82,7 +71,7 @@ def test_the_tiny_model_says_something() -> None:
 def test_padded_rows_answer_as_they_do_alone(model: Any, side: str, decoder: str) -> None:
     options = DECODERS[decoder]
     copies = options.get("num_return_sequences", 1)
-    ids = pad_rows(side)
+    ids = torch.tensor(pad_rows(PROMPTS, side))
     outputs = model.generate(ids, attention_mask=(ids != PAD).long(), **GREEDY, **options)
     for i in range(len(PROMPTS)):
         rows = outputs[i * copies : (i + 1) * copies, ids.shape[1] :].tolist()
@@ -95,7 +84,7 @@ def test_padded_rows_answer_as_they_do_alone(model: Any, side: str, decoder: str
 @pytest.mark.parametrize("side", ["left", "right", "both"])
 def test_masks_of_any_kind(model: Any, side: str, dtype: Any) -> None:
     """Without a mask, pads are told by their id."""
-    ids = pad_rows(side)
+    ids = torch.tensor(pad_rows(PROMPTS, side))
     mask = None if dtype is None else (ids != PAD).to(dtype)
     expected = model.generate(ids, attention_mask=(ids != PAD).long(), **GREEDY)
     assert torch.equal(model.generate(ids, attention_mask=mask, **GREEDY), expected)
@@ -330,7 +319,7 @@ def test_a_stream_finds_the_end_token_wherever_it_is_set() -> None:
 
 
 def test_a_stream_of_rows_goes_on_until_the_last_ends(model: Any, threads: Any) -> None:
-    ids = pad_rows("right")[:3]
+    ids = torch.tensor(pad_rows(PROMPTS, "right"))[:3]
     answers = model.generate(ids, **GREEDY)[:, ids.shape[1] :]
     end = int(answers[0, 4])
     rows = list(model.stream_generate(ids, **GREEDY, eos_token_id=end))
