@@ -69,6 +69,8 @@ class ChatGLMConfig(PretrainedConfig):
         quantization_group_size: 32, 64 or 128 columns that share a scale; None for a scale per
             row, as in the official checkpoints.
         quantization_embeddings: whether the embedding and the head are quantized too.
+        quantization_activations: "int8" if a CPU's kernels may round the input of products with
+            packed weights to 8 bits, or "exact".
         pre_seq_len: length of a P-Tuning v2 prefix, or None for a model without one.
         prefix_projection: whether the prefix goes through a two-layer network.
         tie_word_embeddings: whether `lm_head` is the embedding matrix (all released weights).
@@ -111,6 +113,7 @@ class ChatGLMConfig(PretrainedConfig):
         quantization_bit: int = 0,
         quantization_group_size: int | None = None,
         quantization_embeddings: bool = False,
+        quantization_activations: str = "int8",
         pre_seq_len: int | None = None,
         prefix_projection: bool = False,
         tie_word_embeddings: bool = True,
@@ -128,6 +131,7 @@ class ChatGLMConfig(PretrainedConfig):
         self.quantization_bit = quantization_bit
         self.quantization_group_size = quantization_group_size
         self.quantization_embeddings = quantization_embeddings
+        self.quantization_activations = quantization_activations
         self.pre_seq_len: Any = pre_seq_len
         self.prefix_projection = prefix_projection
         token_ids = {

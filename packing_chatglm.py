@@ -13,9 +13,11 @@ from transformers import PreTrainedModel
 from transformers.utils import logging
 
 from .quantization import (
+    ACTIVATIONS,
     PackedMatrix,
     QuantizedEmbedding,
     QuantizedLinear,
+    check_activations,
     check_bits,
     check_columns,
     has_finite_scales,
@@ -42,11 +44,13 @@ class WeightFormat(NamedTuple):
         bits: 4 or 8.
         group_size: columns that share a scale; None for whole rows, the official format.
         embeddings: whether the embedding and the head are packed too.
+        activations: "int8" if a CPU's kernels may round the input of products, or "exact".
     """
 
     bits: int
     group_size: int | None = None
     embeddings: bool = False
+    activations: str = ACTIVATIONS[0]
 
     def __str__(self) -> str:
         group = "" if self.group_size is None else f" in groups of {self.group_size}"
@@ -56,7 +60,10 @@ class WeightFormat(NamedTuple):
     def of_config(cls, config: Any) -> "WeightFormat":
         """Return the format that a model's configuration names; 0 bits for plain weights."""
         return cls(
-            config.quantization_bit, config.quantization_group_size, config.quantization_embeddings
+            config.quantization_bit,
+            config.quantization_group_size,
+            config.quantization_embeddings,
+            check_activations(config.quantization_activations),
         )
 
 
@@ -79,12 +86,13 @@ class QuantizationMixin:
         empty_init: bool = False,
         group_size: int | None = None,
         embeddings: bool = False,
+        activations: str | None = None,
         **ignored: Any,
     ) -> Any:
         """Swap the model's large layers for packed ones, in place and one at a time.
 
         Works on any device and in any floating dtype. The format is also written to the model's
-        config. A second call may pack the embedding too; otherwise it changes nothing.
+        config. A second call may pack the embedding too or change `activations`, nothing else.
 
         Args:
             bits: 4 or 8; 0 leaves the model as it is.
@@ -92,6 +100,9 @@ class QuantizationMixin:
             group_size: 32, 64 or 128 columns that share a scale; None for a scale per row, the
                 official format.
             embeddings: whether to pack the embedding and the head too.
+            activations: "int8" lets the kernels of a CPU round the input of every product to 8
+                bits, with a scale for every few columns (the default; not while training);
+                "exact" keeps it, at up to twice the time.
             ignored: options of the original's own kernels.
 
         Returns:
@@ -104,9 +115,12 @@ class QuantizationMixin:
         if bits == 0:
             return self
         check_bits(bits)
+        activations = check_activations(
+            activations or cast(Any, self).config.quantization_activations
+        )
         if ignored:
             logger.warning("quantize() ignores %s.", ", ".join(sorted(ignored)))
-        weight_format = WeightFormat(bits, group_size, embeddings)
+        weight_format = WeightFormat(bits, group_size, embeddings, activations)
         model = cast(PreTrainedModel, self)
         if not swap_layers(model, weight_format, empty_init):
             logger.info("The model is already quantized to %s.", weight_format)
@@ -161,6 +175,7 @@ def note_format(model: PreTrainedModel, weight_format: WeightFormat) -> None:
     config.quantization_bit = weight_format.bits
     config.quantization_group_size = weight_format.group_size
     config.quantization_embeddings = weight_format.embeddings
+    config.quantization_activations = weight_format.activations
     if model.get_output_embeddings() is not None:
         note_ties(model)
         if hasattr(model, "all_tied_weights_keys"):
@@ -198,6 +213,8 @@ def swap_layers(
         packed = pack(layer, weight_format.bits, empty_init, name, weight_format.group_size)
         del layer  # or the float matrix would outlive its replacement by one round
         _replace_module(model, name, packed)
+    for layer in filter(is_packed, model.modules()):
+        cast(PackedMatrix, layer).activations = weight_format.activations
     return names
 
 
@@ -228,7 +245,7 @@ def _find_layers_to_pack(
 
 def _check_same_format(layer: PackedMatrix, asked: WeightFormat) -> None:
     found = WeightFormat(layer.bits, layer.group_size)
-    if found != asked._replace(embeddings=False):
+    if found != WeightFormat(asked.bits, asked.group_size):
         raise ValueError(
             f"The model is quantized to {found} and cannot be quantized to {asked}: load the "
             "unquantized weights and quantize those."

@@ -24,9 +24,12 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from .quantization_cpu import find_kernels as find_cpu_kernels
 from .quantization_cuda import find_kernels as find_cuda_kernels
 
 GROUP_SIZES = (32, 64, 128)
+# Whether kernels may round the input of a product to 8 bits, with a scale for every few columns.
+ACTIVATIONS = ("int8", "exact")
 # Larger matrices are worked on by blocks of rows of this many weights: few enough that the head is
 # never unpacked as a whole, and on a CPU that each step of unpacking finds its data in the caches.
 BLOCK_WEIGHTS = 2**26
@@ -37,6 +40,13 @@ def check_bits(bits: int) -> None:
     """Raise ValueError for a number of bits that there is no format for."""
     if bits not in (4, 8):
         raise ValueError(f"bits must be 4 or 8, got {bits!r}; 0 leaves a model as it is.")
+
+
+def check_activations(activations: str) -> str:
+    """Return a treatment of products' inputs; ValueError if there is none of this name."""
+    if activations not in ACTIVATIONS:
+        raise ValueError(f"activations must be one of {ACTIVATIONS}, got {activations!r}.")
+    return activations
 
 
 def check_columns(
@@ -182,9 +192,12 @@ class LinearKernels(Protocol):
     """What a device's kernels offer; None for operands that they leave to torch."""
 
     def multiply(
-        self, input: Tensor, weight: Tensor, weight_scale: Tensor, bits: int
+        self, input: Tensor, weight: Tensor, weight_scale: Tensor, bits: int, activations: str
     ) -> Tensor | None:
-        """Return `input @ W.T`, `(..., I)` to `(..., O)`, without writing `W` to memory."""
+        """Return `input @ W.T`, `(..., I)` to `(..., O)`, without writing `W` to memory.
+
+        With `activations` "int8" the input may be rounded to 8 bits, with "exact" it may not.
+        """
 
     def dequantize(
         self, weight: Tensor, weight_scale: Tensor, bits: int, dtype: torch.dtype
@@ -194,7 +207,8 @@ class LinearKernels(Protocol):
 
 # How to find the kernels of a device, by its type; None where they cannot run.
 KERNEL_FINDERS: dict[str, Callable[[torch.device], LinearKernels | None]] = {
-    "cuda": find_cuda_kernels
+    "cpu": find_cpu_kernels,
+    "cuda": find_cuda_kernels,
 }
 
 
@@ -210,6 +224,22 @@ def _dequantize(weight: Tensor, weight_scale: Tensor, bits: int, dtype: torch.dt
     return dequantize_weight(weight, weight_scale, bits, dtype) if matrix is None else matrix
 
 
+def multiply_packed(
+    input: Tensor, weight: Tensor, weight_scale: Tensor, bits: int, activations: str
+) -> Tensor:
+    """Return `input @ W.T` by a kernel, or a block of unpacked rows at a time."""
+    kernels = _find_kernels(weight)
+    if kernels is not None:
+        product = kernels.multiply(input, weight, weight_scale, bits, activations)
+        if product is not None:
+            return product
+    parts = []
+    for rows in iter_row_blocks(weight.shape[0], input.shape[-1], weight.device):
+        matrix = _dequantize(weight[rows], weight_scale[rows], bits, input.dtype)
+        parts.append(nn.functional.linear(input, matrix))
+    return parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)
+
+
 class PackedProduct(torch.autograd.Function):
     """`input @ W.T` that keeps only the packed `W` for the backward pass, and unpacks it again."""
 
@@ -217,15 +247,7 @@ class PackedProduct(torch.autograd.Function):
     def forward(ctx: Any, input: Tensor, weight: Tensor, weight_scale: Tensor, bits: int) -> Tensor:
         ctx.save_for_backward(weight, weight_scale)
         ctx.bits = bits
-        kernels = _find_kernels(weight)
-        product = None if kernels is None else kernels.multiply(input, weight, weight_scale, bits)
-        if product is not None:
-            return product
-        parts = []
-        for rows in iter_row_blocks(weight.shape[0], input.shape[-1], weight.device):
-            matrix = _dequantize(weight[rows], weight_scale[rows], bits, input.dtype)
-            parts.append(nn.functional.linear(input, matrix))
-        return parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)
+        return multiply_packed(input, weight, weight_scale, bits, "exact")
 
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor, None, None, None]:
@@ -239,7 +261,12 @@ class PackedProduct(torch.autograd.Function):
 
 
 def quantized_linear(
-    input: Tensor, weight: Tensor, weight_scale: Tensor, bits: int, bias: Tensor | None = None
+    input: Tensor,
+    weight: Tensor,
+    weight_scale: Tensor,
+    bits: int,
+    bias: Tensor | None = None,
+    activations: str = "exact",
 ) -> Tensor:
     """Apply a packed linear layer; the one place that decides how its product is computed.
 
@@ -247,11 +274,16 @@ def quantized_linear(
         input: `(..., I)`, floating.
         weight, weight_scale, bits: as in `dequantize_weight`; no gradient reaches them.
         bias: `(O,)` or None.
+        activations: "int8" lets a kernel round the input to 8 bits where no gradient is wanted.
 
     Returns:
         `(..., O)`.
     """
-    output = PackedProduct.apply(input, weight, weight_scale, bits)
+    if torch.is_grad_enabled() and input.requires_grad:
+        # What is differentiated must be the function whose gradient the backward pass takes.
+        output = PackedProduct.apply(input, weight, weight_scale, bits)
+    else:
+        output = multiply_packed(input, weight, weight_scale, bits, activations)
     return output if bias is None else output + bias
 
 
@@ -265,12 +297,14 @@ class PackedMatrix(nn.Module):
         weight_scale: `(O,)` or `(O, G)`.
         bits: 4 or 8.
         group_size: columns that share a scale, or None.
+        activations: how products may treat their input: "int8" or "exact".
     """
 
     weight: Tensor
     weight_scale: Tensor
     bits: int
     group_size: int | None
+    activations: str = ACTIVATIONS[0]
 
     def _hold_zeros(
         self,
@@ -392,7 +426,8 @@ class QuantizedLinear(PackedMatrix, nn.Linear):
 
     def forward(self, input: Tensor) -> Tensor:
         """Map `(..., in_features)` to `(..., out_features)`."""
-        return quantized_linear(input, self.weight, self.weight_scale, self.bits, self.bias)
+        packed = (self.weight, self.weight_scale, self.bits)
+        return quantized_linear(input, *packed, self.bias, self.activations)
 
     def reset_parameters(self) -> None:
         """Keep the stored integers: there is no initialization for them."""

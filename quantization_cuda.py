@@ -444,7 +444,12 @@ class CudaKernels:
         self._call("cuDevicePrimaryCtxRetain", ctypes.byref(self._context), device)
 
     def multiply(
-        self, input: Tensor, weight: Tensor, weight_scale: Tensor, bits: int
+        self,
+        input: Tensor,
+        weight: Tensor,
+        weight_scale: Tensor,
+        bits: int,
+        activations: str = "exact",
     ) -> Tensor | None:
         """Return `input @ W.T` of at most 8 rows, without ever making the matrix `W`.
 
@@ -456,6 +461,7 @@ class CudaKernels:
             weight: int8 `(O, C)`.
             weight_scale: `(O,)`, or `(O, G)` in groups.
             bits: 4 or 8.
+            activations: not asked: the input is never rounded here.
 
         Returns:
             `(..., O)` in the input's dtype, summed in float32; None for more than 8 rows.

@@ -1,0 +1,583 @@
+"""Kernels for the CPU it runs on: written in Python, compiled by LLVM, run on torch's threads.
+
+Owns the tools: what this CPU can do, a writer of LLVM code, the compiler and its cache on disk, and
+the launch. Knows nothing of models or formats; the kernels stand in `quantization_cpu` and
+`attention_cpu`. The compiler is the package `llvmlite`; without it there are no kernels, and who
+asks for one is told so by None.
+
+A kernel is `void kernel(int64 *slots)`. Slots hold pointers and numbers; slot 0 is a counter from
+which every thread claims blocks of the work until none is left. So a kernel needs no index of its
+thread, any number of threads may run it, and what a block computes does not depend on who does it.
+"""
+
+import ctypes
+import functools
+import hashlib
+import importlib
+import os
+import sys
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from transformers.utils import logging
+
+logger = logging.get_logger(__name__)
+
+CACHE_VARIABLE = "CHATGLM_KERNEL_CACHE"  # names a folder; "off" for none
+SWITCH_VARIABLE = "CHATGLM_CPU_KERNELS"  # "off" for plain torch
+OLDEST_LLVMLITE = (0, 45)
+WORTH_A_THREAD = 2**15  # bytes; less is read sooner than another thread is woken
+
+
+class Processor(NamedTuple):
+    """What kernels are compiled for.
+
+    Attributes:
+        name: LLVM's name of the CPU.
+        features: LLVM's feature string.
+        dot: how four products of bytes are summed: "vnni", "avx-vnni", "avx2", "neon", "generic".
+        lanes: numbers of 32 bits that one step of a dot product yields.
+        triple: LLVM's name of the platform; None for this one, the only one that can be run.
+    """
+
+    name: str
+    features: str
+    dot: str
+    lanes: int
+    triple: str | None = None
+
+
+# In the order of preference: what a CPU must offer, and how wide its dot products are.
+DOTS = (
+    ("vnni", ("avx512vnni", "avx512bw", "avx512vl"), 16),
+    ("avx-vnni", ("avxvnni", "avx2"), 8),
+    ("avx2", ("avx2", "fma"), 8),
+    ("neon", ("dotprod",), 4),
+    ("generic", (), 8),
+)
+
+
+class Compiler:
+    """LLVM for one processor.
+
+    Args:
+        processor: by default the one this runs on.
+    """
+
+    def __init__(self, processor: Processor | None = None) -> None:
+        self.ir: Any = importlib.import_module("llvmlite.ir")
+        self.binding: Any = importlib.import_module("llvmlite.binding")
+        self.binding.initialize_native_target()
+        self.binding.initialize_native_asmprinter()
+        self.processor = processor or self._find_processor()
+        self.machine = self._make_machine()
+
+    @functools.cached_property
+    def engine(self) -> Any:
+        """What owns the code of all kernels, and a machine of its own."""
+        return self.binding.create_mcjit_compiler(
+            self.binding.parse_assembly(""), self._make_machine()
+        )
+
+    def _make_machine(self) -> Any:
+        triple = self.processor.triple
+        if triple is not None:
+            self.binding.initialize_all_targets()
+            self.binding.initialize_all_asmprinters()
+        target = self.binding.Target.from_triple(triple or self.binding.get_default_triple())
+        return target.create_target_machine(
+            cpu=self.processor.name, features=self.processor.features, opt=3, jit=True
+        )
+
+    def _find_processor(self) -> Processor:
+        found = self.binding.get_host_cpu_features()
+        dot, lanes = next((d, n) for d, needed, n in DOTS if all(found.get(f) for f in needed))
+        return Processor(self.binding.get_host_cpu_name(), found.flatten(), dot, lanes)
+
+    def load(self, code: bytes, name: str) -> int:
+        """Return the address of the kernel of this name in an object file."""
+        self.engine.add_object_file(self.binding.object_file.ObjectFileRef.from_data(code))
+        self.engine.finalize_object()
+        return self.engine.get_function_address(name)
+
+    def translate(self, text: str) -> bytes:
+        """Return the object file of a module, optimized."""
+        return self.machine.emit_object(self.optimize(text))
+
+    def optimize(self, text: str) -> Any:
+        """Return a module as LLVM would have it for this processor."""
+        binding = self.binding
+        module = binding.parse_assembly(text)
+        module.verify()
+        options = binding.create_pipeline_tuning_options(speed_level=3)
+        options.loop_unrolling = False  # what should be unrolled is written so
+        builder = binding.create_pass_builder(self.machine, options)
+        builder.getModulePassManager().run(module, builder)
+        return module
+
+
+class KernelWriter:
+    """Writes the LLVM code of one kernel.
+
+    Args:
+        compiler: for its processor.
+        name: of the kernel.
+        slots: names of the slots behind the counter.
+    """
+
+    def __init__(self, compiler: Compiler, name: str, slots: Sequence[str]) -> None:
+        self.ir, self.processor = compiler.ir, compiler.processor
+        ir = self.ir
+        self.i8, self.i16, self.i32, self.i64 = (ir.IntType(n) for n in (8, 16, 32, 64))
+        self.f16, self.f32 = ir.HalfType(), ir.FloatType()
+        self.pointer = ir.PointerType()
+        self.module = ir.Module(name)
+        kind = ir.FunctionType(ir.VoidType(), [self.pointer])
+        self.function = ir.Function(self.module, kind, name)
+        self.entry = ir.IRBuilder(self.function.append_basic_block("entry"))
+        self.slots = dict(zip(slots, range(1, len(slots) + 1)))
+        self.builder = ir.IRBuilder(self.function.append_basic_block("body"))
+        self._values: dict[str, Any] = {}
+
+    def finish(self) -> str:
+        """Return the module's text."""
+        self.entry.branch(self.function.basic_blocks[1])
+        self.builder.ret_void()
+        return str(self.module)
+
+    # -- values ---------------------------------------------------------------------------------
+
+    def const(self, value: int) -> Any:
+        """Return a 64-bit integer."""
+        return self.i64(value)
+
+    def slot(self, name: str) -> Any:
+        """Return the number in a slot."""
+        if name not in self._values:
+            place = self.entry.gep(
+                self.function.args[0], [self.i64(self.slots[name])], source_etype=self.i64
+            )
+            self._values[name] = self.entry.load(place, typ=self.i64)
+        return self._values[name]
+
+    def vector(self, element: Any, count: int) -> Any:
+        """Return a vector type."""
+        return self.ir.VectorType(element, count)
+
+    def add(self, first: Any, second: Any) -> Any:
+        """Return a sum of 64-bit integers, the second maybe a Python number."""
+        return self.builder.add(first, self.const(second) if isinstance(second, int) else second)
+
+    def times(self, first: Any, second: Any) -> Any:
+        """Return a product of 64-bit integers, the second maybe a Python number."""
+        return self.builder.mul(first, self.const(second) if isinstance(second, int) else second)
+
+    def smaller(self, first: Any, second: Any) -> Any:
+        """Return the smaller of two 64-bit integers."""
+        return self.builder.select(self.builder.icmp_signed("<", first, second), first, second)
+
+    def splat(self, value: Any, count: int) -> Any:
+        """Return a vector of one value."""
+        kind = self.vector(value.type, count)
+        first = self.builder.insert_element(
+            self.ir.Constant(kind, self.ir.Undefined), value, self.i32(0)
+        )
+        return self.shuffle(first, [0] * count)
+
+    def filled(self, element: Any, count: int, value: float | int) -> Any:
+        """Return a constant vector of one number."""
+        return self.ir.Constant(self.vector(element, count), [value] * count)
+
+    def shuffle(self, vector: Any, picks: Sequence[int], other: Any = None) -> Any:
+        """Return the picked elements of one or two vectors."""
+        other = self.ir.Constant(vector.type, self.ir.Undefined) if other is None else other
+        mask = self.ir.Constant(self.vector(self.i32, len(picks)), list(picks))
+        return self.builder.shuffle_vector(vector, other, mask)
+
+    def call(self, name: str, result: Any, arguments: Sequence[Any], fastmath: Any = ()) -> Any:
+        """Call an intrinsic."""
+        function = self.module.globals.get(name)
+        if function is None:
+            kind = self.ir.FunctionType(result, [argument.type for argument in arguments])
+            function = self.ir.Function(self.module, kind, name)
+        return self.builder.call(function, arguments, fastmath=fastmath)
+
+    def call_vector(self, name: str, *arguments: Any) -> Any:
+        """Call `llvm.NAME.TYPE`, whose arguments and result are of one type."""
+        kind = arguments[0].type
+        return self.call(f"llvm.{name}.{self._suffix(kind)}", kind, arguments)
+
+    def _suffix(self, kind: Any) -> str:
+        count = getattr(kind, "count", None)
+        element = kind.element if count else kind
+        names = {str(self.f32): "f32", str(self.f16): "f16"}
+        name = names.get(str(element), str(element))
+        return f"v{count}{name}" if count else name
+
+    def fma(self, first: Any, second: Any, added: Any) -> Any:
+        """Return `first * second + added`, rounded once where the processor can."""
+        product = self.builder.fmul(first, second, flags=["contract"])
+        return self.builder.fadd(product, added, flags=["contract"])
+
+    def sum(self, vector: Any) -> Any:
+        """Return the sum of a float vector, in an order of the compiler's."""
+        name = f"llvm.vector.reduce.fadd.{self._suffix(vector.type)}"
+        return self.call(name, self.f32, [self.f32(0.0), vector], ["reassoc"])
+
+    def largest(self, vector: Any) -> Any:
+        """Return the largest element of a vector of unsigned integers."""
+        name = f"llvm.vector.reduce.umax.{self._suffix(vector.type)}"
+        return self.call(name, vector.type.element, [vector])
+
+    # -- memory ---------------------------------------------------------------------------------
+
+    def address(self, base: Any, offset: Any = 0) -> Any:
+        """Return the pointer to a number of bytes behind an address."""
+        return self.builder.inttoptr(self.add(base, offset), self.pointer)
+
+    def load(self, place: Any, kind: Any) -> Any:
+        """Load from wherever it stands, aligned or not."""
+        return self.builder.load(place, align=1, typ=kind)
+
+    def load_first(self, place: Any, kind: Any, count: Any) -> Any:
+        """Load the first elements of a vector, and zeros behind them."""
+        builder = self.builder
+        steps = self.ir.Constant(self.vector(self.i64, kind.count), list(range(kind.count)))
+        mask = builder.icmp_signed("<", steps, self.splat(count, kind.count))
+        zeros = self.ir.Constant(kind, [0] * kind.count)
+        name = f"llvm.masked.load.{self._suffix(kind)}.p0"
+        return self.call(name, kind, [place, self.i32(1), mask, zeros])
+
+    def store(self, value: Any, place: Any) -> None:
+        """Store to wherever it stands, aligned or not."""
+        self.builder.store(value, place, align=1)
+
+    def load_as_float(self, place: Any, count: int, kind: str, left: Any = None) -> Any:
+        """Load a vector of "f32", "f16" or "bf16" numbers as float32; of `left`, if fewer."""
+        builder, result = self.builder, self.vector(self.f32, count)
+        stored = self.vector({"f32": self.f32, "f16": self.f16, "bf16": self.i16}[kind], count)
+        found = self.load(place, stored) if left is None else self.load_first(place, stored, left)
+        if kind == "f32":
+            return found
+        if kind == "f16":
+            is_slow = self.processor.dot == "generic"
+            return self._widen_halves(found) if is_slow else builder.fpext(found, result)
+        bits = builder.zext(found, self.vector(self.i32, count))
+        return builder.bitcast(builder.shl(bits, self.filled(self.i32, count, 16)), result)
+
+    def _widen_halves(self, halves: Any) -> Any:
+        """Return halves as float32 by their bits: elsewhere than in registers that is a call.
+
+        Of a library function, which is not there when the code is loaded.
+        """
+        builder, count = self.builder, halves.type.count
+        narrow, wide = self.vector(self.i16, count), self.vector(self.i32, count)
+        bits = builder.zext(builder.bitcast(halves, narrow), wide)
+
+        def pick(mask: int) -> Any:
+            return builder.and_(bits, self.filled(self.i32, count, mask))
+
+        def move(value: Any, places: int) -> Any:
+            return builder.shl(value, self.filled(self.i32, count, places))
+
+        def equals(value: Any, number: int) -> Any:
+            return builder.icmp_unsigned("==", value, self.filled(self.i32, count, number))
+
+        # The exponents' bias is 112 more; an infinity or NaN has the largest exponent in both.
+        bias = [self.filled(self.i32, count, number << 23) for number in (224, 112)]
+        bias = builder.select(equals(pick(0x7C00), 0x7C00), *bias)
+        number = builder.add(move(pick(0x7FFF), 13), bias)
+        kind = self.vector(self.f32, count)
+        denormal = builder.uitofp(pick(0x03FF), kind)
+        denormal = builder.fmul(denormal, self.filled(self.f32, count, 2.0**-24))
+        denormal = builder.bitcast(denormal, wide)
+        number = builder.select(equals(pick(0x7C00), 0), denormal, number)
+        return builder.bitcast(builder.or_(number, move(pick(0x8000), 16)), kind)
+
+    def store_as(self, vector: Any, place: Any, kind: str) -> None:
+        """Store float32 numbers as "f32", "f16" or "bf16", rounded to nearest, halves to even."""
+        builder = self.builder
+        if kind == "f16":
+            vector = builder.fptrunc(vector, self.vector(self.f16, vector.type.count))
+        if kind == "bf16":
+            vector = self._narrow(vector)
+        self.store(vector, place)
+
+    def _narrow(self, vector: Any) -> Any:
+        """Return the upper halves of float32 numbers, rounded; a NaN stays one."""
+        builder, count = self.builder, vector.type.count
+        wide, filled = self.vector(self.i32, count), functools.partial(self.filled, self.i32, count)
+        bits = builder.bitcast(vector, wide)
+        is_odd = builder.and_(builder.lshr(bits, filled(16)), filled(1))
+        rounded = builder.add(bits, builder.add(is_odd, filled(0x7FFF)))
+        is_number = builder.fcmp_ordered("ord", vector, vector)
+        rounded = builder.select(is_number, rounded, builder.or_(bits, filled(0x400000)))
+        return builder.trunc(builder.lshr(rounded, filled(16)), self.vector(self.i16, count))
+
+    def reserve(self, size: int) -> Any:
+        """Return the address of so many bytes that belong to this thread."""
+        place = self.entry.alloca(self.ir.ArrayType(self.i8, size))
+        place.align = 64
+        return self.entry.ptrtoint(place, self.i64)
+
+    def prefetch(self, place: Any) -> None:
+        """Ask for the memory at a place, which may also not exist."""
+        flags = [self.i32(0), self.i32(3), self.i32(1)]  # to read, into all caches, data
+        self.call("llvm.prefetch.p0", self.ir.VoidType(), [place, *flags])
+
+    def variable(self, value: Any) -> "Variable":
+        """Return a variable that starts with a value."""
+        place = self.entry.alloca(value.type)
+        variable = Variable(self, place, value.type)
+        variable.set(value)
+        return variable
+
+    # -- control --------------------------------------------------------------------------------
+
+    @contextmanager
+    def loop(self, start: Any, stop: Any, step: int = 1) -> Iterator[Any]:
+        """Repeat what is written inside for every index from start up to stop."""
+        builder, append = self.builder, self.function.append_basic_block
+        before, head, body, after = builder.block, append(), append(), append()
+        builder.branch(head)
+        builder.position_at_end(head)
+        index = builder.phi(self.i64)
+        index.add_incoming(start, before)
+        builder.cbranch(builder.icmp_signed("<", index, stop), body, after)
+        builder.position_at_end(body)
+        yield index
+        index.add_incoming(builder.add(index, self.i64(step)), builder.block)
+        builder.branch(head)
+        builder.position_at_end(after)
+
+    @contextmanager
+    def claimed_blocks(self, count: Any) -> Iterator[Any]:
+        """Repeat what is written inside for every block that this thread gets hold of."""
+        builder, append = self.builder, self.function.append_basic_block
+        head, body, after = append(), append(), append()
+        builder.branch(head)
+        builder.position_at_end(head)
+        block = builder.atomic_rmw("add", self.function.args[0], self.i64(1), "monotonic")
+        builder.cbranch(builder.icmp_signed("<", block, count), body, after)
+        builder.position_at_end(body)
+        yield block
+        builder.branch(head)
+        builder.position_at_end(after)
+
+    @contextmanager
+    def when(self, condition: Any) -> Iterator[None]:
+        """Do what is written inside only if a condition holds."""
+        with self.builder.if_then(condition):
+            yield
+
+
+class Variable:
+    """A place for a value that changes; the optimizer makes it a register."""
+
+    def __init__(self, writer: KernelWriter, place: Any, kind: Any) -> None:
+        self.writer, self.place, self.kind = writer, place, kind
+
+    def get(self) -> Any:
+        """Return the value."""
+        return self.writer.builder.load(self.place, typ=self.kind)
+
+    def set(self, value: Any) -> None:
+        """Replace the value."""
+        self.writer.builder.store(value, self.place)
+
+
+class KernelSource(NamedTuple):
+    """A kernel before it is compiled.
+
+    Attributes:
+        slots: the names of its slots, in order.
+        write: writes its body, given a writer and the parameters that it is compiled for.
+    """
+
+    slots: tuple[str, ...]
+    write: Callable[..., None]
+
+
+class Kernel(NamedTuple):
+    """A compiled kernel."""
+
+    address: int
+    slots: tuple[str, ...]
+
+    def prepare(self, threads: int, **values: int) -> "Call":
+        """Return a call on so many threads, with the values that are the same every time."""
+        return Call(self, threads, values)
+
+
+class Call:
+    """A kernel with some of its slots filled, made once and run for every token.
+
+    Args:
+        kernel: what to run.
+        threads: at least 1.
+        values: numbers by the names of slots.
+    """
+
+    def __init__(self, kernel: Kernel, threads: int, values: dict[str, int]) -> None:
+        self.address, self.threads = kernel.address, threads
+        self._places = {name: place + 1 for place, name in enumerate(kernel.slots)}
+        self._numbers = [0, *(values.get(name, 0) for name in kernel.slots)]
+        self._array = ctypes.c_int64 * len(self._numbers)
+
+    def run(self, **values: int) -> None:
+        """Run with the values of the other slots, pointers mostly; return when all is done."""
+        numbers = self._numbers.copy()
+        for name, value in values.items():
+            numbers[self._places[name]] = value
+        slots = self._array(*numbers)
+        run_on_threads(self.address, ctypes.addressof(slots), self.threads)
+
+
+def run_on_threads(address: int, argument: int, threads: int) -> None:
+    """Call native code with one argument on several threads at once.
+
+    Torch's own OpenMP threads do it where they can be reached (GNU's runtime, or LLVM's under its
+    names); elsewhere Python threads, which a native call does not keep waiting.
+    """
+    if threads == 1:
+        _make_function(address)(argument)
+        return
+    fork = _find_openmp()
+    if fork is not None:
+        fork(address, argument, threads, 0)
+        return
+    function = _make_function(address)
+    others = [_python_threads().submit(function, argument) for _ in range(threads - 1)]
+    function(argument)
+    for other in others:
+        other.result()
+
+
+@functools.cache
+def _make_function(address: int) -> Callable[[int], None]:
+    return ctypes.CFUNCTYPE(None, ctypes.c_void_p)(address)
+
+
+@functools.cache
+def _find_openmp() -> Any:
+    """Return `GOMP_parallel` of the OpenMP runtime that torch has loaded, or None."""
+    if sys.platform == "win32":
+        return None
+    fork = getattr(ctypes.CDLL(None), "GOMP_parallel", None)
+    if fork is not None:
+        fork.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint]
+        fork.restype = None
+    return fork
+
+
+@functools.cache
+def _python_threads() -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(thread_name_prefix="chatglm-kernel")
+
+
+@functools.cache
+def find_compiler() -> Compiler | None:
+    """Return the compiler for this CPU; None, with one line in the log, if there is none."""
+    if os.environ.get(SWITCH_VARIABLE) == "off":
+        return None
+    try:
+        version = importlib.import_module("llvmlite").__version__
+        if tuple(int(part) for part in version.split(".")[:2]) >= OLDEST_LLVMLITE:
+            return Compiler()
+        problem = f"llvmlite {version} is older than {'.'.join(map(str, OLDEST_LLVMLITE))}"
+    except (ImportError, OSError, RuntimeError, ValueError) as error:
+        problem = str(error)
+    _explain(problem)
+    return None
+
+
+def _explain(problem: str) -> None:
+    """Say once why the CPU kernels are not used."""
+    logger.warning_once(
+        f"ChatGLM's CPU kernels are not used, torch's slower operations are: {problem}. "
+        "`pip install llvmlite` brings what they need."
+    )
+
+
+@functools.cache
+def find_kernel(source: KernelSource, *parameters: Any) -> Kernel | None:
+    """Return a kernel compiled for this CPU and these parameters; None if that is not possible."""
+    compiler = find_compiler()
+    if compiler is None:
+        return None
+    try:
+        name = _name_kernel(compiler, source, parameters)
+        code = read_cached(name)
+        if code is None:
+            code = translate_kernel(compiler, source, name, parameters)
+            write_cached(name, code)
+        return Kernel(compiler.load(code, name), source.slots)
+    except (RuntimeError, OSError) as error:
+        _explain(f"a kernel could not be compiled ({error})")
+        return None
+
+
+def translate_kernel(
+    compiler: Compiler, source: KernelSource, name: str, parameters: tuple[Any, ...]
+) -> bytes:
+    """Return the object file of a kernel."""
+    writer = KernelWriter(compiler, name, source.slots)
+    source.write(writer, *parameters)
+    return compiler.translate(writer.finish())
+
+
+def _name_kernel(compiler: Compiler, source: KernelSource, parameters: tuple[Any, ...]) -> str:
+    """Return a name that tells apart all that a kernel's code depends on."""
+    files = sorted(Path(__file__).parent.glob("*_cpu.py"))
+    parts = [hashlib.sha256(file.read_bytes()).hexdigest() for file in files]
+    version = importlib.import_module("llvmlite").__version__
+    parts += [version, repr(compiler.processor), repr(parameters)]
+    digest = hashlib.sha256("|".join(parts).encode()).hexdigest()
+    return f"{source.write.__name__}_{digest[:24]}"
+
+
+def find_cache_folder() -> Path | None:
+    """Return the folder of compiled kernels, or None if there shall be none."""
+    named = os.environ.get(CACHE_VARIABLE)
+    if named == "off":
+        return None
+    if named:
+        return Path(named)
+    root = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
+    return Path(root) / "chatglm" / "kernels"
+
+
+def read_cached(name: str) -> bytes | None:
+    """Return a kernel's object file from the disk; None if it is absent or damaged."""
+    folder = find_cache_folder()
+    try:
+        stored = b"" if folder is None else (folder / f"{name}.o").read_bytes()
+    except OSError:
+        return None
+    checksum, code = stored[:32], stored[32:]
+    return code if code and hashlib.sha256(code).digest() == checksum else None
+
+
+def write_cached(name: str, code: bytes) -> None:
+    """Keep a kernel's object file behind its checksum; a disk that refuses only costs time."""
+    folder = find_cache_folder()
+    if folder is None:
+        return
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=folder) as workplace:
+            file = Path(workplace) / name
+            file.write_bytes(hashlib.sha256(code).digest() + code)
+            os.replace(file, folder / f"{name}.o")
+    except OSError as error:
+        logger.info("Compiled kernels are not kept in %s: %s.", folder, error)
+
+
+def count_threads(blocks: int, size: int) -> int:
+    """Return how many of torch's threads to use for so many blocks that read `size` bytes."""
+    return max(1, min(torch.get_num_threads(), blocks, size // WORTH_A_THREAD))

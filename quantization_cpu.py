@@ -1,0 +1,357 @@
+"""Products with packed and plain weights on a CPU: which kernel computes which, and how.
+
+Owns the choice. What the kernels do is `products_cpu`'s; what plain torch does instead,
+`quantization`'s. Weights are read as they are stored: nothing is repacked or kept twice.
+
+`int8` products round the input to 8 bits in groups, and sum integers; `exact` ones multiply in
+float32. Both are deterministic: a result does not depend on the number of threads. Without a
+compiler for the kernels torch's own 8-bit product is used where it has a fast one (bfloat16).
+
+Shapes: `T` tokens (all rows of the input), `O` output features, `I` input features, `C` stored
+columns of a packed matrix, `G` groups of a row.
+"""
+
+import functools
+from typing import NamedTuple, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from .kernels_cpu import Call, Processor, count_threads, find_compiler, find_kernel
+from .products_cpu import DOTS, EXACT, PANELS, DotTile, ExactTile, PanelTile
+from .rounding_cpu import ROUNDING, Layout
+
+PANEL_TOKENS = 8  # from so many tokens on, weights are unpacked first
+PANEL_SPAN = 512  # columns that share a scale there
+PLAIN_TOKENS = 2  # beyond, torch's product of plain matrices is the faster one
+BLOCK_BYTES = 2**16  # of weights that a thread takes at a time
+LONG_ROW = 8192  # columns from which rounded rows leave the first cache
+TYPE_NAMES = {torch.float32: "f32", torch.float16: "f16", torch.bfloat16: "bf16"}
+
+
+class Weights(NamedTuple):
+    """How a matrix of weights is stored.
+
+    Attributes:
+        processor: the CPU that reads it.
+        kind: "i4", "i8", "f32", "f16" or "bf16".
+        scale_type: "f32" or "f16".
+        groups: G, or None for a scale per row.
+    """
+
+    processor: Processor
+    kind: str
+    scale_type: str = "f32"
+    groups: int | None = None
+
+
+class Sizes(NamedTuple):
+    """What a product's kernel and its way of working are chosen by.
+
+    Attributes:
+        weights: how they are stored.
+        tokens, rows, columns, row_bytes: T, O, I and the bytes of a weight row.
+        threads: torch's.
+    """
+
+    weights: Weights
+    tokens: int
+    rows: int
+    columns: int
+    row_bytes: int
+    threads: int
+
+    @property
+    def group_size(self) -> int | None:
+        """Columns that share a weight scale."""
+        groups = self.weights.groups
+        return None if groups is None else self.columns // groups
+
+    def lay_out(self, chunks: int, whole: bool) -> Layout:
+        """Return a layout for the rounded input."""
+        return Layout(self.weights.processor, int(self.weights.kind[1:]), chunks, whole)
+
+    def count_threads(self, blocks: int) -> int:
+        """Return the threads for so many blocks of the weights."""
+        return count_threads(blocks, self.rows * self.row_bytes)
+
+
+class Product(Protocol):
+    """A product that is ready to be computed again and again."""
+
+    def run(self, input: Tensor, weight: int, scale: int) -> Tensor:
+        """Return float32 `(T, O)` for float32 `(T, I)`, and where weights and scales stand."""
+        ...
+
+
+class RoundedProduct:
+    """A product that rounds its input first.
+
+    Args:
+        sizes: of the product.
+        layout: of the rounded input.
+        padding: of the tokens, to a multiple.
+        call: the kernel, with all but the pointers.
+        output_stride: columns of the output, the padding's too.
+    """
+
+    def __init__(
+        self, sizes: Sizes, layout: Layout, padding: int, call: Call, output_stride: int
+    ) -> None:
+        spans = layout.count_spans(sizes.columns)
+        self.shape = (-(-sizes.tokens // padding) * padding, spans * layout.span_bytes)
+        self.output_shape = (self.shape[0], output_stride)
+        self.kept = (slice(sizes.tokens), slice(sizes.rows))
+        self.is_padded = self.output_shape != (sizes.tokens, sizes.rows)
+        self.call = call
+        kernel = find_kernel(ROUNDING, layout)
+        assert kernel is not None, "a compiler that made one kernel makes this one too"
+        self.rounding = kernel.prepare(
+            count_threads(sizes.tokens, 4 * sizes.tokens * sizes.columns),
+            rows=sizes.tokens,
+            columns=sizes.columns,
+            spans=spans,
+            input_stride=4 * sizes.columns,
+            rounded_stride=self.shape[1],
+        )
+
+    def run(self, input: Tensor, weight: int, scale: int) -> Tensor:
+        """Round, multiply, and leave out the padding, which is whatever the memory held."""
+        rounded = torch.empty(self.shape, dtype=torch.uint8, device="cpu")
+        output = torch.empty(self.output_shape, dtype=torch.float32, device="cpu")
+        place = rounded.data_ptr()
+        self.rounding.run(input=input.data_ptr(), rounded=place)
+        self.call.run(weight=weight, scale=scale, rounded=place, output=output.data_ptr())
+        return output[self.kept].contiguous() if self.is_padded else output
+
+
+class ExactProduct(NamedTuple):
+    """A product of float32 numbers with the weights' exact values."""
+
+    shape: tuple[int, int]
+    call: Call
+
+    def run(self, input: Tensor, weight: int, scale: int) -> Tensor:
+        """Multiply."""
+        output = torch.empty(self.shape, dtype=torch.float32, device="cpu")
+        self.call.run(weight=weight, scale=scale, input=input.data_ptr(), output=output.data_ptr())
+        return output
+
+
+@functools.lru_cache(maxsize=4096)
+def plan_product(sizes: Sizes, activations: str) -> Product | None:
+    """Choose how to compute a product; None to leave it to torch."""
+    if sizes.columns == 0 or sizes.rows == 0 or sizes.tokens == 0:
+        return None
+    if activations == "exact":
+        return _plan_exact(sizes)
+    if sizes.tokens >= PANEL_TOKENS and sizes.weights.groups is None:
+        return _plan_panels(sizes)
+    return _plan_dots(sizes)
+
+
+def _plan_dots(sizes: Sizes) -> Product | None:
+    """Few tokens: every weight is read once, and no more is done than that needs."""
+    layout = sizes.lay_out(chunks=1, whole=False)
+    tokens = next(count for count in (4, 2, 1) if count <= sizes.tokens)
+    # What was measured fastest: several rows at once where the input is not in the first cache.
+    is_alone = tokens == 1 and sizes.columns <= LONG_ROW
+    tile_rows = 1 if is_alone or sizes.rows < 4 else 4
+    tile = DotTile(layout, tile_rows, tokens, sizes.weights.scale_type, sizes.group_size)
+    kernel = find_kernel(DOTS, tile)
+    if kernel is None:
+        return None
+    block_rows = -(-max(1, BLOCK_BYTES // sizes.row_bytes) // tile_rows) * tile_rows
+    blocks = -(-sizes.rows // block_rows)
+    call = kernel.prepare(
+        sizes.count_threads(blocks),
+        blocks=blocks,
+        block_rows=block_rows,
+        rows=sizes.rows,
+        columns=sizes.columns,
+        row_bytes=sizes.row_bytes,
+        tokens=sizes.tokens,
+        scales=sizes.rows * (sizes.weights.groups or 1),
+        rounded_stride=layout.count_spans(sizes.columns) * layout.span_bytes,
+    )
+    return RoundedProduct(sizes, layout, 1, call, sizes.rows)
+
+
+def _plan_panels(sizes: Sizes) -> Product | None:
+    """Many tokens: weights are unpacked once for all of them."""
+    layout = sizes.lay_out(chunks=1, whole=True)
+    layout = layout._replace(chunks=PANEL_SPAN // layout.span_columns)
+    tile = PanelTile(layout, PANEL_TOKENS, sizes.weights.scale_type)
+    kernel = find_kernel(PANELS, tile)
+    if kernel is None:
+        return None
+    blocks = -(-sizes.rows // tile.rows)
+    spans = layout.count_spans(sizes.columns)
+    call = kernel.prepare(
+        sizes.count_threads(blocks),
+        blocks=blocks,
+        rows=sizes.rows,
+        row_bytes=sizes.row_bytes,
+        spans=spans,
+        tokens=-(-sizes.tokens // tile.tokens) * tile.tokens,
+        rounded_stride=spans * layout.span_bytes,
+        output_stride=blocks * tile.rows,
+    )
+    return RoundedProduct(sizes, layout, tile.tokens, call, blocks * tile.rows)
+
+
+def _plan_exact(sizes: Sizes) -> Product | None:
+    """Few tokens in float32; many are torch's."""
+    if sizes.tokens >= PANEL_TOKENS:
+        return None
+    tokens = next(count for count in (4, 2, 1) if count <= sizes.tokens)
+    tile = ExactTile(sizes.weights.kind, tokens, sizes.weights.scale_type, sizes.group_size)
+    kernel = find_kernel(EXACT, tile)
+    if kernel is None:
+        return None
+    block_rows = max(1, BLOCK_BYTES // sizes.row_bytes)
+    blocks = -(-sizes.rows // block_rows)
+    call = kernel.prepare(
+        sizes.count_threads(blocks),
+        blocks=blocks,
+        block_rows=block_rows,
+        rows=sizes.rows,
+        columns=sizes.columns,
+        row_bytes=sizes.row_bytes,
+        tokens=sizes.tokens,
+    )
+    return ExactProduct((sizes.tokens, sizes.rows), call)
+
+
+class CpuKernels(NamedTuple):
+    """The kernels of this CPU, as `quantization` asks for them."""
+
+    processor: Processor
+
+    def multiply(
+        self,
+        input: Tensor,
+        weight: Tensor,
+        weight_scale: Tensor,
+        bits: int,
+        activations: str = "int8",
+    ) -> Tensor | None:
+        """Return `input @ W.T`, `(..., I)` to `(..., O)`; None for operands left to torch.
+
+        Args:
+            input: any float dtype but float64.
+            weight: int8 `(O, C)`, contiguous.
+            weight_scale: `(O,)` or `(O, G)`, float32 or float16.
+            bits: 4 or 8.
+            activations: "int8" to round the input, or "exact".
+        """
+        scale_type = TYPE_NAMES.get(weight_scale.dtype)
+        if scale_type in (None, "bf16") or not are_matrices(weight, weight_scale):
+            return None
+        groups = None if weight_scale.dim() == 1 else weight_scale.shape[1]
+        weights = Weights(self.processor, f"i{bits}", scale_type, groups)
+        return _multiply(input, weights, weight, weight_scale.data_ptr(), activations)
+
+    def dequantize(
+        self, weight: Tensor, weight_scale: Tensor, bits: int, dtype: torch.dtype
+    ) -> Tensor | None:
+        """Leave whole matrices to torch."""
+        return None
+
+
+class TorchKernels:
+    """What torch has for packed weights on a CPU, where ours cannot be compiled.
+
+    It is a product of bfloat16 numbers with 8-bit weights; 4-bit ones are unpacked to 8 bits.
+    """
+
+    def multiply(
+        self, input: Tensor, weight: Tensor, weight_scale: Tensor, bits: int, activations: str
+    ) -> Tensor | None:
+        """Return `input @ W.T` for bfloat16 inputs and a scale per row; None for others."""
+        if input.dtype != torch.bfloat16 or weight_scale.dim() != 1 or activations == "exact":
+            return None
+        rows = input.reshape(-1, input.shape[-1]).contiguous()
+        if bits == 4:
+            weight = torch.stack((weight >> 4, ((weight & 15) ^ 8) - 8), dim=-1).flatten(1)
+        ones = torch.ones_like(weight_scale, dtype=torch.bfloat16)
+        product = torch.ops.aten._weight_int8pack_mm(rows, weight, ones)
+        return (product * weight_scale).to(input.dtype).view(*input.shape[:-1], -1)
+
+    def dequantize(
+        self, weight: Tensor, weight_scale: Tensor, bits: int, dtype: torch.dtype
+    ) -> Tensor | None:
+        """Leave whole matrices to plain torch."""
+        return None
+
+
+def find_kernels(device: torch.device) -> CpuKernels | TorchKernels:
+    """Return the kernels of this CPU, or torch's if they cannot be made (the log says why)."""
+    compiler = find_compiler()
+    return TorchKernels() if compiler is None else CpuKernels(compiler.processor)
+
+
+def multiply_plain(input: Tensor, weight: Tensor) -> Tensor | None:
+    """Return `input @ weight.T` for few tokens and a plain weight; None if left to torch.
+
+    Args:
+        input: `(..., I)`, of the weight's dtype.
+        weight: `(O, I)`, float32, float16 or bfloat16.
+    """
+    compiler, weight_type = find_compiler(), TYPE_NAMES.get(weight.dtype)
+    if compiler is None or weight_type is None or input.dtype != weight.dtype:
+        return None
+    if input.numel() > PLAIN_TOKENS * weight.shape[1] or not are_matrices(weight):
+        return None
+    return _multiply(input, Weights(compiler.processor, weight_type), weight, 0, "exact")
+
+
+def _multiply(
+    input: Tensor, weights: Weights, weight: Tensor, scale: int, activations: str
+) -> Tensor | None:
+    """Look up how a product is computed, and compute it."""
+    if type(input) is not Tensor or input.dtype not in TYPE_NAMES or input.device.type != "cpu":
+        return None
+    if torch.is_autocast_enabled("cpu"):  # which has its own idea of the output's dtype
+        return None
+    rows = input.detach().reshape(-1, input.shape[-1]).float().contiguous()
+    features, row_bytes = weight.shape[0], weight.stride(0) * weight.element_size()
+    sizes = Sizes(
+        weights, rows.shape[0], features, rows.shape[1], row_bytes, torch.get_num_threads()
+    )
+    product = plan_product(sizes, activations)
+    if product is None:
+        return None
+    output = product.run(rows, weight.data_ptr(), scale)
+    return output.to(input.dtype).view(*input.shape[:-1], features)
+
+
+def are_matrices(*tensors: Tensor) -> bool:
+    """Tell whether tensors are memory that a kernel can read, row after row."""
+    return all(is_plain(tensor) and tensor.is_contiguous() for tensor in tensors)
+
+
+def is_plain(tensor: Tensor) -> bool:
+    """Tell whether a tensor is memory that a kernel can read."""
+    return type(tensor) in (Tensor, nn.Parameter) and tensor.device.type == "cpu"
+
+
+def wants_graph(*tensors: Tensor) -> bool:
+    """Tell whether torch has to see the operations, to differentiate or to compile them."""
+    if torch.compiler.is_compiling():
+        return True
+    return torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
+
+
+class Linear(nn.Linear):
+    """A plain linear layer that takes our kernel for the one or two rows of a decoding step."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Map `(..., in_features)` to `(..., out_features)`."""
+        product = None if wants_graph(input, self.weight) else multiply_plain(input, self.weight)
+        if product is None:
+            return super().forward(input)
+        return product if self.bias is None else product.add_(self.bias)
+
+
+__all__ = ["Linear", "find_kernels", "multiply_plain"]
