@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
-from transformers.cache_utils import Cache, DynamicCache
+from transformers.cache_utils import Cache
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import (
     BaseModelOutputWithPast,
@@ -25,9 +25,14 @@ from transformers.modeling_outputs import (
 )
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from .attention_cpu import Past, attend, attend_step, takes_step
+from .cache_chatglm import ChatGLMCache, extend_cache, find_reserved_layer
 from .configuration_chatglm import ChatGLMConfig
 from .conversation_chatglm import ChatMixin
 from .generation_chatglm import GLMGenerationMixin
+
+# Not used here: transformers copies the files that this one imports, and not theirs.
+from .kernels_cpu import find_kernel  # noqa: F401
 from .masking_chatglm import (
     UNKNOWN_TOKEN,
     SpecialIds,
@@ -40,11 +45,13 @@ from .masking_chatglm import (
 )
 from .packing_chatglm import QuantizationMixin, WeightFormat, note_ties, swap_layers
 from .prefix_chatglm import PrefixEncoder, PrefixTable, prepend_prefix
+from .products_cpu import DOTS  # noqa: F401
 from .quantization import QuantizedLinear
-
-# Not used here: transformers copies the files that this one imports, and not theirs.
+from .quantization_cpu import Linear
 from .quantization_cuda import find_kernels  # noqa: F401
 from .quantizer_chatglm import QuantizedLoadingMixin
+from .rounding_cpu import ROUNDING  # noqa: F401
+from .sampling_chatglm import quicken  # noqa: F401
 
 # The released weights were trained with 28 layers, and the original code uses this number for a
 # model of any depth.
@@ -144,8 +151,8 @@ class SelfAttention(nn.Module):
         self.head_dim = config.head_dim
         self.scaling = config.head_dim**-0.5
         self.is_causal = False
-        self.query_key_value = nn.Linear(config.hidden_size, 3 * config.hidden_size)
-        self.dense = nn.Linear(config.hidden_size, config.hidden_size)
+        self.query_key_value = Linear(config.hidden_size, 3 * config.hidden_size)
+        self.dense = Linear(config.hidden_size, config.hidden_size)
 
     def forward(
         self,
@@ -159,28 +166,66 @@ class SelfAttention(nn.Module):
     ) -> tuple[Tensor, Tensor | None]:
         input_shape = hidden_states.shape[:-1]  # (B, S)
         mixed = self.query_key_value(hidden_states).view(*input_shape, -1, 3 * self.head_dim)
+        if prefix_states is None and not output_attentions:
+            attn_output = self._attend_in_step(
+                mixed, attention_mask, position_embeddings, past_key_values
+            )
+            if attn_output is not None:
+                return self.dense(attn_output), None
         query_states, key_states, value_states = mixed.transpose(1, 2).chunk(3, dim=-1)
         query_states = apply_rotary(query_states, *position_embeddings)  # (B, N, S, D)
         key_states = apply_rotary(key_states, *position_embeddings)
+        past = Past(key_states, value_states)
         if past_key_values is not None:
             # transformers before 5.13 needs to be told where a static cache is written.
             where = {"cache_position": kwargs.get("cache_position")}
-            key_states, value_states = past_key_values.update(
-                key_states, value_states, self.layer_idx, where
-            )
+            past = Past(*extend_cache(past_key_values, self.layer_idx, *past[:2], where))
         if prefix_states is not None:
-            key_states, value_states = prepend_prefix(prefix_states, key_states, value_states)
-        attn_output, attn_weights = self._attention_function(output_attentions)(
+            past = Past(*prepend_prefix(prefix_states, *past.as_floats(query_states.dtype)))
+        attn_output, attn_weights = self._attend(
+            query_states, past, attention_mask, output_attentions
+        )
+        attn_output = attn_output.reshape(*input_shape, -1)  # (B, S, N * D)
+        return self.dense(attn_output), attn_weights
+
+    def _attend_in_step(
+        self,
+        mixed: Tensor,
+        attention_mask: Tensor | None,
+        position_embeddings: tuple[Tensor, Tensor],
+        past_key_values: Cache | None,
+    ) -> Tensor | None:
+        """Do all of a decoding step at once, `(B, S, N * D)`; None where no kernel does that."""
+        layer = find_reserved_layer(past_key_values, self.layer_idx)
+        if layer is None or self.config._attn_implementation != "sdpa":
+            return None
+        axes = self.config.num_positions
+        if not takes_step(mixed, layer.keys, axes, attention_mask is not None):
+            return None
+        past = Past(*layer.extend(mixed.shape[1]))
+        attended = attend_step(mixed, position_embeddings, past, attention_mask, self.scaling)
+        return attended.flatten(2)  # (B, S, N, D) -> (B, S, N * D)
+
+    def _attend(
+        self,
+        query_states: Tensor,
+        past: Past,
+        attention_mask: Tensor | None,
+        output_attentions: bool,
+    ) -> tuple[Tensor, Tensor | None]:
+        """Attend with a kernel of ours if it takes these operands, or as configured."""
+        if self.config._attn_implementation == "sdpa" and not output_attentions:
+            attended = attend(query_states, past, attention_mask, self.scaling)
+            if attended is not None:
+                return attended, None
+        return self._attention_function(output_attentions)(
             self,
             query_states,
-            key_states,
-            value_states,
+            *past.as_floats(query_states.dtype),
             attention_mask,
             scaling=self.scaling,
             is_causal=False,
         )
-        attn_output = attn_output.reshape(*input_shape, -1)  # (B, S, N * D)
-        return self.dense(attn_output), attn_weights
 
     def _attention_function(self, output_attentions: bool) -> Callable[..., tuple[Tensor, Any]]:
         """Choose the kernel; only the eager one returns weights."""
@@ -196,8 +241,8 @@ class GLU(nn.Module):
 
     def __init__(self, config: ChatGLMConfig) -> None:
         super().__init__()
-        self.dense_h_to_4h = nn.Linear(config.hidden_size, config.inner_hidden_size)
-        self.dense_4h_to_h = nn.Linear(config.inner_hidden_size, config.hidden_size)
+        self.dense_h_to_4h = Linear(config.hidden_size, config.inner_hidden_size)
+        self.dense_4h_to_h = Linear(config.inner_hidden_size, config.hidden_size)
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         intermediate = self.dense_h_to_4h(hidden_states)
@@ -354,7 +399,7 @@ class ChatGLMModel(ChatGLMPreTrainedModel):
         use_cache = _default(use_cache, config.use_cache) and not self._is_checkpointing()
         embeddings = self._embed(input_ids, inputs_embeds)
         if use_cache and past_key_values is None:
-            past_key_values = DynamicCache()
+            past_key_values = ChatGLMCache()
         position_ids, hidden_mask = self._locate(
             input_ids, embeddings, attention_mask, position_ids, past_key_values
         )
@@ -495,7 +540,7 @@ class ChatGLMForConditionalGeneration(ChatGLMPreTrainedModel, ChatMixin, GLMGene
     def __init__(self, config: ChatGLMConfig) -> None:
         super().__init__(config)
         self.transformer = ChatGLMModel(config)
-        self.lm_head: nn.Module = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.lm_head: nn.Module = Linear(config.hidden_size, config.vocab_size, bias=False)
         if config.quantization_bit:
             swap_layers(self, WeightFormat.of_config(config), empty_init=True)
         note_ties(self)

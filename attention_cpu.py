@@ -1,0 +1,426 @@
+"""Attention of a few new tokens to a long past on a CPU: one pass over the keys, one over values.
+
+Owns the kernel and the choice of when it is used. Knows nothing of caches or positions: it reads
+keys and values where they stand, head after head, in their own dtype or as integers with scales.
+The twin that it falls back to is whatever attention the model is configured with.
+
+Shapes: `B` batch, `N` heads, `S` new tokens, `K` keys, `D` head dim.
+"""
+
+import functools
+import math
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from .kernels_cpu import Call, Kernel, KernelSource, KernelWriter, count_threads, find_kernel
+from .quantization_cpu import TYPE_NAMES, are_matrices, is_plain, wants_graph
+
+MOST_TOKENS = 8  # beyond, the keys are better multiplied as matrices
+STEP = 16  # scores that are made exponentials at once
+
+LOG2_E = 1.4426950408889634
+LN2_HIGH, LN2_LOW = 0.693359375, -2.12194440e-4  # of ln 2; the first has few bits
+# exp(r) for |r| <= ln(2) / 2, from r**6 down: Taylor's, within 2e-7 there.
+EXP_TERMS = tuple(1 / math.factorial(n) for n in range(6, -1, -1))
+LOWEST_EXPONENT = -87.0  # below, exp would leave the normal numbers
+
+
+class HeadShape(NamedTuple):
+    """What an attention kernel is compiled for.
+
+    Attributes:
+        head_dim: D.
+        kind: "f32", "f16" or "bf16" keys and values, or "i8" with a float32 scale each.
+        has_mask: whether something is added to the scores.
+        axes: P, if the kernel also rotates the new tokens and writes them to the cache; 0 if not.
+    """
+
+    head_dim: int
+    kind: str
+    has_mask: bool
+    axes: int = 0
+
+    @property
+    def row_bytes(self) -> int:
+        """Bytes of one key."""
+        return self.head_dim * {"f32": 4, "f16": 2, "bf16": 2, "i8": 1}[self.kind]
+
+
+def write_attention(writer: KernelWriter, shape: HeadShape) -> None:
+    """Attend; a block of the work is one head of one row of the batch.
+
+        scores[s, k] = query[s] . key[k] + mask[s, k]
+        output[s]    = sum_k exp(scores[s, k] - max_k scores[s, k]) * value[k] / sum_k exp(...)
+
+    The query comes scaled.
+    """
+    at = writer.slot
+    with writer.claimed_blocks(at("blocks")) as block:
+        past = _find_head(writer, shape, block)
+        with writer.loop(writer.const(0), at("tokens")) as token:
+            place = writer.add(writer.times(block, at("tokens")), token)
+            place = writer.address(at("query"), writer.times(place, 4 * shape.head_dim))
+            query = writer.load_as_float(place, shape.head_dim, "f32")
+            _attend_token(writer, shape, (block, token), past, query)
+
+
+def write_step(writer: KernelWriter, shape: HeadShape) -> None:
+    """Rotate the new tokens, write their keys and values behind the others, and attend.
+
+    What is read is the joint projection, `(B, S, N, 3 * D)`; a block is as in `write_attention`.
+    """
+    at = writer.slot
+    with writer.claimed_blocks(at("blocks")) as block:
+        past = _find_head(writer, shape, block)
+        first = writer.builder.sub(at("keys"), at("tokens"))
+        with writer.loop(writer.const(0), at("tokens")) as token:
+            _, key, value = _load_mixed(writer, shape, block, token)
+            offset = writer.times(writer.add(first, token), shape.row_bytes)
+            key = _rotate(writer, shape, key, block, token)
+            writer.store_as(key, writer.address(past["key"], offset), shape.kind)
+            writer.store_as(value, writer.address(past["value"], offset), shape.kind)
+        with writer.loop(writer.const(0), at("tokens")) as token:
+            query = _load_mixed(writer, shape, block, token)[0]
+            query = _rotate(writer, shape, query, block, token)
+            scaling = writer.load_as_float(writer.address(at("scaling")), 1, "f32")
+            scaling = writer.shuffle(scaling, [0] * shape.head_dim)
+            query = writer.builder.fmul(query, scaling)
+            _attend_token(writer, shape, (block, token), past, query)
+
+
+def _find_head(writer: KernelWriter, shape: HeadShape, block: Any) -> dict[str, Any]:
+    """Return where a block's keys and values begin, and their scales."""
+    at, past = writer.slot, {}
+    row, head = _split_block(writer, block)
+    for name in _operands(shape):
+        offset = writer.times(row, at(f"{name}_row"))
+        offset = writer.add(offset, writer.times(head, at(f"{name}_head")))
+        past[name] = writer.add(at(name), offset)
+    return past
+
+
+def _split_block(writer: KernelWriter, block: Any) -> tuple[Any, Any]:
+    """Return the row of the batch and the head that a block stands for."""
+    heads = writer.slot("heads")
+    return writer.builder.sdiv(block, heads), writer.builder.srem(block, heads)
+
+
+def _load_mixed(writer: KernelWriter, shape: HeadShape, block: Any, token: Any) -> list[Any]:
+    """Load a head's new query, key and value of one token."""
+    row, head = _split_block(writer, block)
+    index = writer.add(writer.times(row, writer.slot("tokens")), token)
+    index = writer.add(writer.times(index, writer.slot("heads")), head)
+    base = writer.add(writer.slot("mixed"), writer.times(index, 3 * shape.row_bytes))
+    places = [writer.address(base, part * shape.row_bytes) for part in range(3)]
+    return [writer.load_as_float(place, shape.head_dim, shape.kind) for place in places]
+
+
+def _rotate(writer: KernelWriter, shape: HeadShape, states: Any, block: Any, token: Any) -> Any:
+    """Turn a query or key by its positions, each axis its part of the dimensions."""
+    builder, width = writer.builder, shape.head_dim // shape.axes
+    half, parts = width // 2, range(0, shape.head_dim, width)
+    swapped = [part + (n + half) % width for part in parts for n in range(width)]
+    signs = [-1.0 if n % width < half else 1.0 for n in range(shape.head_dim)]
+    signs = writer.ir.Constant(states.type, signs)
+    turned = builder.fmul(writer.shuffle(states, swapped), signs)
+    cos, sin = (_load_angles(writer, shape, name, block, token) for name in ("cos", "sin"))
+    return writer.fma(states, cos, builder.fmul(turned, sin))
+
+
+def _load_angles(writer: KernelWriter, shape: HeadShape, name: str, block: Any, token: Any) -> Any:
+    """Load a token's cosines or sines, `(B, P, S, D / P)`, all axes in one vector."""
+    width, tokens = shape.head_dim // shape.axes, writer.slot("tokens")
+    row, _ = _split_block(writer, block)
+    found = []
+    for axis in range(shape.axes):
+        index = writer.add(writer.times(row, shape.axes), axis)
+        index = writer.add(writer.times(index, tokens), token)
+        place = writer.times(index, width * shape.row_bytes // shape.head_dim)
+        place = writer.address(writer.slot(name), place)
+        found.append(writer.load_as_float(place, width, shape.kind))
+    return found[0] if len(found) == 1 else writer.shuffle(found[0], range(2 * width), found[1])
+
+
+def _attend_token(
+    writer: KernelWriter, shape: HeadShape, place: tuple[Any, Any], past: Any, query: Any
+) -> None:
+    """Write what one head of one token sees."""
+    at, (block, token) = writer.slot, place
+    row, head = _split_block(writer, block)
+    index = writer.add(writer.times(block, at("tokens")), token)
+    scores = writer.add(at("scores"), writer.times(index, at("scores_bytes")))
+    index = writer.add(writer.times(row, at("tokens")), token)
+    mask = writer.add(at("mask"), writer.times(index, writer.times(at("keys"), 4)))
+    largest = _score_keys(writer, shape, (query, past, mask), scores)
+    total = _exponentiate(writer, scores, largest)
+    output = writer.add(writer.times(index, at("heads")), head)
+    _sum_values(writer, shape, past, scores, total, output)
+
+
+def _operands(shape: HeadShape) -> tuple[str, ...]:
+    names = ("key", "value")
+    return (*names, "key_scale", "value_scale") if shape.kind == "i8" else names
+
+
+def _load_row(writer: KernelWriter, shape: HeadShape, base: Any, index: Any) -> Any:
+    """Load a key or value as float32, without its scale."""
+    place = writer.address(base, writer.times(index, shape.row_bytes))
+    if shape.kind != "i8":
+        return writer.load_as_float(place, shape.head_dim, shape.kind)
+    stored = writer.load(place, writer.vector(writer.i8, shape.head_dim))
+    wide = writer.builder.sext(stored, writer.vector(writer.i32, shape.head_dim))
+    return writer.builder.sitofp(wide, writer.vector(writer.f32, shape.head_dim))
+
+
+def _scale_of(writer: KernelWriter, base: Any, index: Any) -> Any:
+    return writer.load(writer.address(base, writer.times(index, 4)), writer.f32)
+
+
+def _score_keys(
+    writer: KernelWriter, shape: HeadShape, operands: tuple[Any, Any, Any], scores: Any
+) -> Any:
+    """Write a token's scores, and return the largest."""
+    builder, (query, past, mask) = writer.builder, operands
+    largest = writer.variable(writer.f32(-math.inf))
+    with writer.loop(writer.const(0), writer.slot("keys")) as key:
+        score = writer.sum(builder.fmul(_load_row(writer, shape, past["key"], key), query))
+        if shape.kind == "i8":
+            score = builder.fmul(score, _scale_of(writer, past["key_scale"], key))
+        offset = writer.times(key, 4)
+        if shape.has_mask:
+            score = builder.fadd(score, writer.load(writer.address(mask, offset), writer.f32))
+        writer.store(score, writer.address(scores, offset))
+        # A NaN is never larger, but it stays among the scores and so in their sum.
+        is_larger = builder.fcmp_ordered(">", score, largest.get())
+        largest.set(builder.select(is_larger, score, largest.get()))
+    return largest.get()
+
+
+def _exponentiate(writer: KernelWriter, scores: Any, largest: Any) -> Any:
+    """Replace scores by exponentials of what they are below the largest; return their sum.
+
+    The last step may go beyond the keys, where there is room and what it adds is left out.
+    """
+    builder, kind = writer.builder, writer.vector(writer.f32, STEP)
+    total, peak = writer.variable(writer.filled(writer.f32, STEP, 0.0)), writer.splat(largest, STEP)
+    with writer.loop(writer.const(0), writer.slot("keys"), STEP) as first:
+        place = writer.address(scores, writer.times(first, 4))
+        left = builder.sub(writer.slot("keys"), first)
+        score = writer.load_first(place, kind, left)
+        weights = exponential(writer, builder.fsub(score, peak))
+        writer.store(weights, place)
+        total.set(builder.fadd(total.get(), writer.load_first(place, kind, left)))
+    return writer.sum(total.get())
+
+
+def exponential(writer: KernelWriter, numbers: Any) -> Any:
+    """Return exp of a vector of numbers up to 0; what would not be a normal number becomes 0.
+
+    exp(x) = 2**n * exp(r) with n = round(x / ln 2) and r = x - n * ln 2 (Cody and Waite, 1980).
+    """
+    builder, count = writer.builder, numbers.type.count
+
+    def constant(value: float) -> Any:
+        return writer.filled(writer.f32, count, value)
+
+    whole = writer.call_vector("rint", builder.fmul(numbers, constant(LOG2_E)))
+    rest = writer.fma(whole, constant(-LN2_HIGH), numbers)
+    rest = writer.fma(whole, constant(-LN2_LOW), rest)
+    result = constant(EXP_TERMS[0])
+    for term in EXP_TERMS[1:]:
+        result = writer.fma(result, rest, constant(term))
+    wide = writer.vector(writer.i32, count)
+    name = f"llvm.fptosi.sat.v{count}i32.v{count}f32"
+    power = builder.shl(writer.call(name, wide, [whole]), writer.filled(writer.i32, count, 23))
+    result = builder.bitcast(builder.add(builder.bitcast(result, wide), power), numbers.type)
+    is_tiny = builder.fcmp_ordered("<", numbers, constant(LOWEST_EXPONENT))
+    return builder.select(is_tiny, constant(0.0), result)
+
+
+def _sum_values(
+    writer: KernelWriter, shape: HeadShape, past: Any, scores: Any, total: Any, output: Any
+) -> None:
+    """Write the values' mean, weighted by the exponentials."""
+    builder, count = writer.builder, shape.head_dim
+    sums = writer.variable(writer.filled(writer.f32, count, 0.0))
+    with writer.loop(writer.const(0), writer.slot("keys")) as key:
+        weight = writer.load(writer.address(scores, writer.times(key, 4)), writer.f32)
+        if shape.kind == "i8":
+            weight = builder.fmul(weight, _scale_of(writer, past["value_scale"], key))
+        value = _load_row(writer, shape, past["value"], key)
+        sums.set(writer.fma(value, writer.splat(weight, count), sums.get()))
+    mean = builder.fdiv(sums.get(), writer.splat(total, count))
+    writer.store(mean, writer.address(writer.slot("output"), writer.times(output, 4 * count)))
+
+
+PLACES = tuple(
+    f"{name}{suffix}"
+    for name in ("key", "value", "key_scale", "value_scale")
+    for suffix in ("", "_row", "_head")
+)
+SHARED = ("blocks", "heads", "tokens", "keys", *PLACES, "mask", "scores", "scores_bytes", "output")
+ATTENTION = KernelSource((*SHARED, "query"), write_attention)
+STEP_ATTENTION = KernelSource((*SHARED, "mixed", "cos", "sin", "scaling"), write_step)
+
+
+class Past(NamedTuple):
+    """Keys and values as they stand: `(B, N, K, D)`, integers with scales `(B, N, K)`."""
+
+    key: Tensor
+    value: Tensor
+    key_scale: Tensor | None = None
+    value_scale: Tensor | None = None
+
+    def as_floats(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """Return keys and values, `(B, N, K, D)` each, as numbers of a float dtype."""
+        if self.key_scale is None or self.value_scale is None:
+            return self.key, self.value
+        key = self.key * self.key_scale.unsqueeze(-1)
+        return key.to(dtype), (self.value * self.value_scale.unsqueeze(-1)).to(dtype)
+
+
+def attend(
+    query: Tensor, past: Past, attention_mask: Tensor | None, scaling: float
+) -> Tensor | None:
+    """Attend with the kernel, or return None if these operands are not for it.
+
+    Args:
+        query: `(B, N, S, D)`, at most 8 new tokens.
+        past: what they attend to, themselves included.
+        attention_mask: `(B, 1, S, K)`, added to the scores, or None.
+        scaling: the factor on the scores.
+
+    Returns:
+        The attended values, `(B, S, N, D)`.
+    """
+    kind = "i8" if past.key.dtype == torch.int8 else TYPE_NAMES.get(past.key.dtype)
+    has_mask = attention_mask is not None
+    if kind is None or query.shape[2] > MOST_TOKENS or not _are_ready(query, past):
+        return None
+    if has_mask and attention_mask.shape[-1] != past.key.shape[2]:
+        return None
+    kernel = find_kernel(ATTENTION, HeadShape(query.shape[-1], kind, has_mask))
+    if kernel is None:
+        return None
+    scaled = (query.float() * scaling).contiguous()
+    operands = {"query": scaled.data_ptr()}
+    return _run(kernel, past, query.shape[2], attention_mask, operands).to(query.dtype)
+
+
+def _are_ready(query: Tensor, past: Past) -> bool:
+    """Tell whether the kernel can read the operands, and torch need not see it."""
+    tensors = [tensor for tensor in past if tensor is not None]
+    if wants_graph(query, *tensors) or query.dtype not in TYPE_NAMES or query.numel() == 0:
+        return False
+    if query.device.type != "cpu" or not all(map(is_plain, (query, *tensors))):
+        return False
+    # Each head's keys must follow one another.
+    return all(tensor.is_contiguous() for part in tensors for tensor in (part[0, 0],))
+
+
+def attend_step(
+    mixed: Tensor,
+    position_embeddings: tuple[Tensor, Tensor],
+    past: Past,
+    attention_mask: Tensor | None,
+    scaling: float,
+) -> Tensor:
+    """Attend with new tokens that are still to be rotated and written to the cache.
+
+    Args:
+        mixed: queries, keys and values of the new tokens, `(B, S, N, 3 * D)`, as `takes_step` says.
+        position_embeddings: cosines and sines, `(B, 1, P, S, D / P)`.
+        past: `(B, N, K, D)`; the last S columns are written here.
+        attention_mask, scaling: as in `attend`.
+
+    Returns:
+        The attended values, `(B, S, N, D)`.
+    """
+    cos, sin = (angles.contiguous() for angles in position_embeddings)
+    shape = HeadShape(
+        *(past.key.shape[3], TYPE_NAMES[past.key.dtype], attention_mask is not None, cos.shape[2])
+    )
+    kernel = find_kernel(STEP_ATTENTION, shape)
+    assert kernel is not None, "takes_step has compiled it"
+    operands = {
+        "mixed": mixed.data_ptr(),
+        "cos": cos.data_ptr(),
+        "sin": sin.data_ptr(),
+        "scaling": _keep_number(scaling).data_ptr(),
+    }
+    return _run(kernel, past, mixed.shape[1], attention_mask, operands).to(mixed.dtype)
+
+
+def takes_step(mixed: Tensor, keys: Tensor, axes: int, has_mask: bool) -> bool:
+    """Tell whether `attend_step` can be used.
+
+    Args:
+        mixed: queries, keys and values of the new tokens, `(B, S, N, 3 * D)`.
+        keys: `(B, N, K, D)`, those before them.
+        axes: P.
+        has_mask: whether there is a mask.
+    """
+    kind = TYPE_NAMES.get(keys.dtype)
+    if mixed.shape[1] > MOST_TOKENS or mixed.dtype != keys.dtype or kind is None:
+        return False
+    if wants_graph(mixed, keys) or not are_matrices(mixed) or not is_plain(keys):
+        return False
+    if mixed.shape[0] != keys.shape[0] or axes > 2 or keys.shape[3] % (2 * axes):
+        return False
+    return find_kernel(STEP_ATTENTION, HeadShape(keys.shape[3], kind, has_mask, axes)) is not None
+
+
+@functools.cache
+def _keep_number(number: float) -> Tensor:
+    return torch.tensor([number], dtype=torch.float32)
+
+
+def _run(
+    kernel: Kernel,
+    past: Past,
+    tokens: int,
+    attention_mask: Tensor | None,
+    operands: dict[str, int],
+) -> Tensor:
+    """Run a kernel for so many new tokens, `(B, S, N, D)`."""
+    batch, heads, keys, head_dim = past.key.shape
+    padded = -(-keys // STEP) * STEP
+    scores = torch.empty(batch * heads * tokens, padded)
+    output = torch.empty(batch, tokens, heads, head_dim)
+    mask = None
+    if attention_mask is not None:
+        mask = attention_mask.expand(batch, 1, tokens, keys).float().contiguous()
+    call = _prepare(kernel, batch, heads, count_threads(batch * heads, past.key.nbytes))
+    call.run(
+        tokens=tokens,
+        keys=keys,
+        **_places(past),
+        mask=0 if mask is None else mask.data_ptr(),
+        scores=scores.data_ptr(),
+        scores_bytes=4 * padded,
+        output=output.data_ptr(),
+        **operands,
+    )
+    return output
+
+
+@functools.lru_cache(maxsize=1024)
+def _prepare(kernel: Kernel, batch: int, heads: int, threads: int) -> Call:
+    return kernel.prepare(threads, blocks=batch * heads, heads=heads)
+
+
+def _places(past: Past) -> dict[str, int]:
+    """Return where each operand stands, and how far apart its rows and heads are, in bytes."""
+    places = {}
+    for name, tensor in past._asdict().items():
+        if tensor is not None:
+            size = tensor.element_size()
+            places[name] = tensor.data_ptr()
+            places[f"{name}_row"] = tensor.stride(0) * size
+            places[f"{name}_head"] = tensor.stride(1) * size
+    return places
+
+
+__all__ = ["Past", "attend", "attend_step", "takes_step"]
