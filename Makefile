@@ -11,7 +11,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 CHATTING := $(VENV)/.installed-for-chat
 WORKING := $(VENV)/.installed-for-work
 
-.PHONY: help setup chat test parity compat lint fmt types check bench-formats bench-memory train-mini vocabulary-mini clean
+.PHONY: help setup chat test parity compat lint fmt types check bench-formats bench-memory bench-generate bench-kernels bench-tokenizer bench-report train-mini vocabulary-mini clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/make \1  -  \2/p' Makefile
@@ -48,6 +48,18 @@ bench-formats: $(WORKING) ## measure what each format of packed weights costs
 
 bench-memory: $(WORKING) ## measure the memory that loading the 6B model quantized takes (14 GB of disk)
 	$(BIN)/python -m benchmarks.bench_memory $(ARGS)
+
+bench-generate: $(WORKING) ## measure reading, decoding, memory and loading at full size (ARGS="--write" keeps the rows)
+	$(BIN)/python -m benchmarks.bench_generate $(ARGS)
+
+bench-kernels: $(WORKING) ## measure single products, ours and others'
+	$(BIN)/python -m benchmarks.bench_kernels $(ARGS)
+
+bench-tokenizer: $(WORKING) ## measure the tokenizer
+	$(BIN)/python -m benchmarks.bench_tokenizer $(ARGS)
+
+bench-report: $(WORKING) ## write docs/benchmarks.md and its plots from benchmarks/results.csv
+	$(BIN)/python -m benchmarks.report
 
 train-mini: $(WORKING) ## train the small model of this folder again (hours)
 	$(BIN)/python -m recipes.mini.sources --out $(MINI)/data

@@ -17,6 +17,7 @@ from chatglm import __version__
 COMMANDS = {
     "chat": ("chatglm.serving.chat", "talk with a model, in the terminal or through a pipe"),
     "quantize": ("chatglm.quantizing.command", "write a model folder with 4-bit or 8-bit weights"),
+    "bench": ("chatglm.benching.command", "measure how fast a model is on this machine"),
 }
 BAD_INPUT = 2
 INTERRUPTED = 130  # 128 + SIGINT, what a shell expects

@@ -1,0 +1,55 @@
+"""A fresh process that loads a model folder as the command line does, and answers.
+
+    python -m benchmarks.first_answer FOLDER --began SECONDS [--dtype D] [--threads N] [--context N]
+
+Prints one JSON line: the seconds from `--began` (`time.monotonic` of whoever started it) until the
+model was loaded and until the first token of an answer was decoded to text, and the most memory
+that was resident. With `--context` it goes on to a prompt that long and some tokens behind it, as
+the memory of a long chat needs.
+"""
+
+import argparse
+import json
+import os
+import time
+from pathlib import Path
+
+QUESTION = "你好，请介绍一下你自己。"
+TOKENS_BEHIND = 16
+
+
+def main() -> None:
+    """Load, answer, and tell how long it took."""
+    parser = argparse.ArgumentParser(description="Time to the first answer of a fresh process.")
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--began", type=float, required=True)
+    parser.add_argument("--dtype", default="float32")
+    parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
+    parser.add_argument("--context", type=int, default=0)
+    args = parser.parse_args()
+    # Imported here: what the imports take belongs to the answer's time.
+    import torch
+    import transformers
+
+    from chatglm.benching.measuring import draw_prompt, never_end, time_answer
+    from chatglm.benching.memory import read_peak
+    from chatglm.loading import load_model
+
+    torch.set_num_threads(args.threads)
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    model, tokenizer = load_model(args.folder, device="cpu", dtype=args.dtype)
+    loaded = time.monotonic() - args.began
+    inputs = tokenizer(model.build_prompt(QUESTION), return_tensors="pt")
+    output = model.generate(**inputs, max_new_tokens=1, do_sample=False)
+    tokenizer.decode(output[0, inputs["input_ids"].shape[1] :])
+    answered = time.monotonic() - args.began
+    if args.context:
+        never_end(model)
+        prompt = draw_prompt(model, args.context - TOKENS_BEHIND)
+        time_answer(model, prompt, TOKENS_BEHIND)
+    print(json.dumps({"loaded": loaded, "answered": answered, "peak": read_peak()}))
+
+
+if __name__ == "__main__":
+    main()

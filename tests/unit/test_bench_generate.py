@@ -1,0 +1,150 @@
+"""The whole-model benchmark, the tokenizer's, and the user's command, at tiny sizes."""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from benchmarks import bench_generate, bench_tokenizer
+from benchmarks.full_size import save_folder
+from benchmarks.results import Recorder, read_rows
+from benchmarks.workers import Worker
+from chatglm.benching import command
+
+PROBE = """
+from benchmarks.serving import serve
+
+class Probe:
+    def describe(self):
+        return {"versions": "none"}
+    def read(self):
+        return {"rate": 2e9}
+
+serve(Probe)
+"""
+TINY = ["--layers", "1", "--rounds", "1", "--tokens", "2", "--threads", "1"]
+
+
+def test_recipes_are_read_from_words() -> None:
+    recipe = bench_generate.parse_recipe("bits=8,group_size=32,embeddings=1,dtype=bfloat16")
+    assert recipe == bench_generate.Recipe(8, 32, True, "bfloat16")
+    assert str(recipe) == "INT8 g32 + embeddings, bfloat16"
+    assert bench_generate.parse_recipe("") == bench_generate.Recipe()
+
+
+@pytest.mark.parametrize("words", ["colour=4", "bits=four"])
+def test_a_wrong_recipe_is_one_line(words: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert bench_generate.main([*TINY, "--only", "overhead", "--ours", words]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("bench_generate: ") and error.count("\n") == 1
+
+
+def test_phases_are_measured_side_by_side(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "results.csv"
+    words = [*TINY, "--only", "prefill", "decode", "--prompts", "6", "--contexts", "9", "--write"]
+    monkeypatch.setattr(bench_generate, "RESULTS", path)
+    probe = [sys.executable, "-c", PROBE]
+    monkeypatch.setattr(bench_generate, "start_probe", lambda threads: Worker("probe", probe))
+    assert bench_generate.main([*words, "--ours", "hidden=64,bits=8"]) == 0
+    cells = {(row.contender, row.case, row.unit): row for row in read_rows(path)}
+    time, size, rate = (
+        cells["ours INT8, float32", "decode", unit] for unit in ("ms/token", "GB/token", "GB/s")
+    )
+    assert rate.value == pytest.approx(1000 * size.value / time.value, rel=1e-3)
+    assert cells["ours INT8, float32", "prefill", "tokens/s"].size == 6
+    assert cells["probe", "decode", "GB/s"].value == 2
+    share = cells["ours INT8, float32", "decode", "of the probe"]
+    assert share.value == pytest.approx(rate.value / 2, rel=1e-3)
+
+
+def test_a_process_answers_from_a_folder_and_is_watched(tmp_path: Path) -> None:
+    folder = tmp_path / "random_model"
+    folder.mkdir()
+    save_folder(folder, bench_generate.Recipe(layers=1, hidden=64, dtype="float16"))
+    args = bench_generate.make_parser().parse_args(TINY)
+    said, curve = bench_generate.run_first_answer(folder, args, "float32", context=40)
+    assert 0 < said["loaded"] < said["answered"] < curve[-1][0] + 1
+    assert 10**8 < max(resident for _, resident in curve) <= 1.01 * said["peak"]
+
+
+def test_starts_and_their_memory_are_recorded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "results.csv"
+    contexts: list[int] = []
+
+    def answer(folder: Path, args: Any, dtype: str, context: int = 0) -> Any:
+        assert (folder / "model.safetensors").is_file() and dtype == "float32"
+        contexts.append(context)
+        said = {"loaded": 2.0, "answered": len(contexts), "peak": 3e9}
+        return said, [(0.1 * step, step * 10**7) for step in range(200)]
+
+    monkeypatch.setattr(bench_generate, "RESULTS", path)
+    monkeypatch.setattr(bench_generate, "run_first_answer", answer)
+    words = [*TINY, "--rounds", "3", "--only", "start", "memory", "--write"]
+    assert bench_generate.main([*words, "--ours", "hidden=64"]) == 0
+    assert contexts == [0, 0, 0, 0, 2048]  # one that warms the disk cache, three, a long chat
+    rows = {row.case: row for row in read_rows(path)}
+    assert rows["start to answer"].value == 3 and rows["start to answer"].rounds == 3
+    assert rows["peak memory"].value == 3
+    curve = [(row.size, row.value) for row in read_rows(path) if row.case == "memory over time"]
+    assert 60 <= len(curve) <= 80 and curve[1] == (300, 0.03)
+
+
+def test_the_tokenizer_is_measured_beside_its_floor(tmp_path: Path) -> None:
+    path = tmp_path / "results.csv"
+    recorder = Recorder("bench_tokenizer", 0, 1, path)
+    bench_tokenizer.measure_vocabulary(bench_tokenizer.OWN, recorder, rounds=1, repeat=1)
+    rows = read_rows(path)
+    assert len(rows) == 2 * 4 * len(bench_tokenizer.SOURCES)
+    ours = [row for row in rows if row.baseline == "sentencepiece"]
+    assert {row.contender for row in ours} == {"our tokenizer"} and len(ours) == len(rows) // 2
+    assert all(row.size == 8192 and 0 < (row.ratio or 0) < 1.5 for row in ours)
+
+
+def test_a_missing_vocabulary_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+    assert bench_tokenizer.main(["--vocabulary", "nowhere.model"]) == 2
+    assert capsys.readouterr().err == "bench_tokenizer: nowhere.model is no vocabulary file\n"
+
+
+def parse(*words: str) -> argparse.Namespace:
+    parser = argparse.ArgumentParser()
+    command.make_parser(parser.add_subparsers())
+    return parser.parse_args(["bench", *words])
+
+
+def test_the_command_measures_a_folder(tiny_repo: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    threads = torch.get_num_threads()
+    options = ["--prompt-length", "9", "--new-tokens", "4", "--batch", "2", "--bits", "8"]
+    words = [*options, "--threads", "1", "--device", "cpu", "--json"]
+    assert command.main(parse(str(tiny_repo), *words)) == 0
+    torch.set_num_threads(threads)
+    report: dict[str, Any] = json.loads(capsys.readouterr().out)
+    assert (report["bits"], report["dtype"], report["threads"]) == (8, "float32", 1)
+    assert report["prefill_tokens_per_second"] == pytest.approx(18 / report["prefill_seconds"])
+    assert report["tokens_per_second"] == pytest.approx(2 / report["token_seconds"])
+    # Two blocks of width 32, two rows with 9 + 2 positions of float32 keys and values on average.
+    cache = 2 * (9 + 2) * 2 * 2 * 32 * 4
+    assert report["step_bytes"] - cache > 8192 * 32 * 4  # the head
+    assert report["peak_bytes"] > 10**8
+
+
+def test_the_report_is_for_people() -> None:
+    head = ("a/model", 4, "cpu", "float32", 2, 64, 32, 1)
+    measured = (1.5, 0.5, 0.125, 10**9, 4 * 10**9, {"torch": "2"})
+    lines = command.format_report(command.Report(*head, *measured)).splitlines()
+    assert lines[0] == "a/model (4 bits; cpu, float32, threads: 2)"
+    assert lines[1] == "load     1.50 s, peak memory 4.00 GB"
+    assert lines[2] == "prefill  128.0 tokens/s (64 tokens)"
+    assert lines[3] == "decode   125.00 ms/token, 8.0 tokens/s, 8.0 GB/s (32 tokens)"
+
+
+def test_a_prompt_without_room_is_refused(tiny_repo: Path) -> None:
+    with pytest.raises(ValueError, match="3 tokens or more, got 2"):
+        command.main(parse(str(tiny_repo), "--prompt-length", "2", "--device", "cpu"))
+    with pytest.raises(SystemExit):
+        parse("--batch", "0")
