@@ -35,17 +35,24 @@ class HeadShape(NamedTuple):
         kind: "f32", "f16" or "bf16" keys and values, or "i8" with a float32 scale each.
         has_mask: whether something is added to the scores.
         axes: P, if the kernel also rotates the new tokens and writes them to the cache; 0 if not.
+        input_kind: of the new tokens and their angles then.
     """
 
     head_dim: int
     kind: str
     has_mask: bool
     axes: int = 0
+    input_kind: str = "f32"
 
     @property
     def row_bytes(self) -> int:
         """Bytes of one key."""
         return self.head_dim * {"f32": 4, "f16": 2, "bf16": 2, "i8": 1}[self.kind]
+
+    @property
+    def input_bytes(self) -> int:
+        """Bytes of one number of the new tokens."""
+        return 4 if self.input_kind == "f32" else 2
 
 
 def write_attention(writer: KernelWriter, shape: HeadShape) -> None:
@@ -112,9 +119,10 @@ def _load_mixed(writer: KernelWriter, shape: HeadShape, block: Any, token: Any) 
     row, head = _split_block(writer, block)
     index = writer.add(writer.times(row, writer.slot("tokens")), token)
     index = writer.add(writer.times(index, writer.slot("heads")), head)
-    base = writer.add(writer.slot("mixed"), writer.times(index, 3 * shape.row_bytes))
-    places = [writer.address(base, part * shape.row_bytes) for part in range(3)]
-    return [writer.load_as_float(place, shape.head_dim, shape.kind) for place in places]
+    size = shape.head_dim * shape.input_bytes
+    base = writer.add(writer.slot("mixed"), writer.times(index, 3 * size))
+    places = [writer.address(base, part * size) for part in range(3)]
+    return [writer.load_as_float(place, shape.head_dim, shape.input_kind) for place in places]
 
 
 def _rotate(writer: KernelWriter, shape: HeadShape, states: Any, block: Any, token: Any) -> Any:
@@ -137,9 +145,8 @@ def _load_angles(writer: KernelWriter, shape: HeadShape, name: str, block: Any, 
     for axis in range(shape.axes):
         index = writer.add(writer.times(row, shape.axes), axis)
         index = writer.add(writer.times(index, tokens), token)
-        place = writer.times(index, width * shape.row_bytes // shape.head_dim)
-        place = writer.address(writer.slot(name), place)
-        found.append(writer.load_as_float(place, width, shape.kind))
+        place = writer.address(writer.slot(name), writer.times(index, width * shape.input_bytes))
+        found.append(writer.load_as_float(place, width, shape.input_kind))
     return found[0] if len(found) == 1 else writer.shuffle(found[0], range(2 * width), found[1])
 
 
@@ -339,9 +346,9 @@ def attend_step(
         The attended values, `(B, S, N, D)`.
     """
     cos, sin = (angles.contiguous() for angles in position_embeddings)
-    shape = HeadShape(
-        *(past.key.shape[3], TYPE_NAMES[past.key.dtype], attention_mask is not None, cos.shape[2])
-    )
+    kind = TYPE_NAMES[past.key.dtype]
+    has_mask = attention_mask is not None
+    shape = HeadShape(past.key.shape[3], kind, has_mask, cos.shape[2], kind)
     kernel = find_kernel(STEP_ATTENTION, shape)
     assert kernel is not None, "takes_step has compiled it"
     operands = {
@@ -369,7 +376,8 @@ def takes_step(mixed: Tensor, keys: Tensor, axes: int, has_mask: bool) -> bool:
         return False
     if mixed.shape[0] != keys.shape[0] or axes > 2 or keys.shape[3] % (2 * axes):
         return False
-    return find_kernel(STEP_ATTENTION, HeadShape(keys.shape[3], kind, has_mask, axes)) is not None
+    shape = HeadShape(keys.shape[3], kind, has_mask, axes, kind)
+    return find_kernel(STEP_ATTENTION, shape) is not None
 
 
 @functools.cache

@@ -306,6 +306,13 @@ def find_reserved_layer(cache: Any, layer_idx: int) -> ReservedLayer | None:
     return layer
 
 
+def find_reserved_layers(cache: Any, count: int) -> list[ReservedLayer] | None:
+    """Return the first `count` layers if all of them can be extended in place, or None."""
+    layers = [find_reserved_layer(cache, layer_idx) for layer_idx in range(count)]
+    found = [layer for layer in layers if layer is not None]
+    return found if len(found) == count else None
+
+
 def extend_cache(
     cache: Any, layer_idx: int, key_states: Tensor, value_states: Tensor, where: dict[str, Any]
 ) -> tuple[Tensor, ...]:

@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers.generation.logits_process import LogitsProcessorList
 from transformers.generation.stopping_criteria import StoppingCriteria, StoppingCriteriaList
 
-from .generation_chatglm import InvalidScoreLogitsProcessor
+from .sampling_chatglm import InvalidScoreLogitsProcessor
 
 History = list[tuple[str, str]]
 
@@ -40,10 +40,13 @@ class StopOnText(StoppingCriteria):
         self.prompt_length = prompt_length
         # A character is at most four byte pieces, and specials decode to nothing.
         self.tail = 4 * max(map(len, stops)) + 8
+        self.searched = prompt_length
 
     def __call__(self, input_ids: Tensor, scores: Tensor, **kwargs: Any) -> Tensor:
         """Return which rows are done, `(B,)`."""
-        start = max(self.prompt_length, input_ids.shape[1] - self.tail)
+        length = input_ids.shape[1]  # drafts bring several new tokens at once
+        start = max(self.prompt_length, min(self.searched, length) - self.tail)
+        self.searched = length
         texts = [self.tokenizer.decode(row) for row in input_ids[:, start:].tolist()]
         is_done = [any(stop in text for stop in self.stops) for text in texts]
         return torch.tensor(is_done, device=input_ids.device)

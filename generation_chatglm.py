@@ -1,9 +1,9 @@
 """Token by token: what transformers' `generate` must know of GLM, and streaming.
 
-Owns the inputs of every decoding step, the stream of ids, and what happens to scores that are no
-numbers. Knows nothing of text, prompts or layers.
+Owns the inputs of every decoding step and the stream of ids. Knows nothing of text, prompts or
+layers; how scores become a choice is `sampling_chatglm`'s.
 
-Shapes: `B` rows (prompts times beams), `S` new tokens, `T` all tokens so far, `V` vocabulary.
+Shapes: `B` rows (prompts times beams), `S` new tokens, `T` all tokens so far.
 """
 
 import queue
@@ -13,11 +13,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers.generation.logits_process import LogitsProcessor, LogitsProcessorList
+from transformers.cache_utils import DynamicCache
+from transformers.generation.logits_process import LogitsProcessorList
 from transformers.generation.stopping_criteria import StoppingCriteria, StoppingCriteriaList
 from transformers.generation.streamers import BaseStreamer
 from transformers.generation.utils import GenerationMixin
 
+from .cache_chatglm import ChatGLMCache
 from .masking_chatglm import (
     accept_hidden_mask,
     align_token_columns,
@@ -27,8 +29,7 @@ from .masking_chatglm import (
     move_padding_left,
     reserved_length,
 )
-
-FALLBACK_SCORE = 5e4
+from .sampling_chatglm import quicken
 
 CAUSAL_ONLY = (
     "{} of transformers reads prompts causally, but ChatGLM's prompt tokens see one another in "
@@ -43,26 +44,6 @@ PASSED_ON = (
     "output_hidden_states",
     "cache_position",
 )
-
-
-class InvalidScoreLogitsProcessor(LogitsProcessor):
-    """Lets a row survive scores that are no numbers: it then says a space.
-
-    A row with a NaN or +inf, or without any finite score, gets 0 everywhere and `FALLBACK_SCORE`
-    at `fallback_id`. The original did this to all rows if one was broken, and to rows with a
-    -inf, which is how other processors forbid a token.
-    """
-
-    def __init__(self, fallback_id: int) -> None:
-        self.fallback_id = fallback_id
-
-    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        """Return scores `(B, V)` with the broken rows replaced."""
-        is_broken = scores.isnan() | scores.isposinf()
-        is_broken = is_broken.any(dim=-1) | scores.isneginf().all(dim=-1)
-        fallback = torch.zeros_like(scores)
-        fallback[:, self.fallback_id] = FALLBACK_SCORE
-        return torch.where(is_broken.unsqueeze(1), fallback, scores)
 
 
 class StopOnCancel(StoppingCriteria):
@@ -202,6 +183,22 @@ class GLMGenerationMixin(GenerationMixin):
         input_ids, kwargs["attention_mask"] = move_padding_left(input_ids, attention_mask)
         return input_ids
 
+    def _prepare_cache_for_generation(
+        self, generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
+    ) -> Any:
+        """Make the cache as transformers does, but ours in the place of a plain growing one."""
+        given = model_kwargs.get("past_key_values")
+        prepare = super()._prepare_cache_for_generation  # pyright: ignore[reportAttributeAccessIssue]
+        result = prepare(generation_config, model_kwargs, *args, **kwargs)
+        if given is None and type(model_kwargs.get("past_key_values")) is DynamicCache:
+            model_kwargs["past_key_values"] = ChatGLMCache()
+        return result
+
+    def _get_logits_processor(self, *args: Any, **kwargs: Any) -> LogitsProcessorList:
+        """Build what stands between scores and draw, with ours for those of transformers."""
+        build = super()._get_logits_processor  # pyright: ignore[reportAttributeAccessIssue]
+        return quicken(build(*args, **kwargs))
+
     def prepare_inputs_for_generation(
         self,
         input_ids: Tensor,
@@ -306,4 +303,4 @@ def _accumulate(streamer: QueueStreamer, eos_ids: Tensor) -> Iterator[Tensor]:
             yield input_ids
 
 
-__all__ = ["GLMGenerationMixin", "InvalidScoreLogitsProcessor"]
+__all__ = ["GLMGenerationMixin"]

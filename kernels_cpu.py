@@ -57,7 +57,7 @@ DOTS = (
     ("vnni", ("avx512vnni", "avx512bw", "avx512vl"), 16),
     ("avx-vnni", ("avxvnni", "avx2"), 8),
     ("avx2", ("avx2", "fma"), 8),
-    ("neon", ("dotprod",), 4),
+    ("neon", ("dotprod",), 8),  # by twos: a vector of bytes must hold a group of columns
     ("generic", (), 8),
 )
 
@@ -219,6 +219,20 @@ class KernelWriter:
         name = names.get(str(element), str(element))
         return f"v{count}{name}" if count else name
 
+    def call_address(self, address: Any, result: Any, *arguments: Any) -> Any:
+        """Call the function at an address."""
+        kind = self.ir.PointerType()
+        # llvmlite calls through pointers that say to what they point.
+        kind.pointee = self.ir.FunctionType(result, [argument.type for argument in arguments])
+        return self.builder.call(self.builder.inttoptr(address, kind), arguments)
+
+    def pause(self) -> None:
+        """Tell the processor that this thread is waiting."""
+        if self.processor.dot == "neon":
+            self.call("llvm.aarch64.hint", self.ir.VoidType(), [self.i32(1)])
+        elif self.processor.dot != "generic":
+            self.call("llvm.x86.sse2.pause", self.ir.VoidType(), [])
+
     def fma(self, first: Any, second: Any, added: Any) -> Any:
         """Return `first * second + added`, rounded once where the processor can."""
         product = self.builder.fmul(first, second, flags=["contract"])
@@ -303,7 +317,9 @@ class KernelWriter:
         """Store float32 numbers as "f32", "f16" or "bf16", rounded to nearest, halves to even."""
         builder = self.builder
         if kind == "f16":
-            vector = builder.fptrunc(vector, self.vector(self.f16, vector.type.count))
+            is_slow = self.processor.dot == "generic"
+            halves = self.vector(self.f16, vector.type.count)
+            vector = self._narrow_to_halves(vector) if is_slow else builder.fptrunc(vector, halves)
         if kind == "bf16":
             vector = self._narrow(vector)
         self.store(vector, place)
@@ -318,6 +334,29 @@ class KernelWriter:
         is_number = builder.fcmp_ordered("ord", vector, vector)
         rounded = builder.select(is_number, rounded, builder.or_(bits, filled(0x400000)))
         return builder.trunc(builder.lshr(rounded, filled(16)), self.vector(self.i16, count))
+
+    def _narrow_to_halves(self, vector: Any) -> Any:
+        """Return float32 numbers as halves by their bits; see `_widen_halves`."""
+        builder, count = self.builder, vector.type.count
+        wide, filled = self.vector(self.i32, count), functools.partial(self.filled, self.i32, count)
+        bits = builder.bitcast(vector, wide)
+        sign = builder.and_(builder.lshr(bits, filled(16)), filled(0x8000))
+        bits = builder.and_(bits, filled(0x7FFFFFFF))
+        is_odd = builder.and_(builder.lshr(bits, filled(13)), filled(1))
+        number = builder.add(bits, builder.add(is_odd, filled(0x0FFF)))
+        number = builder.sub(builder.lshr(number, filled(13)), filled(112 << 10))
+        # Beside 0.5 the last place of a float32 is that of the smallest halves.
+        shifted = builder.fadd(
+            builder.bitcast(bits, vector.type), self.filled(self.f32, count, 0.5)
+        )
+        denormal = builder.sub(builder.bitcast(shifted, wide), filled(0x3F000000))
+        is_small = builder.icmp_unsigned("<", bits, filled(113 << 23))
+        number = builder.select(is_small, denormal, number)
+        is_large = builder.icmp_unsigned(">=", bits, filled(0x477FF000))
+        number = builder.select(is_large, filled(0x7C00), number)
+        is_nan = builder.icmp_unsigned(">", bits, filled(0x7F800000))
+        number = builder.or_(builder.select(is_nan, filled(0x7E00), number), sign)
+        return builder.trunc(number, self.vector(self.i16, count))
 
     def reserve(self, size: int) -> Any:
         """Return the address of so many bytes that belong to this thread."""
@@ -424,17 +463,26 @@ class Call:
     """
 
     def __init__(self, kernel: Kernel, threads: int, values: dict[str, int]) -> None:
-        self.address, self.threads = kernel.address, threads
-        self._places = {name: place + 1 for place, name in enumerate(kernel.slots)}
+        self.kernel, self.address, self.threads = kernel, kernel.address, threads
+        self.places = {name: place + 1 for place, name in enumerate(kernel.slots)}
         self._numbers = [0, *(values.get(name, 0) for name in kernel.slots)]
         self._array = ctypes.c_int64 * len(self._numbers)
 
-    def run(self, **values: int) -> None:
-        """Run with the values of the other slots, pointers mostly; return when all is done."""
+    def lay_out(self, **values: int) -> Any:
+        """Return the slots as an array, with more values in them."""
         numbers = self._numbers.copy()
         for name, value in values.items():
-            numbers[self._places[name]] = value
-        slots = self._array(*numbers)
+            numbers[self.places[name]] = value
+        return self._array(*numbers)
+
+    def bind(self, **values: int) -> "Call":
+        """Return the same call with more values."""
+        numbers = dict(zip(self.kernel.slots, self._numbers[1:]))
+        return Call(self.kernel, self.threads, numbers | values)
+
+    def run(self, **values: int) -> None:
+        """Run with the values of the other slots, pointers mostly; return when all is done."""
+        slots = self.lay_out(**values)
         run_on_threads(self.address, ctypes.addressof(slots), self.threads)
 
 
@@ -447,9 +495,9 @@ def run_on_threads(address: int, argument: int, threads: int) -> None:
     if threads == 1:
         _make_function(address)(argument)
         return
-    fork = _find_openmp()
-    if fork is not None:
-        fork(address, argument, threads, 0)
+    runtime = find_runtime()
+    if runtime is not None:
+        runtime.fork(address, argument, threads, 0)
         return
     function = _make_function(address)
     others = [_python_threads().submit(function, argument) for _ in range(threads - 1)]
@@ -463,16 +511,36 @@ def _make_function(address: int) -> Callable[[int], None]:
     return ctypes.CFUNCTYPE(None, ctypes.c_void_p)(address)
 
 
+class Runtime(NamedTuple):
+    """The OpenMP runtime that torch has loaded.
+
+    Attributes:
+        fork: its `GOMP_parallel`.
+        team_size: the address of its `omp_get_num_threads`.
+        yield_processor: the address of the system's `sched_yield`.
+    """
+
+    fork: Any
+    team_size: int
+    yield_processor: int
+
+
 @functools.cache
-def _find_openmp() -> Any:
-    """Return `GOMP_parallel` of the OpenMP runtime that torch has loaded, or None."""
+def find_runtime() -> Runtime | None:
+    """Return the OpenMP runtime of this process, or None where it cannot be reached."""
     if sys.platform == "win32":
         return None
-    fork = getattr(ctypes.CDLL(None), "GOMP_parallel", None)
-    if fork is not None:
-        fork.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint]
-        fork.restype = None
-    return fork
+    library = ctypes.CDLL(None)
+    names = ("GOMP_parallel", "omp_get_num_threads", "sched_yield")
+    fork, team_size, yielding = (getattr(library, name, None) for name in names)
+    if fork is None or team_size is None or yielding is None:
+        return None
+    fork.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint]
+    fork.restype = None
+    addresses = [
+        ctypes.cast(function, ctypes.c_void_p).value or 0 for function in (team_size, yielding)
+    ]
+    return Runtime(fork, *addresses)
 
 
 @functools.cache

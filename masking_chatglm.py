@@ -38,11 +38,12 @@ class SpecialIds(NamedTuple):
 class Geometry(NamedTuple):
     """What a forward pass needs to know about the place of its new tokens.
 
-    `position_ids` is `(B, P, S)`; `attention_mask` is `(B, 1, S, K)`, boolean, True = hidden.
+    `position_ids` is `(B, P, S)`; `attention_mask` is `(B, 1, S, K)`, boolean, True = hidden, or
+    None if nothing is.
     """
 
     position_ids: Tensor
-    attention_mask: Tensor
+    attention_mask: Tensor | None
 
 
 class Border(NamedTuple):
@@ -231,16 +232,71 @@ def locate_new_tokens(
     if attention_mask is not None and attention_mask.shape[1] > all_ids.shape[1]:
         attention_mask = attention_mask[:, num_virtual:]
     key_length = reserved_length(past_key_values)
-    geometry = build_geometry(
-        all_ids,
-        attention_mask,
-        special_ids,
-        past_length=all_ids.shape[1] - input_ids.shape[1],
-        key_length=None if key_length is None else key_length - num_virtual,
-        num_positions=num_positions,
-    )
+    if key_length is None and _is_quick_step(input_ids, all_ids):
+        geometry = _build_step_geometry(all_ids, attention_mask, special_ids, num_positions)
+    else:
+        geometry = build_geometry(
+            all_ids,
+            attention_mask,
+            special_ids,
+            past_length=all_ids.shape[1] - input_ids.shape[1],
+            key_length=None if key_length is None else key_length - num_virtual,
+            num_positions=num_positions,
+        )
+    if geometry.attention_mask is None:
+        return geometry
     hidden_mask = torch.nn.functional.pad(geometry.attention_mask, (num_virtual, 0), value=False)
     return geometry._replace(attention_mask=hidden_mask)
+
+
+def _is_quick_step(new_ids: Tensor, all_ids: Tensor) -> bool:
+    """Tell whether plain numbers may be worked out: of one token a row behind others, on a CPU.
+
+    A GPU would have to be waited for, and a compiler would take the numbers for constants.
+    """
+    is_step = new_ids.shape[1] == 1 < all_ids.shape[1]
+    return is_step and all_ids.device.type == "cpu" and not torch.compiler.is_compiling()
+
+
+def _build_step_geometry(
+    input_ids: Tensor, attention_mask: Tensor | None, special_ids: SpecialIds, num_positions: int
+) -> Geometry:
+    """Do what `build_geometry` does for the last column, with few calls instead of sixty tensors.
+
+    Args:
+        input_ids: `(B, T)`, all tokens so far.
+        attention_mask: `(B, T)`, non-zero for real tokens, or None.
+    """
+    is_real = find_real_tokens(input_ids, attention_mask)
+    if not is_real[:, -1].all():
+        length = input_ids.shape[1]
+        return build_geometry(
+            input_ids, attention_mask, special_ids, length - 1, num_positions=num_positions
+        )
+    rows = list(input_ids.numpy())
+    hidden_mask = None
+    if not is_real.all():
+        rows = [row[real] for row, real in zip(rows, is_real.numpy())]
+        hidden_mask = ~is_real[:, None, None]  # (B, 1, 1, T)
+    places = [_place_last_token(row, special_ids)[:num_positions] for row in rows]
+    return Geometry(input_ids.new_tensor(places).unsqueeze(2), hidden_mask)
+
+
+def _place_last_token(tokens: Any, special_ids: SpecialIds) -> tuple[int, int]:
+    """Return position and block position of the last of a row's real tokens, an array of ids."""
+
+    def find(token_id: int) -> int | None:
+        column = int((tokens == token_id).argmax())
+        return column if tokens[column] == token_id else None
+
+    rank = len(tokens) - 1
+    context_length = find(special_ids.bos)
+    if context_length is None:
+        return rank, 0
+    blank = find(special_ids.gmask)
+    blank = find(special_ids.mask) if blank is None else blank
+    blank = max(context_length - 1, 0) if blank is None else blank
+    return blank, rank - context_length + 1
 
 
 def note_tokens(past_key_values: Any, input_ids: Tensor) -> tuple[Tensor, int]:

@@ -26,9 +26,10 @@ from transformers.modeling_outputs import (
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from .attention_cpu import Past, attend, attend_step, takes_step
-from .cache_chatglm import ChatGLMCache, extend_cache, find_reserved_layer
+from .cache_chatglm import ChatGLMCache, extend_cache, find_reserved_layer, find_reserved_layers
 from .configuration_chatglm import ChatGLMConfig
 from .conversation_chatglm import ChatMixin
+from .decoding_cpu import decode_step
 from .generation_chatglm import GLMGenerationMixin
 
 # Not used here: transformers copies the files that this one imports, and not theirs.
@@ -46,62 +47,18 @@ from .masking_chatglm import (
 from .packing_chatglm import QuantizationMixin, WeightFormat, note_ties, swap_layers
 from .prefix_chatglm import PrefixEncoder, PrefixTable, prepend_prefix
 from .products_cpu import DOTS  # noqa: F401
+from .program_cpu import Program  # noqa: F401
 from .quantization import QuantizedLinear
 from .quantization_cpu import Linear
 from .quantization_cuda import find_kernels  # noqa: F401
 from .quantizer_chatglm import QuantizedLoadingMixin
+from .rotary_chatglm import RotaryEmbedding, apply_rotary
 from .rounding_cpu import ROUNDING  # noqa: F401
 from .sampling_chatglm import quicken  # noqa: F401
 
 # The released weights were trained with 28 layers, and the original code uses this number for a
 # model of any depth.
 RESIDUAL_LAYERS = 28
-
-ROTARY_BASE = 10000.0
-
-
-class RotaryEmbedding(nn.Module):
-    """Turns position ids into the cosines and sines that rotate queries and keys.
-
-    Every position axis owns `D / P` of a head's dimensions.
-    """
-
-    def __init__(self, config: ChatGLMConfig) -> None:
-        super().__init__()
-        self.rotary_dim = config.head_dim // config.num_positions
-
-    def forward(self, position_ids: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """Return cosines and sines, each `(B, 1, P, S, D / P)`, for `position_ids` `(B, P, S)`."""
-        exponents = torch.arange(0, self.rotary_dim, 2, device=position_ids.device).float()
-        frequencies = 1.0 / ROTARY_BASE ** (exponents / self.rotary_dim)
-        # The weights were trained with frequencies rounded to half; the angles stay in float32,
-        # since half angles are off by up to 0.5 rad at position 2047.
-        frequencies = frequencies.half().float()
-        angles = position_ids.unsqueeze(-1).float() * frequencies  # (B, P, S, D/2P)
-        angles = torch.cat((angles, angles), dim=-1).unsqueeze(1)  # (B, 1, P, S, D/P)
-        return angles.cos().to(dtype), angles.sin().to(dtype)
-
-
-def rotate_half(states: Tensor) -> Tensor:
-    """Map the two halves (a, b) of the last dimension to (-b, a)."""
-    first, second = states.chunk(2, dim=-1)
-    return torch.cat((-second, first), dim=-1)
-
-
-def apply_rotary(states: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotate queries or keys by all of their positions.
-
-    With two axes the first half of every head turns with the token's position, the second half
-    with its block position, which is 0 (no turn) over the context.
-
-    Args:
-        states: `(B, N, S, D)`.
-        cos, sin: `(B, 1, P, S, D / P)`.
-    """
-    num_positions = cos.shape[2]
-    parts = states.unflatten(-1, (num_positions, -1)).transpose(2, 3)  # (B, N, P, S, D/P)
-    rotated = parts * cos + rotate_half(parts) * sin
-    return rotated.transpose(2, 3).flatten(-2)  # (B, N, S, D)
 
 
 def eager_attention_forward(
@@ -444,6 +401,10 @@ class ChatGLMModel(ChatGLMPreTrainedModel):
         **kwargs: Any,
     ) -> tuple[Tensor, tuple[Tensor, ...], tuple[Any, ...]]:
         """Return the last output, the blocks' inputs if asked for, and their attention weights."""
+        if not output_hidden_states:
+            decoded = self._decode(hidden_states, attention_bias, position_embeddings, **kwargs)
+            if decoded is not None:
+                return decoded, (), ()
         all_inputs, all_attentions = (), ()
         for layer, prefix_states in zip(self.layers, self._build_prefixes(hidden_states)):
             if output_hidden_states:
@@ -453,6 +414,25 @@ class ChatGLMModel(ChatGLMPreTrainedModel):
             )
             all_attentions += (attn_weights,)
         return hidden_states, all_inputs, all_attentions
+
+    def _decode(
+        self,
+        hidden_states: Tensor,
+        attention_bias: Tensor | None,
+        position_embeddings: tuple[Tensor, Tensor],
+        past_key_values: Cache | None,
+        output_attentions: bool,
+        **kwargs: Any,
+    ) -> Tensor | None:
+        """Run all blocks at once, if they can be and nobody looks at what is between them."""
+        if output_attentions or self.pre_seq_len or self.config._attn_implementation != "sdpa":
+            return None
+        reserved_layers = find_reserved_layers(past_key_values, len(self.layers))
+        if reserved_layers is None:
+            return None
+        return decode_step(
+            self.layers, hidden_states, position_embeddings, attention_bias, reserved_layers
+        )
 
     def _build_prefixes(self, inputs_embeds: Tensor) -> Sequence[Tensor | None]:
         """Return every layer's P-Tuning prefix, `(2, B, N, pre_seq_len, D)`, or Nones."""

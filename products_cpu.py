@@ -29,8 +29,13 @@ def add_dot(writer: KernelWriter, sums: Any, weights: Any, levels: Any) -> Any:
         name = f"llvm.x86.avx512.vpdpbusd.{32 * lanes}"
         return writer.call(name, kind, [sums, cast(weights, kind), cast(levels, kind)])
     if dot == "neon":
-        name = "llvm.aarch64.neon.sdot.v4i32.v16i8"
-        return writer.call(name, kind, [sums, weights, levels])
+        name, halves = "llvm.aarch64.neon.sdot.v4i32.v16i8", []
+        for start in (0, 4):
+            picks = range(start, start + 4), range(4 * start, 4 * start + 16)
+            parts = [writer.shuffle(sums, picks[0])]
+            parts += [writer.shuffle(vector, picks[1]) for vector in (weights, levels)]
+            halves.append(writer.call(name, parts[0].type, parts))
+        return writer.shuffle(halves[0], range(lanes), halves[1])
     return writer.builder.add(sums, _multiply_wide(writer, weights, levels))
 
 

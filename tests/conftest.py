@@ -4,9 +4,11 @@ Also builds what tests need a model for: a tiny random one, and a folder of remo
 """
 
 import atexit
+import functools
 import importlib.util
 import json
 import os
+import re
 import shutil
 import sys
 import tempfile
@@ -19,10 +21,12 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 SHARED = ROOT.parent / "shared"
 
-# No test reaches out, and none sees model files that another run has cached.
+# No test reaches out, and none sees model files or kernels that another run has cached.
 os.environ["HF_HUB_OFFLINE"] = "1"
-os.environ["HF_MODULES_CACHE"] = tempfile.mkdtemp(prefix="chatglm-modules-")
-atexit.register(shutil.rmtree, os.environ["HF_MODULES_CACHE"], ignore_errors=True)
+for _variable in ("HF_MODULES_CACHE", "CHATGLM_KERNEL_CACHE"):
+    os.environ[_variable] = tempfile.mkdtemp(prefix="chatglm-tests-")
+    atexit.register(shutil.rmtree, os.environ[_variable], ignore_errors=True)
+os.environ.pop("CHATGLM_CPU_KERNELS", None)
 
 _spec = ModuleSpec("chatglm_6b", None, is_package=True)
 _spec.submodule_search_locations = [str(ROOT)]
@@ -44,16 +48,29 @@ TINY = {
     "eos_token_id": 305,
 }
 MODEL_FILES = (
+    "attention_cpu.py",
+    "cache_chatglm.py",
     "configuration_chatglm.py",
     "conversation_chatglm.py",
+    "decoding_cpu.py",
+    "decoding_cpu.py",
     "generation_chatglm.py",
+    "kernels_cpu.py",
     "masking_chatglm.py",
     "modeling_chatglm.py",
     "packing_chatglm.py",
     "prefix_chatglm.py",
+    "products_cpu.py",
+    "program_cpu.py",
+    "program_cpu.py",
     "quantization.py",
+    "quantization_cpu.py",
     "quantization_cuda.py",
     "quantizer_chatglm.py",
+    "rotary_chatglm.py",
+    "rotary_chatglm.py",
+    "rounding_cpu.py",
+    "sampling_chatglm.py",
     "tokenization_chatglm.py",
 )
 TOKENIZER_FILES = ("ice_text.model", "tokenizer_config.json", "chat_template.jinja")
@@ -108,6 +125,24 @@ def tiny_repo(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for name in (*MODEL_FILES, *TOKENIZER_FILES, "generation_config.json"):
         shutil.copy(ROOT / name, folder)
     return folder
+
+
+@pytest.fixture
+def without_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Leave every product with packed weights to plain torch."""
+    from chatglm_6b import quantization
+
+    monkeypatch.setattr(quantization, "KERNEL_FINDERS", {})
+
+
+def forget_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Make CPU kernels be looked for, and compiled or read from the disk, as in a new process."""
+    anew: dict[Any, Any] = {}
+    for module in [m for name, m in sys.modules.items() if re.match(r"chatglm_6b\.\w+_cpu$", name)]:
+        for name, value in list(vars(module).items()):
+            if hasattr(value, "cache_clear"):
+                fresh = anew.setdefault(value, functools.cache(value.__wrapped__))
+                monkeypatch.setattr(module, name, fresh)
 
 
 def pad_rows(rows: list[list[int]], side: str) -> list[list[int]]:

@@ -21,7 +21,7 @@ from chatglm.quantizing.staging import describe_files
 
 MAX_SHARD_BYTES = 10**9
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-CODE = ("*_chatglm.py", "quantization*.py")
+CODE = ("*_chatglm.py", "*_cpu.py", "*_cuda.py", "quantization.py")
 VOCABULARY = "ice_text.model"
 TEMPLATE = "chat_template.jinja"
 SETTINGS = ("generation_config.json", "tokenizer_config.json")

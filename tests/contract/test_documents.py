@@ -88,8 +88,8 @@ def test_a_stale_remote_code_page_is_noticed(
     assert hash_remote_code.main(["--check"]) == 0
     text = page.read_text(encoding="utf-8")
     listed = set(re.findall(r"^\| `(\w+\.py)` .*`[0-9a-f]{64}` \|$", text, re.MULTILINE))
-    flat_files = [*ROOT.glob("*_chatglm.py"), *ROOT.glob("quantization*.py")]
-    assert listed == {path.name for path in flat_files}
+    patterns = ("*_chatglm.py", "*_cpu.py", "*_cuda.py", "quantization.py")
+    assert listed == {path.name for pattern in patterns for path in ROOT.glob(pattern)}
     page.write_text(re.sub(r"`[0-9a-f]{64}`", f"`{'0' * 64}`", text, count=1), encoding="utf-8")
     capsys.readouterr()
     assert hash_remote_code.main(["--check"]) == 1

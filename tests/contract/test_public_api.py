@@ -27,9 +27,10 @@ AUTO_MAP = {
     "AutoModelForSequenceClassification": "modeling_chatglm.ChatGLMForSequenceClassification",
 }
 PUBLIC_NAMES = {
+    "attention_cpu": {"Past", "attend", "attend_step", "takes_step"},
     "configuration_chatglm": {"ChatGLMConfig"},
     "conversation_chatglm": {"ChatMixin", "StopOnText", "check_history", "cut_at_stops"},
-    "generation_chatglm": {"GLMGenerationMixin", "InvalidScoreLogitsProcessor"},
+    "generation_chatglm": {"GLMGenerationMixin"},
     "modeling_chatglm": {
         "ChatGLMForConditionalGeneration",
         "ChatGLMForSequenceClassification",
@@ -45,12 +46,14 @@ PUBLIC_NAMES = {
         "quantize_weight",
         "quantized_linear",
     },
+    "quantization_cpu": {"Linear", "find_kernels", "multiply_plain"},
     "quantization_cuda": {"CudaKernels", "find_kernels"},
     "quantizer_chatglm": {
         "ChatGLMQuantizationConfig",
         "ChatGLMQuantizer",
         "QuantizedLoadingMixin",
     },
+    "sampling_chatglm": {"InvalidScoreLogitsProcessor", "NucleusLogitsWarper", "quicken"},
 }
 # The original's parameters in its order, with its defaults. Ours may come behind them.
 CHAT_SAMPLING = {
@@ -88,7 +91,7 @@ ORIGINAL_METHODS: dict[str, dict[str, Any]] = {
 OUR_OWN = {
     "chat": {"stop": None},
     "stream_chat": {"stop": None},
-    "quantize": {"group_size": None, "embeddings": False},
+    "quantize": {"group_size": None, "embeddings": False, "activations": None},
 }
 # What the original's forward took.
 FORWARD = {

@@ -40,8 +40,11 @@ def read_json(path: str) -> dict[str, Any]:
     return json.loads((GOLDEN / path).read_text(encoding="utf-8"))
 
 
-def load_quantized(bits: int, dtype: str) -> ChatGLMForConditionalGeneration:
-    return load_model(GOLDEN / "model_late", "tiny2d").half().quantize(bits).to(DTYPES[dtype])
+def load_quantized(
+    bits: int, dtype: str, activations: str = "exact"
+) -> ChatGLMForConditionalGeneration:
+    model = load_model(GOLDEN / "model_late", "tiny2d").half()
+    return model.quantize(bits, activations=activations).to(DTYPES[dtype])
 
 
 def test_every_byte_is_packed_as_by_the_original(matrices: dict[str, Tensor]) -> None:
@@ -158,7 +161,8 @@ def load_scattered_weights(file: Path) -> dict[str, Tensor]:
 
 
 def test_float32_scales_of_the_int4_repository_load_and_give_its_greedy_ids() -> None:
-    config = load_config(GOLDEN / "model_fork", "tiny2d", quantization_bit=4)
+    options = {"quantization_bit": 4, "quantization_activations": "exact"}
+    config = load_config(GOLDEN / "model_fork", "tiny2d", **options)
     model = ChatGLMForConditionalGeneration(config).eval()
     expected = load_int4_repository()
     load_weights(model, expected)
@@ -187,7 +191,7 @@ def test_quantized_embeddings_have_the_official_names_and_give_the_original_ids(
     weights = load_scattered_weights(GOLDEN / "model_fork" / "tiny2d.scattered.safetensors")
     weights["lm_head.weight"] = weights["transformer.word_embeddings.weight"]
     load_weights(model, weights)
-    model.quantize(bits, embeddings=True)
+    model.quantize(bits, embeddings=True, activations="exact")
 
     expected = facts[f"cpu{bits}_emb_state_dict"]
     actual = model.state_dict()

@@ -13,8 +13,8 @@ from typing import Any
 
 import pytest
 import torch
-from chatglm_6b.conversation_chatglm import ChatMixin, check_history, cut_at_stops
-from chatglm_6b.generation_chatglm import InvalidScoreLogitsProcessor
+from chatglm_6b.conversation_chatglm import ChatMixin, StopOnText, check_history, cut_at_stops
+from chatglm_6b.sampling_chatglm import InvalidScoreLogitsProcessor
 from chatglm_6b.tokenization_chatglm import ChatGLMTokenizer
 from conftest import ROOT, SHARED, build_model
 from peft import LoraConfig, get_peft_model
@@ -317,6 +317,19 @@ def test_a_stop_text_in_the_prompt_stops_nothing(model: Any, tokenizer: Any) -> 
     script = LogitsProcessorList([Script(tokenizer, "yes")])
     options = {"logits_processor": script, "stop": "问："}
     assert model.chat(tokenizer, "问：", [("问：", "答：")], **options)[0] == "yes"
+
+
+@pytest.mark.parametrize("step", [1, 7, 100])
+def test_stop_texts_are_found_however_many_tokens_come_at_once(tokenizer: Any, step: int) -> None:
+    """Drafts bring several; the stop text may be the first of them."""
+    ids = torch.tensor([encode(tokenizer, "hello" + " no" + " yes" * 40)] * 2)
+    ids[1] = ids[0, -1]
+    place = next(i for i in range(1, 20) if "no" in tokenizer.decode(ids[0, :i].tolist()))
+    criterion = StopOnText(tokenizer, ["no"], prompt_length=1)
+    ends = range(1 + step, ids.shape[1] + step, step)
+    found = [criterion(ids[:, :end], torch.tensor(0)).tolist() for end in ends]
+    first = next(i for i, end in enumerate(ends) if end >= place)
+    assert found[: first + 1] == [[False, False]] * first + [[True, False]]
 
 
 @pytest.mark.parametrize("stop", ["", ["a", ""], [1]], ids=repr)

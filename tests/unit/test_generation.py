@@ -9,7 +9,6 @@ from typing import Any
 
 import pytest
 import torch
-from chatglm_6b.generation_chatglm import InvalidScoreLogitsProcessor
 from chatglm_6b.masking_chatglm import build_geometry
 from conftest import SHARED, build_model, pad_rows
 from golden_model import load_arrays, load_model
@@ -385,35 +384,3 @@ def test_an_error_reaches_who_listens(model: Any, threads: Any) -> None:
     assert len(seen) == 2
     with pytest.raises(ValueError, match="no_such_option"):
         next(model.stream_generate(prompt, no_such_option=1, **GREEDY))
-
-
-# --- scores that are no numbers
-
-
-def test_broken_rows_say_a_space_and_others_stay() -> None:
-    scores = torch.tensor(
-        [
-            [1.0, 2.0, 3.0, 4.0],
-            [1.0, float("nan"), 3.0, 4.0],
-            [1.0, float("inf"), 3.0, 4.0],
-            [float("-inf")] * 4,
-            [1.0, float("-inf"), 3.0, 4.0],  # how other processors forbid a token
-        ]
-    )
-    given = scores.clone()
-    mended = InvalidScoreLogitsProcessor(2)(torch.zeros(5, 1), scores)
-    assert mended[[0, 4]].tolist() == given[[0, 4]].tolist()
-    assert mended[1:4].tolist() == [[0.0, 0.0, 5e4, 0.0]] * 3
-    assert torch.equal(scores.nan_to_num(), given.nan_to_num())
-
-
-def test_a_broken_row_of_a_batch_ends_alone(model: Any) -> None:
-    rows = torch.tensor([[5, 6, GMASK, SOP], [7, 8, GMASK, SOP]])
-    embeddings = model.get_input_embeddings()(rows)
-    embeddings[1] = float("nan")
-    processors = LogitsProcessorList([InvalidScoreLogitsProcessor(11)])
-    for sampling in ({}, {"do_sample": True, "top_k": 1}):
-        options = {**GREEDY, **sampling, "logits_processor": processors}
-        outputs = model.generate(rows, inputs_embeds=embeddings, **options)
-        assert outputs[1, 4:].tolist() == [11] * GREEDY["max_new_tokens"]
-        assert outputs[0].tolist() == generate(model, rows[:1].tolist())[0]

@@ -1,6 +1,7 @@
 """The geometry, against the original's own masks and against a slow twin written token by token."""
 
 import json
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -182,6 +183,38 @@ def test_a_cache_remembers_its_tokens() -> None:
     again = locate_new_tokens(torch.tensor([[8]]), None, cache, IDS)
     assert again.position_ids.tolist() == [[[1], [3]]]
     assert cache.noted_tokens.tolist() == [[5, GMASK, SOP, 6, 8]]
+
+
+@settings(max_examples=300, deadline=None)
+@given(ROWS, st.booleans(), st.sampled_from([1, 2]), st.integers(0, 2))
+def test_a_step_of_one_token_finds_what_any_step_would(
+    cells: list[tuple[int, int]], has_mask: bool, axes: int, num_virtual: int
+) -> None:
+    """On a CPU such steps are worked out in plain numbers; None stands for a mask of no hidden."""
+    row, keep = [list(column) for column in zip(*cells)]
+    ids = torch.tensor([row, row[1:] + row[:1]])
+    mask = torch.tensor([keep, [1] * len(keep)]) if has_mask else None
+    past = len(row) - 1
+    cache = SimpleNamespace(is_compileable=False, get_seq_length=lambda: past + num_virtual)
+    cache.noted_tokens, cache.num_virtual_tokens = ids[:, :-1], num_virtual
+    found = locate_new_tokens(ids[:, -1:], mask, cache, IDS, axes)
+    expected = build_geometry(ids, mask, IDS, past, num_positions=axes)
+    assert torch.equal(found.position_ids, expected.position_ids)
+    hidden = found.attention_mask
+    if hidden is None:
+        assert not expected.attention_mask.any()
+    else:
+        assert not hidden[..., :num_virtual].any()
+        assert torch.equal(hidden[..., num_virtual:], expected.attention_mask)
+
+
+def test_a_step_that_sees_all_has_no_mask() -> None:
+    ids = torch.tensor([[5, GMASK, SOP, 7], [PAD, GMASK, SOP, 7]])
+    for rows, has_mask in (([0], False), ([0, 1], True)):
+        cache = SimpleNamespace(is_compileable=False, get_seq_length=lambda: 3)
+        cache.noted_tokens = ids[rows, :3]
+        geometry = locate_new_tokens(ids[rows, 3:], (ids[rows] != PAD).long(), cache, IDS)
+        assert (geometry.attention_mask is not None) is has_mask
 
 
 def test_unknown_columns_of_a_cache_are_virtual_tokens() -> None:

@@ -142,6 +142,7 @@ def test_groups_and_embeddings_are_written_to_the_config_and_load(
 
 @both_bits
 @both_kinds
+@pytest.mark.usefixtures("without_kernels")
 def test_embedding_and_head_compute_with_the_same_dequantized_matrix(
     bits: int, group_size: int | None
 ) -> None:
@@ -212,7 +213,8 @@ def test_a_classifier_packs_its_blocks_and_not_its_score() -> None:
 
 @both_kinds
 def test_packed_models_survive_casts_copies_and_compilation(group_size: int | None) -> None:
-    model = make_model().half().quantize(4, group_size=group_size, embeddings=True)
+    model = make_model().half()
+    model.quantize(4, group_size=group_size, embeddings=True, activations="exact")
     stored = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     model.float().to(torch.bfloat16).half()
     assert {name: tensor.dtype for name, tensor in model.state_dict().items()} == {
@@ -227,11 +229,58 @@ def test_packed_models_survive_casts_copies_and_compilation(group_size: int | No
     torch.testing.assert_close(logits_of(compiled), logits_of(model))
 
 
+# How products treat their input
+
+
+def treatments(model: Any) -> set[str]:
+    layers = [m for m in model.modules() if isinstance(m, QuantizedLinear | QuantizedEmbedding)]
+    assert layers
+    return {layer.activations for layer in layers}
+
+
+def test_the_treatment_of_inputs_is_chosen_and_can_be_changed() -> None:
+    model = make_model().quantize(4, embeddings=True)
+    assert (model.config.quantization_activations, treatments(model)) == ("int8", {"int8"})
+    stored = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    rounded = logits_of(model)
+    assert model.quantize(4, activations="exact") is model
+    assert (model.config.quantization_activations, treatments(model)) == ("exact", {"exact"})
+    exact = logits_of(model)
+    assert 0 < (rounded - exact).norm() < 0.05 * exact.norm()
+    model.quantize(4)  # keeps what it has
+    assert treatments(model) == {"exact"}
+    model.quantize(4, activations="int8")
+    assert torch.equal(logits_of(model), rounded)
+    assert all(torch.equal(tensor, stored[name]) for name, tensor in model.state_dict().items())
+
+
+def test_the_treatment_of_inputs_is_written_to_the_config() -> None:
+    model = make_model().quantize(8, activations="exact")
+    other = ChatGLMForConditionalGeneration(ChatGLMConfig(**model.config.to_dict())).eval()
+    assert treatments(other) == {"exact"}
+    other.load_state_dict(model.state_dict())
+    assert torch.equal(logits_of(other), logits_of(model))
+    assert make_model(quantization_activations="exact").quantize(4).config.to_dict()[
+        "quantization_activations"
+    ] == ("exact")
+
+
+def test_an_unknown_treatment_of_inputs_is_refused() -> None:
+    message = r"activations must be one of \('int8', 'exact'\), got 'int4'"
+    model = make_model()
+    with pytest.raises(ValueError, match=message):
+        model.quantize(4, activations="int4")
+    assert not any(isinstance(module, QuantizedLinear) for module in model.modules())
+    with pytest.raises(ValueError, match=message):
+        make_model(quantization_bit=4, quantization_activations="int4")
+
+
 # The way back
 
 
 @both_bits
 @both_kinds
+@pytest.mark.usefixtures("without_kernels")
 def test_dequantized_models_compute_the_same(bits: int, group_size: int | None) -> None:
     model = make_model().half().quantize(bits, group_size=group_size, embeddings=True)
     expected = logits_of(model)
@@ -281,7 +330,7 @@ def lora_gradients(model: Any) -> dict[str, Tensor]:
 def test_lora_gradients_equal_those_over_the_dequantized_model(
     bits: int, group_size: int | None, is_checkpointed: bool
 ) -> None:
-    packed = make_model().quantize(bits, group_size=group_size)
+    packed = make_model().quantize(bits, group_size=group_size, activations="exact")
     plain = copy.deepcopy(packed).dequantize()
     gradients = []
     for model in (packed, plain):
@@ -298,7 +347,7 @@ def test_lora_gradients_equal_those_over_the_dequantized_model(
 
 @pytest.mark.parametrize(("bits", "message"), [(4, "must match the size"), (8, "output type Char")])
 def test_lora_merges_into_a_dequantized_copy_and_not_into_integers(bits: int, message: str) -> None:
-    adapted = add_lora(make_model().quantize(bits)).eval()
+    adapted = add_lora(make_model().quantize(bits, activations="exact")).eval()
     with torch.no_grad():
         expected = adapted(input_ids=INPUT_IDS).logits
     stored = copy.deepcopy(adapted.state_dict())
@@ -324,6 +373,7 @@ def test_a_packed_layer_is_not_initialized_anew() -> None:
 
 @both_bits
 @pytest.mark.parametrize("is_checkpointed", [False, True])
+@pytest.mark.usefixtures("without_kernels")
 def test_p_tuning_over_packed_weights_as_its_script_does_it(
     bits: int, is_checkpointed: bool
 ) -> None:
