@@ -360,19 +360,21 @@ def attend_step(
     return _run(kernel, past, mixed.shape[1], attention_mask, operands).to(mixed.dtype)
 
 
-def takes_step(mixed: Tensor, keys: Tensor, axes: int, has_mask: bool) -> bool:
+def takes_step(mixed: Tensor, keys: Tensor, values: Tensor, axes: int, has_mask: bool) -> bool:
     """Tell whether `attend_step` can be used.
 
     Args:
         mixed: queries, keys and values of the new tokens, `(B, S, N, 3 * D)`.
-        keys: `(B, N, K, D)`, those before them.
+        keys, values: `(B, N, K, D)`, those before them.
         axes: P.
         has_mask: whether there is a mask.
     """
     kind = TYPE_NAMES.get(keys.dtype)
     if mixed.shape[1] > MOST_TOKENS or mixed.dtype != keys.dtype or kind is None:
         return False
-    if wants_graph(mixed, keys) or not are_matrices(mixed) or not is_plain(keys):
+    if wants_graph(mixed, keys, values) or not are_matrices(mixed):
+        return False
+    if values.dtype != keys.dtype or not is_plain(keys) or not is_plain(values):
         return False
     if mixed.shape[0] != keys.shape[0] or axes > 2 or keys.shape[3] % (2 * axes):
         return False
@@ -395,8 +397,9 @@ def _run(
     """Run a kernel for so many new tokens, `(B, S, N, D)`."""
     batch, heads, keys, head_dim = past.key.shape
     padded = -(-keys // STEP) * STEP
-    scores = torch.empty(batch * heads * tokens, padded)
-    output = torch.empty(batch, tokens, heads, head_dim)
+    options: Any = {"dtype": torch.float32, "device": "cpu"}  # whatever torch's defaults are
+    scores = torch.empty(batch * heads * tokens, padded, **options)
+    output = torch.empty(batch, tokens, heads, head_dim, **options)
     mask = None
     if attention_mask is not None:
         mask = attention_mask.expand(batch, 1, tokens, keys).float().contiguous()

@@ -30,6 +30,7 @@ from .quantization_cpu import (
     Sizes,
     Weights,
     are_matrices,
+    is_plain,
     plan_product,
     wants_graph,
 )
@@ -310,10 +311,11 @@ class StepProgram:
     def takes(self, hidden_states: Tensor, reserved_layers: Sequence[Any]) -> bool:
         """Tell whether a cache fits: plain memory of the model's own type, a row for each of B."""
         return all(
-            layer.keys.dtype == hidden_states.dtype
-            and layer.keys.device.type == "cpu"
-            and layer.keys.shape[0] == self.shape.batch
+            states.dtype == hidden_states.dtype
+            and is_plain(states)
+            and states.shape[0] == self.shape.batch
             for layer in reserved_layers
+            for states in (layer.keys, layer.values)
         )
 
     def run(

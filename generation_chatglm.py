@@ -31,6 +31,8 @@ from .masking_chatglm import (
 )
 from .sampling_chatglm import quicken
 
+INT8_BACKEND = "int8"  # what a cache_config names our own quantized cache by
+
 CAUSAL_ONLY = (
     "{} of transformers reads prompts causally, but ChatGLM's prompt tokens see one another in "
     "both directions: it would answer wrongly. Use generate() on padded batches."
@@ -185,14 +187,26 @@ class GLMGenerationMixin(GenerationMixin):
 
     def _prepare_cache_for_generation(
         self, generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
-    ) -> Any:
-        """Make the cache as transformers does, but ours in the place of a plain growing one."""
-        given = model_kwargs.get("past_key_values")
-        prepare = super()._prepare_cache_for_generation  # pyright: ignore[reportAttributeAccessIssue]
-        result = prepare(generation_config, model_kwargs, *args, **kwargs)
-        if given is None and type(model_kwargs.get("past_key_values")) is DynamicCache:
+    ) -> None:
+        """Make a cache of ours where transformers would make one that is copied at every step.
+
+        `cache_implementation="quantized"` with `cache_config={"backend": "int8"}` asks for the one
+        of 8-bit integers.
+        """
+        is_open = model_kwargs.get("past_key_values") is None
+        backend = (generation_config.cache_config or {}).get("backend")
+        is_quantized = generation_config.cache_implementation == "quantized"
+        if is_open and is_quantized and backend == INT8_BACKEND:
+            if generation_config.use_cache is not False:
+                model_kwargs["past_key_values"] = ChatGLMCache(bits=8)
+            # An assistant is given the same options, and a cache beside them.
+            generation_config.cache_implementation = generation_config.cache_config = None
+            return
+        parent: Any = super()
+        parent._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)
+        cache = model_kwargs.get("past_key_values")
+        if is_open and type(cache) is DynamicCache and not cache.offloading:
             model_kwargs["past_key_values"] = ChatGLMCache()
-        return result
 
     def _get_logits_processor(self, *args: Any, **kwargs: Any) -> LogitsProcessorList:
         """Build what stands between scores and draw, with ours for those of transformers."""

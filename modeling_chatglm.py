@@ -157,7 +157,7 @@ class SelfAttention(nn.Module):
         if layer is None or self.config._attn_implementation != "sdpa":
             return None
         axes = self.config.num_positions
-        if not takes_step(mixed, layer.keys, axes, attention_mask is not None):
+        if not takes_step(mixed, layer.keys, layer.values, axes, attention_mask is not None):
             return None
         past = Past(*layer.extend(mixed.shape[1]))
         attended = attend_step(mixed, position_embeddings, past, attention_mask, self.scaling)

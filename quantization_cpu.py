@@ -337,8 +337,8 @@ def is_plain(tensor: Tensor) -> bool:
 
 
 def wants_graph(*tensors: Tensor) -> bool:
-    """Tell whether torch has to see the operations, to differentiate or to compile them."""
-    if torch.compiler.is_compiling():
+    """Tell whether torch has to see the operations, to differentiate, compile or cast them."""
+    if torch.compiler.is_compiling() or torch.is_autocast_enabled("cpu"):
         return True
     return torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
 

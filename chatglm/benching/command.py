@@ -79,7 +79,7 @@ def make_parser(subparsers: Any = None) -> argparse.ArgumentParser:
     add("model", metavar="MODEL", nargs="?", help="model folder (default: this repository)")
     add("--bits", type=int, choices=(4, 8), help="quantize the weights (default: as they are)")
     add("--device", metavar="D", help="cpu, cuda, cuda:N or mps (default: the best one here)")
-    add("--dtype", metavar="D", help="float16, bfloat16 or float32 (default: float16; CPU float32)")
+    add("--dtype", metavar="D", help="float16, bfloat16 or float32 (default: the fitting one)")
     add("--threads", type=_positive_int, metavar="N", help="of the CPU (default: torch's choice)")
     add("--prompt-length", type=_positive_int, metavar="N", default=64, help="tokens (64)")
     add("--new-tokens", type=_positive_int, metavar="N", default=32, help="tokens (32)")

@@ -40,7 +40,7 @@ def make_parser(subparsers: Any = None) -> argparse.ArgumentParser:
     add("--model", metavar="PATH", help="model folder (default: this repository)")
     add("--bits", type=int, choices=(4, 8), help="quantize the weights (default: as they are)")
     add("--device", metavar="D", help="cpu, cuda, cuda:N or mps (default: the best one here)")
-    add("--dtype", metavar="D", help="float16, bfloat16 or float32 (default: float16; CPU float32)")
+    add("--dtype", metavar="D", help="float16, bfloat16 or float32 (default: the fitting one)")
     add("--max-length", type=_positive_int, metavar="N", help="tokens of prompt plus answer")
     add("--max-new-tokens", type=_positive_int, metavar="N", help="tokens of one answer")
     add("--top-p", type=_share, metavar="F", help="sample from this share of the probability")

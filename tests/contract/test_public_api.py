@@ -12,6 +12,7 @@ from chatglm_6b.modeling_chatglm import ChatGLMForConditionalGeneration, ChatGLM
 from chatglm_6b.tokenization_chatglm import ChatGLMTokenizer
 from conftest import ROOT
 
+from chatglm.benching import command as bench
 from chatglm.cli import COMMANDS
 from chatglm.loading import load_model
 from chatglm.quantizing import command as quantize
@@ -173,6 +174,17 @@ QUANTIZE_OPTIONS: dict[str, tuple[Any, Any]] = {
     "--embeddings": (None, False),
     "--lora": ("DIR", None),
 }
+BENCH_OPTIONS: dict[str, tuple[Any, Any]] = {
+    "MODEL": ("MODEL", None),
+    "--bits": ((4, 8), None),
+    "--device": ("D", None),
+    "--dtype": ("D", None),
+    "--threads": ("N", None),
+    "--prompt-length": ("N", 64),
+    "--new-tokens": ("N", 32),
+    "--batch": ("N", 1),
+    "--json": (None, False),
+}
 
 
 def parameters(function: Any) -> dict[str, Any]:
@@ -249,13 +261,17 @@ def test_the_loader_s_signature() -> None:
 
 
 def test_the_commands_are_frozen() -> None:
-    assert set(COMMANDS) == {"chat", "quantize"}
+    assert set(COMMANDS) == {"bench", "chat", "quantize"}
 
 
 @pytest.mark.parametrize(
     ("parser", "expected"),
-    [(chat.make_parser(), CHAT_OPTIONS), (quantize.make_parser(), QUANTIZE_OPTIONS)],
-    ids=["chat", "quantize"],
+    [
+        (bench.make_parser(), BENCH_OPTIONS),
+        (chat.make_parser(), CHAT_OPTIONS),
+        (quantize.make_parser(), QUANTIZE_OPTIONS),
+    ],
+    ids=["bench", "chat", "quantize"],
 )
 def test_the_options_of_the_commands_are_frozen(
     parser: argparse.ArgumentParser, expected: dict[str, tuple[Any, Any]]
