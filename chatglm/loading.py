@@ -47,8 +47,10 @@ def load_model(
     if bits not in (None, 4, 8):
         raise ValueError(f"bits must be 4 or 8, got {bits}")
     target = choose_device(device)
+    final_dtype = choose_dtype(dtype, target)
     folder = check_model_folder(path)
-    final_dtype = choose_dtype(dtype, target, bits is not None or is_packed(folder))
+    if dtype is None and (bits or is_packed(folder)):
+        final_dtype = torch.float16  # what is not packed, the head above all, in half the size
     tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=True)
     try:
         return _read_model(folder, target, final_dtype, bits).eval(), tokenizer
@@ -109,24 +111,14 @@ def is_packed(folder: Path) -> bool:
     return bool(config.get("quantization_bit"))
 
 
-def choose_dtype(
-    dtype: str | torch.dtype | None, device: torch.device, packed: bool = False
-) -> torch.dtype:
-    """The number format of that name, or the one that suits the device.
-
-    A CPU multiplies plain matrices fastest in float32. Packed ones it reads as they are, and what
-    is not packed, the head above all, is read in half the time in half the size.
-
-    Args:
-        dtype: the name, or a torch dtype; None to choose.
-        device: where the model will be.
-        packed: whether its blocks' weights are quantized.
+def choose_dtype(dtype: str | torch.dtype | None, device: torch.device) -> torch.dtype:
+    """The number format of that name, or the one that suits the device and plain weights.
 
     Raises:
         ValueError: if the name is none of `DTYPES`.
     """
     if dtype is None:
-        return torch.float32 if device.type == "cpu" and not packed else torch.float16
+        return torch.float32 if device.type == "cpu" else torch.float16
     name = str(dtype).removeprefix("torch.")
     if name not in DTYPES:
         raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype}")

@@ -29,8 +29,16 @@ AUTO_MAP = {
 }
 PUBLIC_NAMES = {
     "attention_cpu": {"Past", "attend", "attend_step", "takes_step"},
+    "cache_chatglm": {
+        "ChatGLMCache",
+        "QuantizedReservedLayer",
+        "ReservedLayer",
+        "extend_cache",
+        "find_reserved_layer",
+    },
     "configuration_chatglm": {"ChatGLMConfig"},
     "conversation_chatglm": {"ChatMixin", "StopOnText", "check_history", "cut_at_stops"},
+    "decoding_cpu": {"decode_step"},
     "generation_chatglm": {"GLMGenerationMixin"},
     "modeling_chatglm": {
         "ChatGLMForConditionalGeneration",
@@ -40,6 +48,7 @@ PUBLIC_NAMES = {
     },
     "prefix_chatglm": {"PrefixEncoder", "PrefixTable", "prepend_prefix"},
     "packing_chatglm": {"QuantizationMixin", "WeightFormat", "note_ties", "swap_layers"},
+    "program_cpu": {"BIAS", "GELU", "NORM", "Program", "Width", "can_run"},
     "quantization": {
         "QuantizedEmbedding",
         "QuantizedLinear",
@@ -54,6 +63,7 @@ PUBLIC_NAMES = {
         "ChatGLMQuantizer",
         "QuantizedLoadingMixin",
     },
+    "rotary_chatglm": {"RotaryEmbedding", "apply_rotary", "rotate_half"},
     "sampling_chatglm": {"InvalidScoreLogitsProcessor", "NucleusLogitsWarper", "quicken"},
 }
 # The original's parameters in its order, with its defaults. Ours may come behind them.

@@ -124,12 +124,12 @@ def test_the_command_measures_a_folder(tiny_repo: Path, capsys: pytest.CaptureFi
     assert command.main(parse(str(tiny_repo), *words)) == 0
     torch.set_num_threads(threads)
     report: dict[str, Any] = json.loads(capsys.readouterr().out)
-    assert (report["bits"], report["dtype"], report["threads"]) == (8, "float32", 1)
+    assert (report["bits"], report["dtype"], report["threads"]) == (8, "float16", 1)
     assert report["prefill_tokens_per_second"] == pytest.approx(18 / report["prefill_seconds"])
     assert report["tokens_per_second"] == pytest.approx(2 / report["token_seconds"])
-    # Two blocks of width 32, two rows with 9 + 2 positions of float32 keys and values on average.
-    cache = 2 * (9 + 2) * 2 * 2 * 32 * 4
-    assert report["step_bytes"] - cache > 8192 * 32 * 4  # the head
+    # Two blocks of width 32, two rows with 9 + 2 positions of float16 keys and values on average.
+    cache = 2 * (9 + 2) * 2 * 2 * 32 * 2
+    assert report["step_bytes"] - cache > 8192 * 32 * 2  # the head
     assert report["peak_bytes"] > 10**8
 
 

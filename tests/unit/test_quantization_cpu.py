@@ -431,11 +431,14 @@ def test_threads_runs_and_processes_give_the_same_bits(monkeypatch: pytest.Monke
     finally:
         torch.set_num_threads(before)
     assert woken >= set(range(1, 9))
-    folders = map(str, (ROOT, ROOT / "tests", ROOT / "tests" / "unit"))
-    environment = {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(folders)}
+    folders = [str(folder) for folder in (ROOT, ROOT / "tests", ROOT / "tests" / "unit")]
+    script = (
+        f"import sys; sys.path[:0] = {folders}; import conftest, test_quantization_cpu as tests; "
+        "print(tests.digest())"
+    )
     other = subprocess.run(
-        [sys.executable, "-c", "import conftest, test_quantization_cpu as t; print(t.digest())"],
-        env=os.environ | environment,
+        [sys.executable, "-c", script],
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
         check=True,
