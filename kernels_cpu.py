@@ -285,33 +285,25 @@ class KernelWriter:
         return builder.bitcast(builder.shl(bits, self.filled(self.i32, count, 16)), result)
 
     def _widen_halves(self, halves: Any) -> Any:
-        """Return halves as float32 by their bits: elsewhere than in registers that is a call.
+        """Return halves as float32 by their bits, which takes no library function.
 
-        Of a library function, which is not there when the code is loaded.
+        One would be called where there is no instruction, and compiled code cannot find it.
         """
         builder, count = self.builder, halves.type.count
-        narrow, wide = self.vector(self.i16, count), self.vector(self.i32, count)
-        bits = builder.zext(builder.bitcast(halves, narrow), wide)
-
-        def pick(mask: int) -> Any:
-            return builder.and_(bits, self.filled(self.i32, count, mask))
-
-        def move(value: Any, places: int) -> Any:
-            return builder.shl(value, self.filled(self.i32, count, places))
-
-        def equals(value: Any, number: int) -> Any:
-            return builder.icmp_unsigned("==", value, self.filled(self.i32, count, number))
-
+        wide, filled = self.vector(self.i32, count), functools.partial(self.filled, self.i32, count)
+        bits = builder.zext(builder.bitcast(halves, self.vector(self.i16, count)), wide)
+        exponent = builder.and_(bits, filled(0x7C00))
         # The exponents' bias is 112 more; an infinity or NaN has the largest exponent in both.
-        bias = [self.filled(self.i32, count, number << 23) for number in (224, 112)]
-        bias = builder.select(equals(pick(0x7C00), 0x7C00), *bias)
-        number = builder.add(move(pick(0x7FFF), 13), bias)
-        kind = self.vector(self.f32, count)
-        denormal = builder.uitofp(pick(0x03FF), kind)
+        is_number = builder.icmp_unsigned("<", exponent, filled(0x7C00))
+        bias = builder.select(is_number, filled(112 << 23), filled(224 << 23))
+        number = builder.shl(builder.and_(bits, filled(0x7FFF)), filled(13))
+        number = builder.add(number, bias)
+        denormal = builder.uitofp(builder.and_(bits, filled(0x03FF)), self.vector(self.f32, count))
         denormal = builder.fmul(denormal, self.filled(self.f32, count, 2.0**-24))
-        denormal = builder.bitcast(denormal, wide)
-        number = builder.select(equals(pick(0x7C00), 0), denormal, number)
-        return builder.bitcast(builder.or_(number, move(pick(0x8000), 16)), kind)
+        is_denormal = builder.icmp_unsigned("==", exponent, filled(0))
+        number = builder.select(is_denormal, builder.bitcast(denormal, wide), number)
+        sign = builder.shl(builder.and_(bits, filled(0x8000)), filled(16))
+        return builder.bitcast(builder.or_(number, sign), denormal.type)
 
     def store_as(self, vector: Any, place: Any, kind: str) -> None:
         """Store float32 numbers as "f32", "f16" or "bf16", rounded to nearest, halves to even."""

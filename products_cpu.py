@@ -301,25 +301,45 @@ def _fill_panel(writer: KernelWriter, tile: PanelTile, panel: Any, row: Any, spa
         column = writer.add(writer.times(span, layout.chunks), chunk)
         column = writer.times(column, layout.chunk_bytes)
         first = writer.add(row, writer.times(half, lanes))
-        planes = _load_rows(writer, layout, first, column)
         target = writer.add(panel, writer.times(half, layout.chunk_bytes))
-        step = writer.times(chunk, layout.planes * lanes * tile.row_groups)
-        for plane, vectors in enumerate(planes):
-            for index, vector in enumerate(_transpose(writer, vectors)):
-                place = (plane * lanes + index) * tile.row_groups
-                writer.store(vector, writer.address(writer.add(target, step), place))
+        target = writer.add(target, writer.times(chunk, layout.planes * lanes * tile.row_groups))
+        left = writer.builder.sub(writer.slot("row_bytes"), column)
+        size = writer.const(layout.chunk_bytes)
+        for sign, count in ((">=", None), ("<", left)):
+            with writer.when(writer.builder.icmp_signed(sign, left, size)):
+                planes = _load_rows(writer, layout, first, column, count)
+                _store_turned(writer, tile, planes, target)
 
 
-def _load_rows(writer: KernelWriter, layout: Layout, first: Any, column: Any) -> list[list[Any]]:
-    """Load a chunk of as many rows as there are lanes, each plane as vectors of int32."""
+def _store_turned(
+    writer: KernelWriter, tile: PanelTile, planes: list[list[Any]], target: Any
+) -> None:
+    """Store rows so that a vector holds four columns of all of them."""
+    lanes = tile.layout.processor.lanes
+    for plane, vectors in enumerate(planes):
+        for index, vector in enumerate(_transpose(writer, vectors)):
+            place = (plane * lanes + index) * tile.row_groups
+            writer.store(vector, writer.address(target, place))
+
+
+def _load_rows(
+    writer: KernelWriter, layout: Layout, first: Any, column: Any, count: Any
+) -> list[list[Any]]:
+    """Load a chunk, or `count` bytes of it, of as many rows as there are lanes.
+
+    Returns:
+        For each plane the rows, as vectors of int32.
+    """
     at, lanes = writer.slot, layout.processor.lanes
     kind, wide = writer.vector(writer.i8, layout.chunk_bytes), writer.vector(writer.i32, lanes)
-    left = writer.builder.sub(at("row_bytes"), column)
     planes: list[list[Any]] = [[] for _ in range(layout.planes)]
     for lane in range(lanes):
         row = writer.smaller(writer.add(first, lane), writer.add(at("rows"), -1))
         base = writer.add(at("weight"), writer.times(row, at("row_bytes")))
-        stored = writer.load_first(writer.address(base, column), kind, left)
+        place = writer.address(base, column)
+        stored = (
+            writer.load(place, kind) if count is None else writer.load_first(place, kind, count)
+        )
         for vectors, plane in zip(planes, split_planes(writer, layout, stored)):
             vectors.append(writer.builder.bitcast(plane, wide))
     return planes
