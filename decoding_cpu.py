@@ -192,7 +192,7 @@ class StepProgram:
         for layer in parts.layers:
             self._add_block(layer)
         self._add_norm(parts.layers[-1].input_layernorm, self._residual)
-        self._scores = torch.empty(0)
+        self._scores = torch.empty(0, dtype=torch.float32, device="cpu")
         self._lock = threading.Lock()  # there is one set of buffers
         self._program = Program(self._calls, shape.threads, self._kept)
 
@@ -200,18 +200,18 @@ class StepProgram:
         """Make room for what the stages hand on."""
         tokens, hidden = self.shape.batch * self.shape.tokens, layer.attention.dense.out_features
         inner = layer.mlp.dense_h_to_4h.out_features
-        self.embedded = self._keep(torch.zeros(tokens, hidden))
-        self.stream = self._keep(torch.zeros(tokens, hidden))
-        self.normed = [self._keep(torch.zeros(tokens, hidden)) for _ in range(2)]
-        self.mixed = self._keep(torch.zeros(tokens, 3 * hidden))
-        self.attended = self._keep(torch.zeros(tokens, hidden))
-        self.update = self._keep(torch.zeros(tokens, hidden))
-        self.inner = self._keep(torch.zeros(tokens, inner))
+        self.embedded = self._make_room(tokens, hidden)
+        self.stream = self._make_room(tokens, hidden)
+        self.normed = [self._make_room(tokens, hidden) for _ in range(2)]
+        self.mixed = self._make_room(tokens, 3 * hidden)
+        self.attended = self._make_room(tokens, hidden)
+        self.update = self._make_room(tokens, hidden)
+        self.inner = self._make_room(tokens, inner)
         angles = (self.shape.batch * self.shape.axes * self.shape.tokens, self.head_dim)
-        self.angles = self._keep(torch.zeros(2, angles[0], angles[1] // self.shape.axes))
-        self.alphas = self._keep(torch.tensor([1.0, layer.alpha]))
-        self.scaling = self._keep(torch.tensor([layer.attention.scaling]))
-        zeros = self._keep(torch.zeros(tokens, hidden))
+        self.angles = self._make_room(2, angles[0], angles[1] // self.shape.axes)
+        self.alphas = self._keep_numbers(1.0, layer.alpha)
+        self.scaling = self._keep_numbers(layer.attention.scaling)
+        zeros = self._make_room(tokens, hidden)
         # What the first norm adds up: the embedding, and nothing.
         self._residual = (self.embedded, self.alphas.data_ptr(), zeros, zeros[0])
         self._tokens, self._hidden = tokens, hidden
@@ -219,6 +219,13 @@ class StepProgram:
     def _keep(self, tensor: Tensor) -> Tensor:
         self._kept.append(tensor)
         return tensor
+
+    def _make_room(self, *shape: int) -> Tensor:
+        """Return float32 numbers in memory, whatever torch's defaults are."""
+        return self._keep(torch.zeros(shape, dtype=torch.float32, device="cpu"))
+
+    def _keep_numbers(self, *numbers: float) -> Tensor:
+        return self._keep(torch.tensor(numbers, dtype=torch.float32, device="cpu"))
 
     def _add(self, source: Any, parameter: Any, threads: int, **values: int) -> None:
         kernel = find_kernel(source, parameter)
@@ -247,7 +254,7 @@ class StepProgram:
         stream, alpha, update, bias = residual
         if bias.dtype != norm.weight.dtype:
             bias = self._keep(bias.to(norm.weight.dtype))
-        epsilon = self._keep(torch.tensor([norm.eps]))
+        epsilon = self._keep_numbers(norm.eps)
         self._add(
             NORM,
             Width(self.shape.kind),
@@ -271,7 +278,7 @@ class StepProgram:
         pointers = {"weight": layer.weight.data_ptr(), "output": output.data_ptr()}
         pointers["scale"] = 0 if scale is None else scale.data_ptr()
         if isinstance(product, RoundedProduct):
-            rounded = self._keep(torch.zeros(product.shape, dtype=torch.uint8))
+            rounded = self._keep(torch.zeros(product.shape, dtype=torch.uint8, device="cpu"))
             place = rounded.data_ptr()
             self._calls.append(product.rounding.bind(input=input.data_ptr(), rounded=place))
             self._calls.append(product.call.bind(rounded=place, **pointers))
@@ -351,7 +358,7 @@ class StepProgram:
         padded = -(-keys // STEP) * STEP
         needed = self.shape.batch * self.heads * self.shape.tokens * padded
         if self._scores.numel() < needed:
-            self._scores = torch.empty(needed + needed // 8)
+            self._scores = self._scores.new_empty(needed + needed // 8)
 
     def _describe_past(self, keys: Tensor, values: Tensor, mask: Tensor | None) -> dict[str, int]:
         size = keys.element_size()

@@ -150,7 +150,8 @@ class QuantizationMixin:
             )
             del layer
             _replace_module(model, name, plain)
-        note_format(model, WeightFormat(0))
+        activations = cast(Any, model.config).quantization_activations
+        note_format(model, WeightFormat(0, activations=activations))
         return self
 
     def _tie_weights(self) -> None:

@@ -233,7 +233,7 @@ class Program:
             pairs += [call.address, ctypes.addressof(slots)]
         self._stages = (ctypes.c_int64 * len(pairs))(*pairs)
         # On cache lines of their own: the second one is looked at all the time.
-        self._counters = torch.zeros(64, dtype=torch.int64)
+        self._counters = torch.zeros(64, dtype=torch.int64, device="cpu")
         self._conductor = kernel.prepare(
             threads,
             count=len(calls),

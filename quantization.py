@@ -427,7 +427,8 @@ class QuantizedLinear(PackedMatrix, nn.Linear):
     def forward(self, input: Tensor) -> Tensor:
         """Map `(..., in_features)` to `(..., out_features)`."""
         packed = (self.weight, self.weight_scale, self.bits)
-        return quantized_linear(input, *packed, self.bias, self.activations)
+        activations = "exact" if self.training else self.activations
+        return quantized_linear(input, *packed, self.bias, activations)
 
     def reset_parameters(self) -> None:
         """Keep the stored integers: there is no initialization for them."""

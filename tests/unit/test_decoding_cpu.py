@@ -193,6 +193,26 @@ def test_threads_do_not_change_a_bit() -> None:
     assert all(torch.equal(result, results[0]) for result in results)
 
 
+def test_defaults_of_torch_do_not_change_a_program(runs: list[Any]) -> None:
+    model = make_model(4)
+    expected = decode(model)
+    torch.set_default_dtype(torch.float64)
+    try:
+        twin = copy.deepcopy(model)
+        assert torch.equal(decode(twin), expected)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert len(runs) == 2 * len(STEPS)
+
+
+def test_a_training_layer_never_rounds_its_input() -> None:
+    layer = make_model(4).transformer.layers[0].mlp.dense_h_to_4h
+    states = torch.randn(3, layer.in_features)
+    exact = torch.nn.functional.linear(states, layer.unpack(torch.float32), layer.bias)
+    torch.testing.assert_close(layer.train()(states), exact, rtol=0, atol=1e-5)
+    assert (layer.eval()(states) - exact).abs().max() > 1e-4
+
+
 def test_programs_of_two_threads_keep_apart(runs: list[Any]) -> None:
     model = make_model(4)
     expected, results = decode(model), []
