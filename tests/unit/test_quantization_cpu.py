@@ -642,3 +642,18 @@ def test_a_pc_s_kernels_call_nothing_that_may_be_absent(
         if source in (products_cpu.DOTS, products_cpu.PANELS):
             assert instruction in text
         assert "zmm" not in text or dot == "vnni"
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_torch_has_a_product_of_its_own_for_bfloat16(bits: int) -> None:
+    weight = torch.randint(-128, 128, (64, 64 * bits // 8), dtype=torch.int8)
+    scale = torch.rand(64) * 0.01
+    states = torch.randn(2, 3, 64).bfloat16()
+    kernels = quantization_cpu.TorchKernels()
+    actual = kernels.multiply(states, weight, scale, bits, "int8")
+    assert actual is not None and actual.dtype == torch.bfloat16
+    expected = states.float() @ dequantize_weight(weight, scale, bits, torch.float32).T
+    error = (actual.float() - expected).norm() / expected.norm()
+    assert error < 2**-7  # bfloat16 keeps 8 bits, and sums and results are rounded to it
+    assert kernels.multiply(states, weight, scale, bits, "exact") is None
+    assert kernels.multiply(states.float(), weight, scale, bits, "int8") is None
