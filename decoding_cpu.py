@@ -227,10 +227,10 @@ class StepProgram:
     def _keep_numbers(self, *numbers: float) -> Tensor:
         return self._keep(torch.tensor(numbers, dtype=torch.float32, device="cpu"))
 
-    def _add(self, source: Any, parameter: Any, threads: int, **values: int) -> None:
+    def _add(self, source: Any, parameter: Any, **values: int) -> None:
         kernel = find_kernel(source, parameter)
         assert kernel is not None, "can_run has compiled a kernel"
-        self._calls.append(kernel.prepare(threads, **values))
+        self._calls.append(kernel.prepare(1, **values))  # the program has the threads
 
     def _add_block(self, layer: Any) -> None:
         attention, mlp = layer.attention, layer.mlp
@@ -258,7 +258,6 @@ class StepProgram:
         self._add(
             NORM,
             Width(self.shape.kind),
-            1,
             tokens=self._tokens,
             columns=self._hidden,
             residual=stream.data_ptr(),
@@ -289,13 +288,13 @@ class StepProgram:
     def _add_bias(self, layer: Any, output: Tensor) -> None:
         values = {"tokens": self._tokens, "columns": layer.out_features}
         values |= {"bias": layer.bias.data_ptr(), "output": output.data_ptr()}
-        self._add(BIAS, Width(self.shape.kind), 1, **values)
+        self._add(BIAS, Width(self.shape.kind), **values)
 
     def _add_gelu(self, layer: Any) -> None:
         parts = -(-layer.out_features // GELU_PART)
         values = {"blocks": parts * self._tokens, "parts": parts, "columns": layer.out_features}
         values |= {"bias": layer.bias.data_ptr(), "output": self.inner.data_ptr()}
-        self._add(GELU, Width(self.shape.kind), 1, **values)
+        self._add(GELU, Width(self.shape.kind), **values)
 
     def _add_attention(self) -> None:
         shape = self.shape
@@ -304,7 +303,6 @@ class StepProgram:
         self._add(
             STEP_ATTENTION,
             heads,
-            1,
             blocks=shape.batch * self.heads,
             heads=self.heads,
             tokens=shape.tokens,
