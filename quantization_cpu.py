@@ -23,7 +23,13 @@ from .rounding_cpu import ROUNDING, Layout
 
 PANEL_TOKENS = 8  # from so many tokens on, weights are unpacked first
 PANEL_SPAN = 512  # columns that share a scale there
-PLAIN_TOKENS = 2  # beyond, torch's product of plain matrices is the faster one
+PLAIN_TOKENS = 2  # beyond, a product of matrices is the faster one
+WIDENED_ROWS = 256  # of a half matrix that are float32 at a time, which the cache holds
+# With which a CPU multiplies halves itself; without, torch widens them, slowly.
+HALF_FEATURES = {
+    torch.bfloat16: ("+avx512bf16", "+amx-bf16", "+bf16"),
+    torch.float16: ("+avx512fp16", "+amx-fp16", "+fullfp16"),
+}
 BLOCK_BYTES = 2**16  # of weights that a thread takes at a time
 LONG_ROW = 8192  # columns from which rounded rows leave the first cache
 TYPE_NAMES = {torch.float32: "f32", torch.float16: "f16", torch.bfloat16: "bf16"}
@@ -292,7 +298,10 @@ def find_kernels(device: torch.device) -> CpuKernels | TorchKernels:
 
 
 def multiply_plain(input: Tensor, weight: Tensor) -> Tensor | None:
-    """Return `input @ weight.T` for few tokens and a plain weight; None if left to torch.
+    """Return `input @ weight.T` for a plain weight; None if left to torch.
+
+    One or two tokens have a kernel. More, of halves that the CPU has no product for, are multiplied
+    in float32, a part of the matrix at a time.
 
     Args:
         input: `(..., I)`, of the weight's dtype.
@@ -301,9 +310,29 @@ def multiply_plain(input: Tensor, weight: Tensor) -> Tensor | None:
     compiler, weight_type = find_compiler(), TYPE_NAMES.get(weight.dtype)
     if compiler is None or weight_type is None or input.dtype != weight.dtype:
         return None
-    if input.numel() > PLAIN_TOKENS * weight.shape[1] or not are_matrices(weight):
+    if not are_matrices(weight):
         return None
+    if input.numel() > PLAIN_TOKENS * weight.shape[1]:
+        is_slow = is_plain(input) and not _multiplies(compiler.processor, weight.dtype)
+        return _multiply_widened(input, weight) if is_slow else None
     return _multiply(input, Weights(compiler.processor, weight_type), weight, 0, "exact")
+
+
+@functools.cache
+def _multiplies(processor: Processor, dtype: torch.dtype) -> bool:
+    """Tell whether a CPU has a product of such numbers, which torch then uses."""
+    wanted = HALF_FEATURES.get(dtype)
+    return wanted is None or not set(wanted).isdisjoint(processor.features.split(","))
+
+
+def _multiply_widened(input: Tensor, weight: Tensor) -> Tensor:
+    """Multiply halves in float32, and round the sums once."""
+    rows = input.detach().reshape(-1, input.shape[-1]).float()
+    output = input.new_empty(rows.shape[0], weight.shape[0])
+    for start in range(0, weight.shape[0], WIDENED_ROWS):
+        part = weight.detach()[start : start + WIDENED_ROWS].float()
+        output[:, start : start + WIDENED_ROWS] = rows @ part.T
+    return output.view(*input.shape[:-1], -1)
 
 
 def _multiply(
@@ -344,7 +373,7 @@ def wants_graph(*tensors: Tensor) -> bool:
 
 
 class Linear(nn.Linear):
-    """A plain linear layer that takes our kernel for the one or two rows of a decoding step."""
+    """A plain linear layer that computes what torch is slow at on a CPU by other means."""
 
     def forward(self, input: Tensor) -> Tensor:
         """Map `(..., in_features)` to `(..., out_features)`."""

@@ -552,7 +552,43 @@ def test_plain_layers_multiply_few_tokens_by_a_kernel(
         true = states.double() @ matrix.T
         error = (output.double() - true).abs()
         assert (error <= 2e-6 * norms + torch.finfo(dtype).eps / 2 * true.abs() * 1.01).all()
-    assert quantization_cpu.multiply_plain(torch.randn(3, columns).to(dtype), weight) is None
+    if dtype == torch.float32:
+        assert quantization_cpu.multiply_plain(torch.randn(3, columns), weight) is None
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("rows", [1, 256, 257, 600])
+def test_halves_that_the_cpu_cannot_multiply_are_widened(
+    rows: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    torch.manual_seed(2)
+    weight, states = torch.randn(rows, 70).to(dtype), torch.randn(3, 5, 70).to(dtype)
+    monkeypatch.setattr(quantization_cpu, "_multiplies", lambda processor, dtype: True)
+    assert quantization_cpu.multiply_plain(states, weight) is None
+    monkeypatch.setattr(quantization_cpu, "_multiplies", lambda processor, dtype: False)
+    output = quantization_cpu.multiply_plain(states, weight)
+    assert output is not None and output.shape == (3, 5, rows) and output.dtype == dtype
+    true = states.double() @ weight.double().T
+    error = (output.double() - true).abs()
+    sizes = states.double().norm(dim=-1, keepdim=True) * weight.double().norm(dim=1)
+    assert (error <= 2e-6 * sizes + torch.finfo(dtype).eps / 2 * true.abs() * 1.01).all()
+
+
+@pytest.mark.parametrize(
+    ("features", "dtype", "expected"),
+    [
+        ("+avx512f,+avx512bf16", torch.bfloat16, True),
+        ("+avx512f,+avx512bf16", torch.float16, False),
+        ("+avx512f,-avx512bf16", torch.bfloat16, False),
+        ("+amx-fp16", torch.float16, True),
+        ("", torch.float32, True),
+    ],
+)
+def test_a_cpu_says_which_halves_it_multiplies(
+    features: str, dtype: torch.dtype, expected: bool
+) -> None:
+    processor = Processor("any", features, "generic", 4)
+    assert quantization_cpu._multiplies(processor, dtype) is expected
 
 
 @pytest.mark.parametrize("has_bias", [True, False])
