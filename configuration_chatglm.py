@@ -81,7 +81,7 @@ class ChatGLMConfig(PretrainedConfig):
     """
 
     model_type = "chatglm"
-    keys_to_ignore_at_inference = ("past_key_values",)
+    keys_to_ignore_at_inference = ["past_key_values"]
     attribute_map = {
         "num_hidden_layers": "num_layers",
         "intermediate_size": "inner_hidden_size",

@@ -201,6 +201,43 @@ def build_geometry(
     )
 
 
+def build_document_geometry(
+    input_ids: Tensor, document_ids: Tensor, special_ids: SpecialIds, num_positions: int = 2
+) -> Geometry:
+    """Build positions and mask of rows that hold several documents, none of which sees another.
+
+    Every document is what it would be in a row of its own, the others being its padding.
+
+    Args:
+        input_ids: `(B, S)`.
+        document_ids: `(B, S)`, 0, 1, 2, ... for the documents of a row, -1 for pads.
+        special_ids, num_positions: as in `build_geometry`.
+    """
+    position_ids = input_ids.new_zeros(input_ids.shape[0], num_positions, input_ids.shape[1])
+    hidden_mask = torch.ones_like(input_ids, dtype=torch.bool)[:, None, :, None]
+    for document in range(int(document_ids.max()) + 1):
+        is_own = document_ids == document
+        border = find_border(input_ids, is_own, special_ids)
+        own_ids = build_position_ids(input_ids, is_own, border, special_ids, 0, num_positions)
+        position_ids = torch.where(is_own.unsqueeze(1), own_ids, position_ids)
+        hidden_mask = hidden_mask & build_attention_mask(border.is_context, is_own)  # (B, 1, S, S)
+    return Geometry(position_ids, hidden_mask)
+
+
+def find_last_columns(attention_mask: Tensor | None, scores: Tensor) -> Tensor:
+    """Return the column of each row's last real token, `(B,)`; the last column if all are pads.
+
+    Args:
+        attention_mask: `(B, S)`, or None if there are no pads.
+        scores: `(B, S, ...)`, of the rows.
+    """
+    length = scores.shape[1]
+    if attention_mask is None:
+        return torch.full(scores.shape[:1], length - 1, device=scores.device)
+    is_real = attention_mask.to(scores.device) != 0
+    return length - 1 - is_real.flip(1).int().argmax(dim=1)
+
+
 def locate_new_tokens(
     input_ids: Tensor,
     attention_mask: Tensor | None,

@@ -38,6 +38,8 @@ from .masking_chatglm import (
     UNKNOWN_TOKEN,
     SpecialIds,
     accept_hidden_mask,
+    build_document_geometry,
+    find_last_columns,
     find_static_columns,
     fold_attention_mask,
     locate_new_tokens,
@@ -271,6 +273,16 @@ class ChatGLMPreTrainedModel(QuantizationMixin, QuantizedLoadingMixin, PreTraine
 
     def set_input_embeddings(self, value: nn.Module) -> None:
         self.base_model.word_embeddings = value
+
+    def locate_documents(self, input_ids: Tensor, document_ids: Tensor) -> tuple[Tensor, Any]:
+        """Return `position_ids` `(B, P, S)` and `attention_mask` `(B, 1, S, S)` of shared rows.
+
+        Args:
+            input_ids: `(B, S)`.
+            document_ids: `(B, S)`, which document of its row a token is of; -1 for pads.
+        """
+        ids, axes = self.base_model.special_ids, self.config.num_positions
+        return build_document_geometry(input_ids, document_ids, ids, axes)
 
     def _init_weights(self, module: nn.Module) -> None:
         """Initialize for training from nothing.
@@ -614,7 +626,7 @@ class ChatGLMForSequenceClassification(ChatGLMPreTrainedModel):
         )
         scores = self.score(outputs.last_hidden_state)  # (B, S, num_labels)
         rows = torch.arange(scores.shape[0], device=scores.device)
-        logits = scores[rows, _last_real_columns(attention_mask, scores)]
+        logits = scores[rows, find_last_columns(attention_mask, scores)]
         loss = None
         if labels is not None:
             loss = self.loss_function(
@@ -628,15 +640,6 @@ def _states_of(outputs: BaseModelOutputWithPast) -> dict[str, Any]:
     """Return what a head passes on of its base model's output."""
     names = ("past_key_values", "hidden_states", "attentions")
     return {name: getattr(outputs, name) for name in names}
-
-
-def _last_real_columns(attention_mask: Tensor | None, scores: Tensor) -> Tensor:
-    """Return the column of each row's last real token, `(B,)`; the last column if all are pads."""
-    length = scores.shape[1]
-    if attention_mask is None:
-        return torch.full(scores.shape[:1], length - 1, device=scores.device)
-    is_real = attention_mask.to(scores.device) != 0
-    return length - 1 - is_real.flip(1).int().argmax(dim=1)
 
 
 __all__ = [
