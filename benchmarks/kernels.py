@@ -69,7 +69,7 @@ def pack_ours(bits: int, group_size: int | None = None) -> Callable[[Tensor], Pr
             stored = (integers[:, 0::2] << 4) | (integers[:, 1::2] & 15)  # the official order
         layer.weight.data = stored.clone()
         layer.weight_scale.data.fill_(SCALE)
-        return layer
+        return layer.eval()
 
     return pack
 
