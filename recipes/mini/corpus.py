@@ -13,18 +13,20 @@ import random
 import re
 import zlib
 from collections.abc import Callable, Iterator, Sequence
+from itertools import chain, count, islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
 
 ROOT = Path(__file__).resolve().parents[2]
 SEEDS = Path(__file__).resolve().parent / "seeds"
 
 IGNORED_LABEL = -100
 MAX_TOKENS = 256
-BATCH_TOKENS = 3072
+BATCH_TOKENS = 24576
 BATCHES_IN_POOL = 8
 
 
@@ -33,61 +35,52 @@ class Phase(NamedTuple):
 
     Attributes:
         shares: each source's share of the examples.
-        limits: of these sources only so many dialogues, the first ones, are drawn.
         basics_weight: how many times as often as another a seed about the basics is drawn.
         gap_share: share of the questions in which words go missing.
     """
 
     first_step: int
     shares: dict[str, float]
-    limits: dict[str, int] = {}
     basics_weight: int = 1
     gap_share: float = 0.0
 
 
 PHASES = (
-    # A broad mix, for fluency.
+    # A broad mix, for fluency and for facts, with gaps in the questions: the other words must do.
     Phase(
         0,
         {
-            "seeds": 0.50,
-            "health": 0.09,
-            "countries": 0.09,
-            "wordnet": 0.08,
-            "arithmetic": 0.08,
-            "idioms": 0.06,
+            "seeds": 0.38,
+            "health": 0.08,
+            "countries": 0.08,
+            "wordnet": 0.14,
+            "arithmetic": 0.14,
+            "idioms": 0.09,
             "chitchat": 0.05,
             "django": 0.03,
-            "chatterbot": 0.02,
+            "chatterbot": 0.01,
         },
+        gap_share=0.2,
     ),
-    # Mostly our own dialogues, which the model is meant to know.
+    # Mostly our own dialogues, and enough of the others not to forget them.
     Phase(
-        1400,
+        5600,
         {
-            "seeds": 0.72,
-            "health": 0.06,
-            "countries": 0.06,
-            "wordnet": 0.03,
-            "arithmetic": 0.05,
-            "idioms": 0.02,
-            "chitchat": 0.03,
+            "seeds": 0.66,
+            "health": 0.05,
+            "countries": 0.05,
+            "wordnet": 0.07,
+            "arithmetic": 0.08,
+            "idioms": 0.05,
+            "chitchat": 0.02,
             "django": 0.01,
-            "chatterbot": 0.02,
+            "chatterbot": 0.01,
         },
-    ),
-    # Only what so small a model can learn, asked with gaps, so that the other words must do.
-    Phase(
-        2240,
-        {"seeds": 0.80, "health": 0.04, "countries": 0.06, "arithmetic": 0.09, "chatterbot": 0.01},
-        limits={"arithmetic": 800},
         basics_weight=3,
         gap_share=0.35,
     ),
 )
 SOURCES = tuple(PHASES[0].shares)
-# The model is too small to learn every word and idiom, and fewer, more often, stick.
-LIMITS = {"wordnet": 1200, "idioms": 800}
 # The talk seeds begin with greetings, what the model is and can do, thanks and good-byes.
 BASICS = re.compile(r"talk-(en|zh)-0[0-7]\d")
 # A Chinese character, or a word, with the space before it.
@@ -133,10 +126,7 @@ def load_dialogues(data: Path | None) -> list[Dialogue]:
 
 
 def _read_dialogues(source: str, path: Path) -> Iterator[Dialogue]:
-    limit = LIMITS.get(source)
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines()):
-        if limit is not None and number >= limit:
-            return
+    for line in path.read_text(encoding="utf-8").splitlines():
         fields = json.loads(line)
         rounds = [Round(r["q"], r["a"]) for r in fields["rounds"]]
         yield Dialogue(fields["id"], source, rounds)
@@ -192,9 +182,8 @@ def pool_dialogues(dialogues: Sequence[Dialogue], phase: Phase) -> dict[str, lis
     """Return, by source, what a phase draws from; a dialogue stands there as often as it weighs."""
     pools: dict[str, list[Dialogue]] = {source: [] for source in phase.shares}
     for dialogue in dialogues:
-        pool = pools.get(dialogue.source, [])
-        if len(pool) < phase.limits.get(dialogue.source, len(dialogues) * phase.basics_weight):
-            pool += [dialogue] * (phase.basics_weight if BASICS.match(dialogue.id) else 1)
+        weight = phase.basics_weight if BASICS.match(dialogue.id) else 1
+        pools.get(dialogue.source, []).extend([dialogue] * weight)
     return {source: pool for source, pool in pools.items() if pool}
 
 
@@ -256,14 +245,28 @@ class Sampler:
         rounds = self._draw_dialogue(rng, 0).rounds
         return self._draw_rounds(rounds[: rng.randrange(1, 3)], rng)
 
-    def iter_batches(self, seed: int, first_step: int) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-        """Yield `(input_ids, attention_mask, labels)`, each `(B, S)`, from a step on, for ever."""
-        pool = first_step // BATCHES_IN_POOL
-        skipped = first_step % BATCHES_IN_POOL
-        while True:
-            rng = random.Random(f"{seed}/{pool}")
-            yield from self._draw_pool(rng, pool * BATCHES_IN_POOL)[skipped:]
-            pool, skipped = pool + 1, 0
+    def iter_batches(
+        self, seed: int, first_step: int, workers: int = 0
+    ) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+        """Yield `(input_ids, attention_mask, labels)`, each `(B, S)`, from a step on, for ever.
+
+        Args:
+            seed: of the draws.
+            first_step: the batch to begin with.
+            workers: processes that draw ahead; the batches are the same with any number.
+        """
+        first_pool, skipped = divmod(first_step, BATCHES_IN_POOL)
+        pools = DataLoader(
+            Pools(self, seed),
+            batch_size=None,
+            sampler=count(first_pool),  # type: ignore[arg-type]
+            num_workers=workers,
+        )
+        return islice(chain.from_iterable(pools), skipped, None)
+
+    def draw_batches(self, seed: int, pool: int) -> list[tuple[Tensor, Tensor, Tensor]]:
+        """Return the batches of one pool."""
+        return self._draw_pool(random.Random(f"{seed}/{pool}"), pool * BATCHES_IN_POOL)
 
     def _draw_pool(self, rng: random.Random, step: int) -> list[tuple[Tensor, Tensor, Tensor]]:
         """Draw some batches' worth of examples and group them by length, which saves padding."""
@@ -287,6 +290,17 @@ class Sampler:
             batches[min(done * BATCHES_IN_POOL // total, BATCHES_IN_POOL - 1)].append(example)
             done += sum(map(len, example))
         return batches
+
+
+class Pools(Dataset):
+    """The pools of a sampler and a seed, by number."""
+
+    def __init__(self, sampler: Sampler, seed: int) -> None:
+        self.sampler, self.seed = sampler, seed
+
+    def __getitem__(self, pool: int) -> list[tuple[Tensor, Tensor, Tensor]]:
+        """Return a pool's batches."""
+        return self.sampler.draw_batches(self.seed, pool)
 
 
 def collate(examples: Sequence[Example], pad_id: int) -> tuple[Tensor, Tensor, Tensor]:

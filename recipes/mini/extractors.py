@@ -540,7 +540,7 @@ def _translation(english: str, chinese: str) -> Iterator[Dialogue]:
     yield Dialogue("en", [(into_en, english)])
 
 
-ARITHMETIC = {"plus": (1000, 60, 60), "minus": (650, 60, 60), "times": (350, 20, 12)}
+ARITHMETIC = {"plus": (2700, 60, 60), "minus": (1500, 60, 60), "times": (250, 20, 12)}
 SIGNS = {"plus": ("+", "加"), "minus": ("-", "减"), "times": ("×", "乘")}
 
 

@@ -1,9 +1,8 @@
-"""Trains the small ChatGLM at the top of this repository, from nothing, on a CPU.
+"""Trains the small ChatGLM at the top of this repository, from nothing.
 
-    python -m recipes.mini.train --data DIR --work DIR [--steps N]
+    python -m recipes.mini.train --data DIR --work DIR [--steps N] [--device cuda]
 
-Resumable: the state is saved every `SAVE_EVERY` steps and a second call goes on from it. There are
-two courses of the learning rate, the second with the last of the mixes in `corpus.py`. Loss and
+Resumable: the state is saved every `SAVE_EVERY` steps and a second call goes on from it. Loss and
 time go to `log.jsonl`.
 """
 
@@ -30,10 +29,9 @@ from recipes.mini.corpus import (
 )
 
 SEED = 20261122
-STEPS = 4640
-SECOND_COURSE = 2240  # the step at which it begins, with the mix of its own
+STEPS = 8000
 WARM_UP_STEPS = 150
-FALL_SHARE = 0.2
+FALL_SHARE = 0.3
 LEARNING_RATE = 1e-3
 BETAS = (0.9, 0.95)
 WEIGHT_DECAY = 0.05
@@ -44,19 +42,10 @@ HELD_OUT_EXAMPLES = 256
 
 
 def learning_rate(step: int, steps: int) -> float:
-    """Return the rate of a step of one of the two courses.
-
-    The first warms up, stays, and falls linearly to a hundredth over its last fifth; the second
-    rises again and falls all the way.
-    """
-    first_step, length = 0, min(steps, SECOND_COURSE)
-    fall_steps = max(1, int(length * FALL_SHARE))
-    if step >= SECOND_COURSE:
-        first_step, length = SECOND_COURSE, steps - SECOND_COURSE
-        fall_steps = length
-    done = step - first_step
-    fall = max(0.01, min(1.0, (length - done) / fall_steps))
-    return LEARNING_RATE * min(1.0, (done + 1) / WARM_UP_STEPS) * fall
+    """Return the rate of a step: it warms up, stays, and falls linearly to a hundredth."""
+    fall_steps = max(1, int(steps * FALL_SHARE))
+    fall = max(0.01, min(1.0, (steps - step) / fall_steps))
+    return LEARNING_RATE * min(1.0, (step + 1) / WARM_UP_STEPS) * fall
 
 
 def build_optimizer(model: nn.Module) -> torch.optim.Optimizer:
@@ -71,7 +60,7 @@ def build_optimizer(model: nn.Module) -> torch.optim.Optimizer:
 
 def answer_loss(model: Any, batch: tuple[Tensor, Tensor, Tensor]) -> Tensor:
     """Return the mean loss of the answers' tokens; only their logits are computed."""
-    input_ids, attention_mask, labels = batch
+    input_ids, attention_mask, labels = (tensor.to(model.device) for tensor in batch)
     outputs = model.transformer(input_ids, attention_mask=attention_mask, use_cache=False)
     targets = labels[:, 1:]
     is_target = targets != IGNORED_LABEL
@@ -104,7 +93,7 @@ def resume(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> tu
     """Load a saved state and return its step and the seconds spent; zeros if there is none."""
     if not path.exists():
         return 0, 0.0
-    state = torch.load(path, weights_only=True)
+    state = torch.load(path, weights_only=True, map_location=next(model.parameters()).device)
     model.load_state_dict(state["model"])
     optimizer.load_state_dict(state["optimizer"])
     return state["step"], state["seconds"]
@@ -132,12 +121,14 @@ def append_line(path: Path, **fields: Any) -> None:
         log.write(line + "\n")
 
 
-def train(model: Any, sampler: Sampler, held_out: list[Any], work: Path, steps: int) -> None:
+def train(
+    model: Any, sampler: Sampler, held_out: list[Any], work: Path, steps: int, workers: int = 0
+) -> None:
     """Train up to `steps`, from a saved state if there is one."""
     optimizer = build_optimizer(model)
     step, spent = resume(work / "state.pt", model, optimizer)
     began = time.monotonic() - spent
-    batches: Iterator[Any] = sampler.iter_batches(SEED, step)
+    batches: Iterator[Any] = sampler.iter_batches(SEED, step, workers)
     losses, tokens = [], 0
     while step < steps:
         batch = next(batches)
@@ -163,17 +154,22 @@ def main() -> None:
     parser.add_argument("--work", type=Path, required=True, help="folder of state and log")
     parser.add_argument("--steps", type=int, default=STEPS)
     parser.add_argument("--threads", type=int, default=os.cpu_count())
+    parser.add_argument("--device", help="cpu or cuda (default: the GPU if there is one)")
+    parser.add_argument("--workers", type=int, default=0, help="processes that draw examples (0)")
     args = parser.parse_args()
     args.work.mkdir(parents=True, exist_ok=True)
     torch.set_num_threads(args.threads)
     torch.manual_seed(SEED)
+    device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    torch.set_float32_matmul_precision("high")  # of the GPU's matrix units; nothing on a CPU
     config = AutoConfig.from_pretrained(ROOT, trust_remote_code=True)
     tokenizer = AutoTokenizer.from_pretrained(ROOT, trust_remote_code=True)
     model = AutoModelForCausalLM.from_config(config, trust_remote_code=True, dtype=torch.float32)
     seen, held_out = split_dialogues(load_dialogues(args.data))
     samplers = [Sampler(part, tokenizer, model.build_prompt) for part in (seen, held_out)]
     batches = build_held_out(samplers[1], tokenizer.pad_token_id)
-    train(model.train(), samplers[0], batches, args.work, args.steps)
+    model = model.to(device).train()
+    train(model, samplers[0], batches, args.work, args.steps, args.workers)
 
 
 if __name__ == "__main__":
