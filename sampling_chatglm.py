@@ -51,9 +51,9 @@ class NucleusLogitsWarper(TopPLogitsWarper):
         """Return scores `(B, V)` with `filter_value` for all tokens outside of the nucleus."""
         if scores.device.type != "cpu" or scores.dtype != torch.float32:
             return super().__call__(input_ids, scores)
-        return torch.cat([self._cut(input_ids, row) for row in scores.detach().split(1)])
+        return torch.cat([self._cut(row) for row in scores.detach().split(1)])
 
-    def _cut(self, input_ids: LongTensor, scores: Tensor) -> Tensor:
+    def _cut(self, scores: Tensor) -> Tensor:
         """Do so for one row `(1, V)`."""
         ranked = scores.numpy().copy()
         ranked.sort()
@@ -63,9 +63,12 @@ class NucleusLogitsWarper(TopPLogitsWarper):
         if num_cut <= 0:
             return scores
         last, least = ranked[0, num_cut - 1 : num_cut + 1].tolist()  # cut, kept
-        if last == least:  # torch's sort has its own way to choose between equal scores
-            return super().__call__(input_ids, scores)
-        return torch.nn.functional.threshold(scores, last, self.filter_value)
+        kept = torch.nn.functional.threshold(scores, last, self.filter_value)
+        if last == least:
+            num_lower = int((ranked < last).count_nonzero())
+            columns = (scores[0] == last).nonzero().squeeze(1)[num_cut - num_lower :]
+            kept[0, columns] = last
+        return kept
 
 
 def quicken(processors: LogitsProcessorList) -> LogitsProcessorList:
