@@ -14,14 +14,14 @@ from safetensors.torch import load_file
 from transformers import AutoModel
 
 from chatglm import cli
-from chatglm.quantizing import planning
+from chatglm.converting import planning
 
 SHARD_BYTES = 10**6
 # The command line, in a process that is killed as soon as its third shard has its name.
 KILLED = f"""
 import os, pathlib, signal, sys
 from chatglm import cli
-from chatglm.quantizing import planning
+from chatglm.converting import planning
 
 planning.MAX_SHARD_BYTES = {SHARD_BYTES}
 replace = pathlib.Path.replace

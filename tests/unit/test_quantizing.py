@@ -4,7 +4,6 @@ Every result is compared with what a user would get in memory: the model of the 
 half, merged by peft where there is an adapter, and quantized.
 """
 
-import hashlib
 import json
 import re
 import shutil
@@ -15,25 +14,34 @@ from typing import Any
 import pytest
 import torch
 from conftest import ROOT, build_model
+from model_folders import (
+    THIN,
+    Weights,
+    change_json,
+    copy_in_half,
+    hashes,
+    make_adapter,
+    make_official,
+    old_name,
+    read_json,
+    replace_weights,
+    stored,
+)
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import AutoModel, AutoTokenizer
 
 from chatglm import cli
-from chatglm.quantizing import checkpoint, conversion, planning, staging
-from chatglm.quantizing.checkpoint import TensorReader
-from chatglm.quantizing.conversion import quantize_checkpoint
-from chatglm.quantizing.planning import PackedFormat
+from chatglm.converting import checkpoint, conversion, planning, staging
+from chatglm.converting.checkpoint import TensorReader
+from chatglm.converting.conversion import quantize_checkpoint
+from chatglm.converting.planning import Form, PackedFormat
 
-Weights = dict[str, torch.Tensor]
 INT4 = PackedFormat(4)
 NORM = "transformer.final_layernorm.weight"
 TABLE = "transformer.word_embeddings.weight"
 DENSE = "transformer.layers.0.attention.dense.weight"
 BIAS = "transformer.layers.0.attention.dense.bias"
-THIN = {"hidden_size": 16, "num_attention_heads": 2, "inner_hidden_size": 32, "num_layers": 2}
-# peft asks transformers 5.23 by an old name.
-old_name = pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated")
 
 
 def load(folder: Path) -> Any:
@@ -53,74 +61,10 @@ def assert_same(folder: Path, expected: Any) -> None:
         assert found[name].dtype == tensor.dtype and torch.equal(found[name], tensor), name
 
 
-def stored(folder: Path) -> Weights:
-    """All tensors of a folder's safetensors files."""
-    files = sorted(folder.glob("*.safetensors"))
-    return {name: tensor for file in files for name, tensor in load_file(file).items()}
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    return json.loads(path.read_text(encoding="utf-8"))
-
-
-def change_json(path: Path, **fields: Any) -> None:
-    path.write_text(json.dumps(read_json(path) | fields), encoding="utf-8")
-
-
-def hashes(folder: Path) -> dict[str, str]:
-    return {p.name: hashlib.sha256(p.read_bytes()).hexdigest() for p in folder.iterdir()}
-
-
-def official_weights(**fields: Any) -> Weights:
-    """A random model as the official shards hold one: norms wide, a buffer a layer, both ties."""
-    weights = {}
-    for name, tensor in build_model(**{**THIN, **fields}).state_dict().items():
-        weights[name] = tensor.clone() if "layernorm" in name else tensor.half()
-        if name.endswith("input_layernorm.weight"):
-            buffer = name.replace("input_layernorm.weight", "attention.rotary_emb.inv_freq")
-            weights[buffer] = torch.ones(2).half()
-    return weights
-
-
-def write_shards(folder: Path, weights: Weights) -> None:
-    """Write three torch shards and their index."""
-    weight_map = {name: f"pytorch_model-0000{i % 3 + 1}.bin" for i, name in enumerate(weights)}
-    for shard in set(weight_map.values()):
-        names = [name for name in weights if weight_map[name] == shard]
-        torch.save({name: weights[name] for name in names}, folder / shard)
-    index = {"metadata": {}, "weight_map": weight_map}
-    (folder / "pytorch_model.bin.index.json").write_text(json.dumps(index))
-
-
-def make_official(folder: Path, vocab_size: int, **fields: Any) -> Weights:
-    """A folder as it was downloaded in 2023: old code, few settings, torch shards."""
-    folder.mkdir()
-    weights = official_weights(vocab_size=vocab_size, **fields)
-    write_shards(folder, weights)
-    auto_map = {"AutoModel": "modeling_chatglm.ChatGLMForConditionalGeneration"}
-    config = {"architectures": ["ChatGLMModel"], "auto_map": auto_map, "pad_token_id": 0}
-    config |= {"_name_or_path": "away", "vocab_size": vocab_size, **THIN, **fields}
-    (folder / "config.json").write_text(json.dumps(config))
-    (folder / "modeling_chatglm.py").write_text("import icetk\n")
-    (folder / "MODEL_LICENSE").write_text("the model's\n")
-    shutil.copy(ROOT / "ice_text.model", folder)
-    return weights
-
-
 @pytest.fixture
 def source(tiny_repo: Path, tmp_path: Path) -> Path:
     """A model folder of our own to change: half weights in one safetensors file."""
-    folder = tmp_path / "source"
-    shutil.copytree(tiny_repo, folder)
-    weights = {name: tensor.half() for name, tensor in stored(folder).items()}
-    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
-    return folder
-
-
-def replace_weights(folder: Path, change: Callable[[Weights], object]) -> None:
-    weights = stored(folder)
-    change(weights)
-    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    return copy_in_half(tiny_repo, tmp_path / "source")
 
 
 # What is written
@@ -291,7 +235,7 @@ def test_a_prefix_stays_as_it_is(tmp_path: Path) -> None:
 
 def test_no_matrix_stays_in_the_plan(source: Path, tmp_path: Path) -> None:
     """Or the whole quantized model would gather in memory."""
-    plan = planning.make_plan(planning.read_source(source), INT4, None)
+    plan = planning.make_plan(planning.read_source(source), Form(INT4), None)
     (piece,) = [p for pieces in plan.shards.values() for p in pieces if p.name == DENSE]
     tensors = conversion.convert(piece, TensorReader(), None)
     assert tensors[DENSE].dtype == torch.int8
@@ -315,20 +259,6 @@ def test_a_file_is_mapped_anew_before_all_of_it_counts_as_memory(
 
 
 # LoRA
-
-
-def make_adapter(source: Path, folder: Path, **options: Any) -> None:
-    """A random adapter, as peft saves it."""
-    from peft import LoraConfig, get_peft_model
-
-    base = AutoModel.from_pretrained(source, trust_remote_code=True, dtype=torch.float16)
-    options = {"target_modules": ["query_key_value"], "r": 3, "lora_alpha": 7, **options}
-    torch.manual_seed(1)
-    model = get_peft_model(base, LoraConfig(init_lora_weights=False, **options))
-    for name, parameter in model.named_parameters():
-        if "modules_to_save" in name:
-            parameter.data += 0.01
-    model.save_pretrained(folder)
 
 
 @old_name
@@ -382,7 +312,7 @@ LAYER = "base_model.model.transformer.layers.0.attention.query_key_value"
 FACTORS = {f"{LAYER}.lora_A.weight": (3, 32), f"{LAYER}.lora_B.weight": (96, 3)}
 CHANGES: list[tuple[dict[str, Any], dict[str, Any], str]] = [
     ({"use_dora": True}, {}, "use_dora=True, and only plain LoRA"),
-    ({"bias": "all"}, {}, "bias='all'"),
+    ({"bias": "some"}, {}, "bias='some'"),
     ({"peft_type": "LOHA"}, {}, "peft_type='LOHA'"),
     ({"peft_type": None}, {}, "peft_type=None"),
     ({"rank_pattern": {"dense": 4}}, {}, "rank_pattern="),
@@ -703,7 +633,7 @@ def test_what_is_there_counts_as_room(
 ) -> None:
     sizes = {"a": 1000, "b": 50}
     left = sum(path.stat().st_size for path in stopped.iterdir())
-    plan = planning.make_plan(planning.read_source(source), INT4, None)
+    plan = planning.make_plan(planning.read_source(source), Form(INT4), None)
     place = staging.Staging(tmp_path / "new", plan.job())
     assert place.missing_bytes(sizes) == 1050 - left
     assert place.has("model-00001-of-00009.safetensors") == (len(plan.shards) == 9)

@@ -15,11 +15,12 @@ from typing import Any
 
 from torch import Tensor
 
-from chatglm.quantizing.checkpoint import map_file, read_json
+from chatglm.converting.checkpoint import map_file, read_json
 
 CONFIG_FILE = "adapter_config.json"
 ADAPTER_FILES = ("adapter_model.safetensors", "adapter_model.bin")
 PREFIX = "base_model.model."  # how peft calls the model inside its own
+WRAPPED = ".base_layer."  # stands in the name of a bias whose layer has factors
 FACTORS = (".lora_A.weight", ".lora_B.weight")
 # What may stand in adapter_config.json without a say in the sum. `fan_in_fan_out` is for layers
 # that store their matrix transposed; peft ignores it on linear ones.
@@ -47,7 +48,7 @@ SILENT_FIELDS = {
 # Fields with values that change nothing either; all others of a name unknown here must be empty.
 HARMLESS_VALUES: dict[str, tuple[Any, ...]] = {
     "peft_type": ("LORA",),
-    "bias": ("none",),
+    "bias": ("none", "all", "lora_only"),  # the biases are there, or are not
     # Other ways to begin also change the base model.
     "init_lora_weights": (True, False, None, "gaussian", "eva", "orthogonal"),
 }
@@ -61,7 +62,7 @@ class Adapter:
         files: its files.
         scaling: the factor on the product.
         factors: by the name of a matrix, A `(R, I)` and B `(O, R)`.
-        replacements: by name, tensors that were trained whole (`modules_to_save`).
+        replacements: by name, tensors that were trained whole (`modules_to_save`, biases).
     """
 
     files: tuple[Path, ...]
@@ -97,7 +98,7 @@ def read_adapter(folder: Path, shapes: Mapping[str, tuple[int, ...]]) -> Adapter
     factors: dict[str, dict[str, Tensor]] = {}
     replacements: dict[str, Tensor] = {}
     for key, tensor in map_file(file).items():
-        name = key.removeprefix(PREFIX)
+        name = key.removeprefix(PREFIX).replace(WRAPPED, ".")
         factor = next((ending for ending in FACTORS if name.endswith(ending)), None)
         if factor is None:
             _check_replacement(file, name, tensor, shapes)
@@ -121,7 +122,7 @@ def _read_fields(folder: Path) -> dict[str, Any]:
         if name not in SILENT_FIELDS and not is_harmless:
             raise ValueError(
                 f"{folder} has {name}={value!r}, and only plain LoRA adapters can be merged here: "
-                "merge it with peft (merge_and_unload), save the model and quantize that"
+                "merge it with peft (merge_and_unload), save the model and take that"
             )
     for name in ("peft_type", "r", "lora_alpha"):
         if not fields.get(name):
@@ -147,7 +148,7 @@ def _check_replacement(
     if name not in shapes:
         raise ValueError(
             f"{file} has {name}, which is neither a LoRA factor of a linear layer nor a tensor of "
-            "the model that can be replaced: merge the adapter with peft, and quantize the result"
+            "the model that can be replaced: merge the adapter with peft, and take the result"
         )
     if tuple(tensor.shape) != shapes[name]:
         raise ValueError(
@@ -169,7 +170,7 @@ def _pair(
     if len(shape) != 2:
         raise ValueError(
             f"{file} is for {name}, which is no linear layer of the model that can be changed "
-            "alone: merge the adapter with peft, and quantize the result"
+            "alone: merge the adapter with peft, and take the result"
         )
     if (lora_b.shape[0], lora_a.shape[1]) != shape or lora_b.shape[1] != lora_a.shape[0]:
         raise ValueError(

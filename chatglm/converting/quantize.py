@@ -8,10 +8,10 @@ Does not know what is computed and written (`conversion`); what it prints is the
 
 import argparse
 import sys
-from pathlib import Path
 from typing import Any
 
 from chatglm.cli import open_parser, run_command
+from chatglm.converting.command import add_folders, run_conversion
 
 DESCRIPTION = """\
 Write a model folder with quantized weights, shard by shard: a few GB of memory are enough for the
@@ -22,9 +22,8 @@ goes on where it was."""
 def make_parser(subparsers: Any = None) -> argparse.ArgumentParser:
     """The options of `chatglm quantize`, as a command of its own or of `subparsers`."""
     parser = open_parser(subparsers, "quantize", DESCRIPTION)
+    add_folders(parser)
     add = parser.add_argument
-    add("source", metavar="SRC", help="model folder with float weights, of any generation or fork")
-    add("target", metavar="DST", help="folder to be made")
     add("--bits", type=int, choices=(4, 8), required=True, help="of a quantized weight")
     sizes = "columns that share a scale (default: whole rows, the official format)"
     add("--group-size", type=int, choices=(32, 64, 128), help=sizes)
@@ -43,23 +42,13 @@ def main(args: argparse.Namespace) -> int:
     Raises:
         ValueError: if the folders, the weights or the adapter are not such as can be quantized.
     """
-    import transformers
+    from chatglm.converting.conversion import PackedFormat, quantize_checkpoint
 
-    from chatglm.quantizing.conversion import PackedFormat, quantize_checkpoint
-    from chatglm.quantizing.staging import unfinished_folder
-
-    transformers.logging.set_verbosity_error()
     packed_format = PackedFormat(args.bits, args.group_size, args.embeddings)
-    try:
-        size = quantize_checkpoint(args.source, args.target, packed_format, args.lora)
-    except KeyboardInterrupt:
-        unfinished = unfinished_folder(Path(args.target).expanduser().resolve())
-        if unfinished.is_dir():
-            sys.stderr.write(
-                f"\nchatglm: stopped; the same command goes on from {unfinished}, or remove it\n"
-            )
-        raise
-    sys.stdout.write(f"{args.target}: {args.bits} bits, {size / 1e6:,.0f} MB\n")
+    size = run_conversion(
+        lambda: quantize_checkpoint(args.source, args.target, packed_format, args.lora), args.target
+    )
+    sys.stdout.write(f"{args.target}: {args.bits} bits, {size}\n")
     return 0
 
 

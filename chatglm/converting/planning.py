@@ -1,4 +1,4 @@
-"""Owns what is decided before `chatglm quantize` writes anything, and what is refused.
+"""Owns what is decided before a model folder is converted, and what is refused.
 
 A model of the same configuration without values says which tensors there must be, and in which
 form they will be stored. Settings and code come from the folder itself or from this repository, by
@@ -6,6 +6,7 @@ the size of its vocabulary. Reads files and writes none; knows nothing of values
 """
 
 import re
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple, cast
@@ -14,12 +15,14 @@ import torch
 from torch import nn
 from transformers import AutoConfig, AutoModel
 
-from chatglm.loading import default_model_folder
-from chatglm.quantizing.checkpoint import StoredTensor, list_tensors, read_json
-from chatglm.quantizing.merging import Adapter, read_adapter
-from chatglm.quantizing.staging import describe_files
+from chatglm.converting.adapters import Adapter, read_adapter
+from chatglm.converting.checkpoint import StoredTensor, list_tensors, read_json
+from chatglm.converting.staging import describe_files
+from chatglm.loading import WEIGHT_FILES, default_model_folder
 
 MAX_SHARD_BYTES = 10**9
+# One file or an index of shards, by the kind of file.
+FILE_KINDS: dict[str, tuple[str, str]] = dict(zip(("safetensors", "bin"), WEIGHT_FILES))
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 CODE = ("*_chatglm.py", "*_cpu.py", "*_cuda.py", "quantization.py")
 VOCABULARY = "ice_text.model"
@@ -57,6 +60,20 @@ class PackedFormat(NamedTuple):
 FLOAT_WEIGHTS = PackedFormat(0)
 
 
+class Form(NamedTuple):
+    """How the result is stored.
+
+    Attributes:
+        packed_format: what the matrices become.
+        dtype: of what is not packed, see `kept_dtype`; None leaves each tensor its own.
+        kind: of the files, "safetensors" or the official "bin".
+    """
+
+    packed_format: PackedFormat
+    dtype: torch.dtype | None = torch.float16
+    kind: str = "safetensors"
+
+
 class Source(NamedTuple):
     """A folder with float weights.
 
@@ -78,12 +95,14 @@ class Piece(NamedTuple):
         name: its name.
         stored: where its values are; a tied one may be stored twice.
         layer: the layer without values that packs it, or None if it stays a float tensor.
-        sizes: the bytes that are written for it, by name.
+        dtype: of that float tensor.
+        sizes: the bytes that are written for it, by name; 0 for another name of the same values.
     """
 
     name: str
     stored: list[StoredTensor]
     layer: nn.Module | None
+    dtype: torch.dtype
     sizes: dict[str, int]
 
 
@@ -94,6 +113,7 @@ class Plan(NamedTuple):
         files: what the result takes over as it is, by its name there.
         fields: its config.json.
         shards: the pieces of each weight file, by its name.
+        kind: of the weight files.
         adapter: what is merged into the weights first, or None.
         inputs: all files that the result depends on.
     """
@@ -101,12 +121,16 @@ class Plan(NamedTuple):
     files: dict[str, Path]
     fields: dict[str, Any]
     shards: dict[str, list[Piece]]
+    kind: str
     adapter: Adapter | None
     inputs: list[Path]
 
     def job(self) -> dict[str, Any]:
         """Describe the plan so that one that gives the same files is equal, and others are not."""
-        shards = {name: [piece.name for piece in self.shards[name]] for name in self.shards}
+        shards = {
+            name: [[piece.name, str(piece.dtype)] for piece in pieces]
+            for name, pieces in self.shards.items()
+        }
         inputs = describe_files(self.inputs)
         return {"config": self.fields, "shards": shards, "inputs": inputs}
 
@@ -115,12 +139,12 @@ class Plan(NamedTuple):
         return {name: sum(map(sum_sizes, pieces)) for name, pieces in self.shards.items()}
 
 
-def make_plan(source: Source, packed_format: PackedFormat, lora: str | None) -> Plan:
+def make_plan(source: Source, form: Form, lora: str | None) -> Plan:
     """Check the weights and the adapter of a folder and say what becomes of them.
 
     Args:
         source: the folder.
-        packed_format: what the weights become.
+        form: what becomes of it.
         lora: folder of a LoRA adapter to merge first, or None.
 
     Raises:
@@ -130,16 +154,18 @@ def make_plan(source: Source, packed_format: PackedFormat, lora: str | None) -> 
     plain = build_skeleton(source.fields)
     tensors = match_tensors(source.folder, plain)
     adapter = None if lora is None else _read_adapter(lora, plain)
-    fields = source.fields | packed_format.fields()
-    shards = cut_shards(plan_pieces(tensors, build_skeleton(fields)), MAX_SHARD_BYTES)
+    fields = source.fields | form.packed_format.fields()
+    pieces = plan_pieces(tensors, build_skeleton(fields), form)
+    fields["torch_dtype"] = str(form.dtype or _main_dtype(pieces)).removeprefix("torch.")
+    shards = cut_shards(pieces, MAX_SHARD_BYTES, form.kind)
     inputs = {*source.files.values(), source.folder / "config.json"}
     inputs |= {tensor.file for found in tensors.values() for tensor in found}
     inputs |= set(adapter.files if adapter else ())
-    return Plan(source.files, fields, shards, adapter, sorted(inputs))
+    return Plan(source.files, fields, shards, form.kind, adapter, sorted(inputs))
 
 
 def read_source(folder: Path) -> Source:
-    """Read the configuration of a folder and find what belongs beside its quantized weights.
+    """Read the configuration of a folder and find what belongs beside its converted weights.
 
     A folder that has our code keeps its own settings; any other takes those of its generation,
     which its vocabulary's size tells.
@@ -159,10 +185,9 @@ def read_source(folder: Path) -> Source:
     if not is_ours or not all((folder / name).is_file() for name in SETTINGS):
         settings = _find_generation(code, folder, own.get("vocab_size"))
     fields = own if is_ours else _modernize(own, read_json(settings / "config.json"))
-    for name in ("_name_or_path", "dtype"):
+    for name in ("_name_or_path", "dtype", "torch_dtype"):
         fields.pop(name, None)
-    fields |= {"torch_dtype": "float16", **FLOAT_WEIGHTS.fields()}
-    return Source(folder, fields, _find_companions(folder, code, settings))
+    return Source(folder, fields | FLOAT_WEIGHTS.fields(), _find_companions(folder, code, settings))
 
 
 def _refuse_foreign(folder: Path, fields: Mapping[str, Any]) -> None:
@@ -294,28 +319,45 @@ def _read_adapter(lora: str, plain: nn.Module) -> Adapter:
     return read_adapter(Path(lora).expanduser().resolve(), shapes)
 
 
-def plan_pieces(tensors: Mapping[str, list[StoredTensor]], packed: nn.Module) -> list[Piece]:
-    """Say for each stored parameter what becomes of it in the packed model."""
-    parameters = dict(packed.named_parameters())
+def plan_pieces(
+    tensors: Mapping[str, list[StoredTensor]], model: nn.Module, form: Form
+) -> list[Piece]:
+    """Say for each stored parameter what becomes of it in a model of the new configuration."""
+    parameters = dict(model.named_parameters())
+    # Archives name tied parameters each, as the official ones do; safetensors files cannot.
+    ties = {names[0]: names[1:] for names in _tied_names(model) if form.kind == "bin"}
     pieces: list[Piece] = []
     for name, stored in tensors.items():
         scale = parameters.get(f"{name}_scale")
+        dtype = kept_dtype(stored[0], form.dtype)
         if scale is None:
-            dtype = kept_dtype(stored[0])
             sizes = {name: parameters[name].numel() * dtype.itemsize}
-            pieces.append(Piece(name, stored, None, sizes))
+            sizes |= dict.fromkeys(ties.get(name, []), 0)
+            pieces.append(Piece(name, stored, None, dtype, sizes))
         else:
-            layer = packed.get_submodule(name.rpartition(".")[0])
+            layer = model.get_submodule(name.rpartition(".")[0])
             half = torch.float16.itemsize
             sizes = {name: parameters[name].nbytes, f"{name}_scale": scale.numel() * half}
-            pieces.append(Piece(name, stored, layer, sizes))
+            pieces.append(Piece(name, stored, layer, dtype, sizes))
     return pieces
 
 
-def kept_dtype(tensor: StoredTensor) -> torch.dtype:
-    """Return half, or float32 for vectors that have it, as the official checkpoints' norms do."""
+def kept_dtype(tensor: StoredTensor, wanted: torch.dtype | None) -> torch.dtype:
+    """Return the number format of a tensor that is not packed.
+
+    It is the wanted one, or its own if none is; vectors in float32 stay so, as the norms of the
+    official checkpoints do.
+    """
     is_wide_vector = len(tensor.shape) == 1 and tensor.dtype == torch.float32
-    return torch.float32 if is_wide_vector else torch.float16
+    return tensor.dtype if wanted is None or is_wide_vector else wanted
+
+
+def _main_dtype(pieces: Iterable[Piece]) -> torch.dtype:
+    """Return the number format of most bytes."""
+    shares: Counter[torch.dtype] = Counter()
+    for piece in pieces:
+        shares[piece.dtype] += sum_sizes(piece)
+    return shares.most_common(1)[0][0]
 
 
 def sum_sizes(piece: Piece) -> int:
@@ -323,8 +365,9 @@ def sum_sizes(piece: Piece) -> int:
     return sum(piece.sizes.values())
 
 
-def cut_shards(pieces: Iterable[Piece], limit: int) -> dict[str, list[Piece]]:
+def cut_shards(pieces: Iterable[Piece], limit: int, kind: str) -> dict[str, list[Piece]]:
     """Distribute pieces, in their order, to files of at most `limit` bytes or one piece."""
+    whole, _ = FILE_KINDS[kind]
     cuts: list[list[Piece]] = []
     room = 0
     for piece in pieces:
@@ -335,6 +378,7 @@ def cut_shards(pieces: Iterable[Piece], limit: int) -> dict[str, list[Piece]]:
         cuts[-1].append(piece)
         room -= size
     if len(cuts) == 1:
-        return {"model.safetensors": cuts[0]}
+        return {whole: cuts[0]}
+    stem, ending = whole.split(".")
     numbers = range(1, len(cuts) + 1)
-    return {f"model-{n:05d}-of-{len(cuts):05d}.safetensors": cut for n, cut in zip(numbers, cuts)}
+    return {f"{stem}-{n:05d}-of-{len(cuts):05d}.{ending}": cut for n, cut in zip(numbers, cuts)}

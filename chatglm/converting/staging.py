@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from chatglm.quantizing.checkpoint import read_json
+from chatglm.converting.checkpoint import read_json
 
 RECORD = "job.json"
 SUMS = "SHA256SUMS"

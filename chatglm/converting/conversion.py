@@ -1,8 +1,8 @@
-"""Owns the writing of a quantized model folder, from the plan to the last file.
+"""Owns the writing of a converted model folder, from the plan to the last file.
 
 The packed layers of the model itself do the packing, so that the format is the model's own. Only
-one matrix and one shard of the result are in memory at a time. Does not know what may be quantized
-(`planning`), how an adapter is merged (`merging`), how tensors are read (`checkpoint`) nor how the
+one matrix and one shard of the result are in memory at a time. Does not know what may be converted
+(`planning`), how an adapter is merged (`adapters`), how tensors are read (`checkpoint`) nor how the
 result survives a kill (`staging`).
 """
 
@@ -19,18 +19,20 @@ from safetensors.torch import save_file  # pyright: ignore[reportUnknownVariable
 from torch import Tensor
 from tqdm import tqdm
 
-from chatglm.loading import check_model_folder
-from chatglm.quantizing.checkpoint import TensorReader
-from chatglm.quantizing.merging import Adapter
-from chatglm.quantizing.planning import (
+from chatglm.converting.adapters import Adapter
+from chatglm.converting.checkpoint import TensorReader
+from chatglm.converting.planning import (
+    FILE_KINDS,
+    FLOAT_WEIGHTS,
+    Form,
     PackedFormat,
     Piece,
     Plan,
-    kept_dtype,
     make_plan,
     read_source,
 )
-from chatglm.quantizing.staging import Staging, check_target, free_bytes
+from chatglm.converting.staging import Staging, check_target, free_bytes
+from chatglm.loading import check_model_folder
 
 SPARE_BYTES = 2**20  # more than the headers, the record and the index take
 
@@ -54,9 +56,40 @@ def quantize_checkpoint(
             quantized so, or a volume without room for the result; later for a value that is not
             finite, and for a file that does not read back as it was written.
     """
+    return _convert_checkpoint(source, target, Form(packed_format), lora)
+
+
+def merge_checkpoint(
+    source: str | Path,
+    target: str | Path,
+    lora: str,
+    dtype: torch.dtype | None = None,
+    kind: str = "safetensors",
+) -> int:
+    """Write a copy of a model folder with an adapter in its weights, or go on with a stopped one.
+
+    Args:
+        source, target: as in `quantize_checkpoint`.
+        lora: folder of a peft LoRA adapter.
+        dtype: of the new weights, but float32 vectors stay so; None leaves each tensor its own.
+            The sum is made in the wider of the old and the new one.
+        kind: of the weight files, "safetensors" or the official "bin".
+
+    Returns:
+        The size of the new weights in bytes.
+
+    Raises:
+        ValueError: as `quantize_checkpoint`.
+    """
+    return _convert_checkpoint(source, target, Form(FLOAT_WEIGHTS, dtype, kind), lora)
+
+
+def _convert_checkpoint(
+    source: str | Path, target: str | Path, form: Form, lora: str | None
+) -> int:
     origin = read_source(check_model_folder(source))
     place = check_target(origin.folder, target)
-    plan = make_plan(origin, packed_format, lora)
+    plan = make_plan(origin, form, lora)
     staging = Staging(place, plan.job())
     _check_room(staging, plan)
     staging.begin()
@@ -87,7 +120,7 @@ def write_shards(staging: Staging, plan: Plan) -> None:
     total = sum(piece.stored[0].nbytes for pieces in plan.shards.values() for piece in pieces)
     units = {"unit": "B", "unit_scale": True}
     reader = TensorReader()
-    with cast(Any, tqdm)(total=total, desc="quantizing", disable=None, **units) as progress:
+    with cast(Any, tqdm)(total=total, desc="converting", disable=None, **units) as progress:
         for name, pieces in plan.shards.items():
             is_missing = not staging.has(name)
             tensors: dict[str, Tensor] = {}
@@ -96,16 +129,27 @@ def write_shards(staging: Staging, plan: Plan) -> None:
                     tensors.update(convert(piece, reader, plan.adapter))
                 progress.update(piece.stored[0].nbytes)
             if is_missing:
-                staging.write(name, partial(save_file, tensors, metadata={"format": "pt"}))
+                staging.write(name, partial(_save, tensors, plan.kind))
+
+
+def _save(tensors: dict[str, Tensor], kind: str, path: Path) -> None:
+    """Write tensors into a file; the same ones give the same bytes."""
+    if kind == "safetensors":
+        save_file(tensors, path, metadata={"format": "pt"})
+        return
+    with path.open("wb") as file:  # torch would put the name of a path into the file
+        torch.save(tensors, file)
 
 
 def convert(piece: Piece, reader: TensorReader, adapter: Adapter | None) -> dict[str, Tensor]:
     """Read a parameter, merge and pack it; return what is stored for it, by name."""
     name, tensor = piece.name, _read(piece, reader)
+    if piece.layer is None:
+        tensor = tensor.to(torch.promote_types(tensor.dtype, piece.dtype))
     if adapter is not None:
         tensor = adapter.merge(name, tensor)
     if piece.layer is None:
-        return {name: _keep(name, tensor, kept_dtype(piece.stored[0]))}
+        return dict.fromkeys(piece.sizes, _keep(name, tensor, piece.dtype))
     # A copy, or the whole packed model would gather in the skeleton.
     layer: Any = copy.deepcopy(piece.layer)
     layer.pack(tensor.half(), name)
@@ -131,8 +175,8 @@ def _keep(name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
     kept = tensor.to(dtype, copy=True, memory_format=torch.contiguous_format)
     if not all(bound.isfinite() for bound in kept.aminmax()):
         raise ValueError(
-            f"{name} has values that are not finite in {dtype}: repair the weights, or take an "
-            "earlier checkpoint"
+            f"{name} has values that are not finite in {dtype}: repair the weights, take an "
+            "earlier checkpoint, or merge into a wider format (--dtype)"
         )
     return kept
 
@@ -143,7 +187,8 @@ def _write_rest(staging: Staging, plan: Plan) -> None:
         staging.write(name, partial(shutil.copyfile, path))
     staging.write("config.json", partial(_write_json, plan.fields))
     if len(plan.shards) > 1:
-        staging.write("model.safetensors.index.json", partial(_write_json, _build_index(plan)))
+        _, index = FILE_KINDS[plan.kind]
+        staging.write(index, partial(_write_json, _build_index(plan)))
 
 
 def _build_index(plan: Plan) -> dict[str, Any]:

@@ -1,0 +1,1 @@
+"""`chatglm quantize`, `chatglm merge`: a model folder in, another model folder out."""
