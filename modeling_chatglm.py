@@ -281,8 +281,8 @@ class ChatGLMPreTrainedModel(QuantizationMixin, QuantizedLoadingMixin, PreTraine
             input_ids: `(B, S)`.
             document_ids: `(B, S)`, which document of its row a token is of; -1 for pads.
         """
-        ids, axes = self.base_model.special_ids, self.config.num_positions
-        return build_document_geometry(input_ids, document_ids, ids, axes)
+        ids: Any = self.base_model.special_ids
+        return build_document_geometry(input_ids, document_ids, ids, self.config.num_positions)
 
     def _init_weights(self, module: nn.Module) -> None:
         """Initialize for training from nothing.
