@@ -16,7 +16,9 @@ from chatglm import __version__
 
 COMMANDS = {
     "chat": ("chatglm.serving.chat", "talk with a model, in the terminal or through a pipe"),
-    "quantize": ("chatglm.quantizing.command", "write a model folder with 4-bit or 8-bit weights"),
+    "quantize": ("chatglm.converting.quantize", "write a model folder with 4-bit or 8-bit weights"),
+    "merge": ("chatglm.converting.merge", "write a model folder with a LoRA adapter in it"),
+    "train": ("chatglm.training.command", "fine-tune or align a model, a stage at a time"),
     "bench": ("chatglm.benching.command", "measure how fast a model is on this machine"),
 }
 BAD_INPUT = 2

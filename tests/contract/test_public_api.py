@@ -14,8 +14,8 @@ from conftest import ROOT
 
 from chatglm.benching import command as bench
 from chatglm.cli import COMMANDS
+from chatglm.converting import merge, quantize
 from chatglm.loading import load_model
-from chatglm.quantizing import command as quantize
 from chatglm.serving import chat
 
 REQUIRED = inspect.Parameter.empty
@@ -184,6 +184,13 @@ QUANTIZE_OPTIONS: dict[str, tuple[Any, Any]] = {
     "--embeddings": (None, False),
     "--lora": ("DIR", None),
 }
+MERGE_OPTIONS: dict[str, tuple[Any, Any]] = {
+    "SRC": ("SRC", None),
+    "DST": ("DST", None),
+    "--lora": ("DIR", None),
+    "--format": (("safetensors", "bin"), "safetensors"),
+    "--dtype": (("float32", "float16", "bfloat16"), None),
+}
 BENCH_OPTIONS: dict[str, tuple[Any, Any]] = {
     "MODEL": ("MODEL", None),
     "--bits": ((4, 8), None),
@@ -193,6 +200,8 @@ BENCH_OPTIONS: dict[str, tuple[Any, Any]] = {
     "--prompt-length": ("N", 64),
     "--new-tokens": ("N", 32),
     "--batch": ("N", 1),
+    "--train": (("full", "lora", "qlora"), None),
+    "--length": ("N", 512),
     "--json": (None, False),
 }
 
@@ -271,7 +280,7 @@ def test_the_loader_s_signature() -> None:
 
 
 def test_the_commands_are_frozen() -> None:
-    assert set(COMMANDS) == {"bench", "chat", "quantize"}
+    assert set(COMMANDS) == {"bench", "chat", "merge", "quantize", "train"}
 
 
 @pytest.mark.parametrize(
@@ -279,9 +288,10 @@ def test_the_commands_are_frozen() -> None:
     [
         (bench.make_parser(), BENCH_OPTIONS),
         (chat.make_parser(), CHAT_OPTIONS),
+        (merge.make_parser(), MERGE_OPTIONS),
         (quantize.make_parser(), QUANTIZE_OPTIONS),
     ],
-    ids=["bench", "chat", "quantize"],
+    ids=["bench", "chat", "merge", "quantize"],
 )
 def test_the_options_of_the_commands_are_frozen(
     parser: argparse.ArgumentParser, expected: dict[str, tuple[Any, Any]]

@@ -1,0 +1,1 @@
+"""`chatglm train`: fine-tuning and alignment, one module for each stage."""

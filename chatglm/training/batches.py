@@ -1,0 +1,191 @@
+"""Owns what a trainer is fed with: datasets of rows, and how rows become tensors.
+
+Rows are padded, or several documents share a row and see only themselves (`pack`): their positions
+and their mask come from the model, which owns them. Does not know formats of files or prompts.
+
+Shapes: `B` batch, `S` columns.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from chatglm.training.records import Record, RecordFiles, RowProblem
+from chatglm.training.rendering import IGNORED_LABEL, Example, Renderer
+
+Row = dict[str, list[int]]
+
+
+class Examples(Dataset):
+    """Rows of ids, made when they are asked for; all are measured at first.
+
+    Args:
+        records: what they are made of.
+        render: makes one, or None where a row is to be left out.
+
+    Attributes:
+        lengths: tokens of each row.
+        num_skipped: records that were left out for their length.
+
+    Raises:
+        ValueError: for a record that cannot be rendered, or if none is left.
+    """
+
+    def __init__(self, records: RecordFiles, render: Callable[[Record], Any]) -> None:
+        self.records, self.render = records, render
+        self.kept: list[int] = []
+        self.lengths: list[int] = []
+        for index in range(len(records)):
+            length = self._measure(index)
+            if length:
+                self.kept.append(index)
+                self.lengths.append(length)
+        self.num_skipped = len(records) - len(self.kept)
+        if not self.kept:
+            raise ValueError("no row is short enough: raise max_length, or set long_rows to cut")
+
+    def __len__(self) -> int:
+        return len(self.kept)
+
+    def __getitem__(self, index: int) -> Any:
+        """Return what `render` makes of a record."""
+        return self.render(self.records[self.kept[index]])
+
+    def _measure(self, index: int) -> int:
+        try:
+            made = self.render(self.records[index])
+        except RowProblem as problem:
+            if not self.records.skips:
+                raise
+            self.records.problems.append(str(problem))
+            return 0
+        return 0 if made is None else _count_tokens(made)
+
+
+def _count_tokens(made: Any) -> int:
+    """Return the tokens of a row, or of the longest of several."""
+    if isinstance(made, Example):
+        return len(made.prompt_ids) + len(made.answer_ids)
+    return max(map(_count_tokens, made)) if isinstance(made[0], Example) else len(made)
+
+
+class Packed(Dataset):
+    """Rows of several documents each, as full as they get.
+
+    Documents are put, the longest first, each into the fullest row that still has room for it.
+
+    Args:
+        examples: the documents.
+        max_length: columns of a row.
+    """
+
+    def __init__(self, examples: Examples, max_length: int) -> None:
+        self.examples = examples
+        self.rows = pack_lengths(examples.lengths, max_length)
+        self.lengths = [sum(examples.lengths[i] for i in row) for row in self.rows]
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: int) -> list[Example]:
+        """Return the documents of a row."""
+        return [self.examples[i] for i in self.rows[index]]
+
+
+def pack_lengths(lengths: Sequence[int], room: int) -> list[list[int]]:
+    """Return which documents share a row, best fit first.
+
+    Args:
+        lengths: of the documents; none is longer than `room`.
+        room: tokens of a row.
+    """
+    rows: list[list[int]] = []
+    by_room: dict[int, list[int]] = {}  # rows by the room they have left
+    for document in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
+        size = lengths[document]
+        left = next((r for r in range(size, room + 1) if by_room.get(r)), None)
+        if left is None:
+            rows.append([])
+            number, left = len(rows) - 1, room
+        else:
+            number = by_room[left].pop()
+        rows[number].append(document)
+        by_room.setdefault(left - size, []).append(number)
+    return rows
+
+
+class PaddingCollator:
+    """Pads examples on the right to the longest of a batch.
+
+    Args:
+        pad_id: the pad token.
+        multiple: columns are a multiple of it, which kernels of half precision like.
+    """
+
+    def __init__(self, pad_id: int, multiple: int = 1) -> None:
+        self.pad_id, self.multiple = pad_id, multiple
+
+    def __call__(self, examples: Sequence[Example]) -> dict[str, Tensor]:
+        """Return `input_ids`, `attention_mask` and `labels`, each `(B, S)`."""
+        ids, mask = pad_rows([e.input_ids for e in examples], self.pad_id, self.multiple)
+        labels, _ = pad_rows([e.labels for e in examples], IGNORED_LABEL, self.multiple)
+        return {"input_ids": ids, "attention_mask": mask, "labels": labels}
+
+
+class PackingCollator:
+    """Puts the documents of each row behind one another, none of which sees the others.
+
+    Args:
+        pad_id: the pad token.
+        locate: the model's `locate_documents`.
+    """
+
+    def __init__(self, pad_id: int, locate: Callable[[Tensor, Tensor], tuple[Any, ...]]) -> None:
+        self.pad_id, self.locate = pad_id, locate
+
+    def __call__(self, rows: Sequence[Sequence[Example]]) -> dict[str, Tensor]:
+        """Return `input_ids` and `labels` `(B, S)`, positions `(B, P, S)`, mask `(B, 1, S, S)`."""
+        joined = [[i for e in row for i in e.input_ids] for row in rows]
+        labels = [[i for e in row for i in e.labels] for row in rows]
+        numbers = [[n for n, e in enumerate(row) for _ in e.input_ids] for row in rows]
+        input_ids, _ = pad_rows(joined, self.pad_id)
+        document_ids, _ = pad_rows(numbers, -1)
+        position_ids, attention_mask = self.locate(input_ids, document_ids)
+        return {
+            "input_ids": input_ids,
+            "position_ids": position_ids,
+            "attention_mask": attention_mask,
+            "labels": pad_rows(labels, IGNORED_LABEL)[0],
+        }
+
+
+def pad_rows(
+    rows: Sequence[Sequence[int]], pad_id: int, multiple: int = 1, side: str = "right"
+) -> tuple[Tensor, Tensor]:
+    """Return rows as one tensor `(B, S)`, and the mask of what is theirs, 1 = real.
+
+    Args:
+        rows: of ids.
+        pad_id: fills the rest.
+        multiple: S is a multiple of it.
+        side: "right" or "left", where the rest is.
+    """
+    width = -(-max(map(len, rows)) // multiple) * multiple
+    filled = torch.full((len(rows), width), pad_id)
+    mask = torch.zeros_like(filled)
+    for number, row in enumerate(rows):
+        place = slice(width - len(row), width) if side == "left" else slice(len(row))
+        filled[number, place] = torch.tensor(row, dtype=filled.dtype)
+        mask[number, place] = 1
+    return filled, mask
+
+
+def build_examples(records: RecordFiles, renderer: Renderer) -> Examples:
+    """Return the rows of records with answers."""
+    return Examples(records, renderer.render)
+
+
+__all__ = ["Examples", "Packed", "PackingCollator", "PaddingCollator", "pack_lengths", "pad_rows"]

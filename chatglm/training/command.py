@@ -1,0 +1,91 @@
+"""Owns `chatglm train`: picks the stage, reads its settings, runs it.
+
+    chatglm train sft --train_data data.jsonl --output out
+    chatglm train dpo --config dpo.yaml --learning_rate 1e-6
+
+Does not know what a stage does: each module brings `SETTINGS`, `ARGUMENTS` and `main(settings,
+given)`, and is imported only when it is the one asked for.
+"""
+
+import argparse
+import dataclasses
+import importlib
+import json
+import sys
+from typing import Any
+
+from chatglm.cli import open_parser, run_command
+
+STAGES = {
+    "pretrain": "go on with the pre-training: blanks in plain text",
+    "sft": "learn answers: the whole model, LoRA, or LoRA over packed weights",
+    "ptuning": "learn a P-Tuning v2 prefix",
+    "reward": "learn which of two answers is better",
+    "ppo": "practise, rewarded by a reward model or a function",
+    "dpo": "learn from pairs of answers without a reward model",
+    "grpo": "practise in groups of answers, without a value model",
+    "eval": "measure perplexity, choices, or the text of answers",
+}
+MODULES = {name: f"chatglm.training.{name}" for name in STAGES} | {
+    "eval": "chatglm.training.evaluation"
+}
+
+
+def make_parser(subparsers: Any = None) -> argparse.ArgumentParser:
+    """The options of `chatglm train`, as a command of its own or of `subparsers`."""
+    stages = "\n".join(f"  {name:<10}{summary}" for name, summary in STAGES.items())
+    parser = open_parser(subparsers, "train", f"Fine-tune or align a model. Stages:\n\n{stages}")
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.add_argument("stage", choices=list(STAGES), metavar="STAGE", help="what to do")
+    parser.add_argument(
+        "keys",
+        nargs=argparse.REMAINDER,
+        metavar="--config FILE --KEY VALUE",
+        help="a YAML file of keys, and keys that go before it; STAGE --help lists them",
+    )
+    parser.set_defaults(run=main)
+    return parser
+
+
+def main(args: argparse.Namespace) -> int:
+    """Run a stage; its last figures are one line of JSON on standard output.
+
+    Args:
+        args: what `make_parser` parsed.
+
+    Raises:
+        ValueError: for a key, a value, data or a folder that cannot be used.
+    """
+    if {"-h", "--help"} & set(args.keys):
+        sys.stdout.write(describe_stage(args.stage))
+        return 0
+    import transformers
+    from accelerate import PartialState
+
+    from chatglm.training.settings import read_settings
+
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    stage = importlib.import_module(MODULES[args.stage])
+    settings, given = read_settings(stage.SETTINGS, stage.ARGUMENTS, args.keys)
+    figures = stage.main(settings, given)
+    if PartialState().is_main_process:
+        sys.stdout.write(json.dumps(figures, ensure_ascii=False) + "\n")
+    return 0
+
+
+def describe_stage(name: str) -> str:
+    """Return the keys of a stage, for `--help`."""
+    from chatglm.training.settings import describe_settings
+
+    stage = importlib.import_module(MODULES[name])
+    own = f"keys, with their defaults:\n{describe_settings(stage.SETTINGS)}\n"
+    library = stage.ARGUMENTS
+    more = f"\nand every field of {library.__module__}.{library.__name__}\n"
+    has_more = bool(dataclasses.fields(library))
+    return f"chatglm train {name}: {STAGES[name]}\n\n{own}{more if has_more else ''}"
+
+
+if __name__ == "__main__":
+    parsed = make_parser().parse_args()
+    sys.exit(run_command(parsed.run, parsed))

@@ -1,0 +1,242 @@
+"""Owns how a model folder becomes a model that is trained, and a trained model a folder again.
+
+Adapters, packed base weights and number formats are settled here. Does not know data or losses.
+"""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+)
+from transformers.dynamic_module_utils import get_class_from_dynamic_module
+
+from chatglm.loading import DTYPES, check_model_folder, default_model_folder
+from chatglm.training.settings import KeyProblem, Settings
+
+TASK_TYPES = {AutoModelForCausalLM: "CAUSAL_LM", AutoModelForSequenceClassification: "SEQ_CLS"}
+SCORE_HEAD = "score"
+ADAPTER_FILE = "adapter_config.json"
+
+
+def find_base(settings: Settings) -> Path:
+    """Return the folder of the model to start from.
+
+    Raises:
+        ValueError: if it is not whole.
+    """
+    return check_model_folder(settings.model or default_model_folder())
+
+
+def load_tokenizer(settings: Settings) -> Any:
+    """Return the tokenizer of the model to start from."""
+    return AutoTokenizer.from_pretrained(find_base(settings), trust_remote_code=True)
+
+
+def load_policy(
+    settings: Settings, half: torch.dtype | None = None, is_trained: bool = True, **fields: Any
+) -> Any:
+    """Return the language model to train, with its adapters.
+
+    Args:
+        settings: which model, how packed, with which adapters.
+        half: the number format that the training computes in, if it is a half.
+        is_trained: False if nothing of it is to be trained.
+        fields: of the configuration, other than the folder's.
+
+    Raises:
+        ValueError: for settings that do not go together, or a folder that is not whole.
+    """
+    return _load(settings, AutoModelForCausalLM, half, is_trained, **fields)
+
+
+def load_scorer(settings: Settings, half: torch.dtype | None = None) -> Any:
+    """Return the model with one score a row, a reward model, to train.
+
+    Raises:
+        ValueError: as `load_policy`.
+    """
+    return _load(settings, AutoModelForSequenceClassification, half, True, num_labels=1)
+
+
+def _load(
+    settings: Settings,
+    auto_class: Any,
+    half: torch.dtype | None,
+    is_trained: bool,
+    **fields: Any,
+) -> Any:
+    options: dict[str, Any] = dict(fields)
+    is_frozen = not is_trained or settings.uses_lora or "pre_seq_len" in fields
+    if settings.bits:
+        if not is_frozen:
+            raise KeyProblem(
+                f"bits={settings.bits} packs the weights, which cannot be trained then: set "
+                "lora_rank, or bits to 0"
+            )
+        packing = {"bits": settings.bits, "group_size": settings.group_size or None}
+        options["quantization_config"] = {"quant_method": "chatglm", **packing}
+    dtype = choose_weights(settings, half, is_frozen)
+    model = auto_class.from_pretrained(
+        find_base(settings), trust_remote_code=True, dtype=dtype, **options
+    )
+    if settings.uses_lora:
+        model = add_adapters(model, settings, TASK_TYPES[auto_class], is_trained)
+    if is_frozen and half is not None:
+        _widen_trained(model)
+    return model
+
+
+def _widen_trained(model: nn.Module) -> None:
+    """Train in float32 what is trained beside frozen halves, in which small steps are lost.
+
+    peft does so for adapters, but not for a score head.
+    """
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.float()
+
+
+def choose_weights(settings: Settings, half: torch.dtype | None, is_frozen: bool) -> torch.dtype:
+    """Return the number format of the weights: float32 for what is trained, unless told otherwise.
+
+    Raises:
+        KeyProblem: for float16 weights that are trained: steps smaller than their last digit are
+            lost, and a scaled loss cannot be scaled back on them.
+    """
+    if not settings.dtype:
+        return half if half is not None and is_frozen else torch.float32
+    if settings.dtype == "float16" and not is_frozen:
+        raise KeyProblem("dtype float16 cannot be trained in: use fp16: true on float32 weights")
+    return DTYPES[settings.dtype]
+
+
+def add_adapters(
+    model: nn.Module, settings: Settings, task_type: str, is_trained: bool = True
+) -> Any:
+    """Return the model with LoRA adapters, new ones or those of a folder, and all else frozen.
+
+    Raises:
+        ValueError: for a folder without adapters, or layers that the model does not have.
+    """
+    from peft import LoraConfig, PeftModel, get_peft_model
+
+    if settings.adapter:
+        _check_adapter(Path(settings.adapter), task_type)
+        return PeftModel.from_pretrained(model, settings.adapter, is_trainable=is_trained)
+    config = LoraConfig(
+        r=settings.lora_rank,
+        lora_alpha=settings.lora_alpha or 2 * settings.lora_rank,  # type: ignore[arg-type]
+        lora_dropout=settings.lora_dropout,
+        target_modules=list(settings.lora_targets),
+        bias=settings.lora_bias,  # type: ignore[arg-type]
+        task_type=task_type,
+        modules_to_save=[SCORE_HEAD] if task_type == "SEQ_CLS" else None,
+    )
+    return get_peft_model(model, config)
+
+
+def _check_adapter(folder: Path, task_type: str) -> None:
+    """Refuse a folder without adapters, or with those of a model with another head."""
+    file = folder / ADAPTER_FILE
+    if not file.is_file():
+        raise KeyProblem(f"adapter {folder} has no {ADAPTER_FILE}")
+    found = json.loads(file.read_text(encoding="utf-8")).get("task_type")
+    if found not in (None, task_type):
+        raise KeyProblem(
+            f"adapter {folder} was trained for {found} and {task_type} is wanted here: merge it "
+            "into its model, and name that folder with model"
+        )
+
+
+def find_prompt_format(settings: Settings) -> Any:
+    """Return the model's `build_prompt`, which models without a language head do not have."""
+    folder = find_base(settings)
+    config = AutoConfig.from_pretrained(folder, trust_remote_code=True)
+    language_class: Any = get_class_from_dynamic_module(
+        config.auto_map[AutoModelForCausalLM.__name__], str(folder)
+    )
+    return language_class.build_prompt
+
+
+def find_core(model: Any) -> Any:
+    """Return the model itself, out of the wrappers of adapters and of distributed training."""
+    while hasattr(model, "module") and not hasattr(model, "config"):
+        model = model.module
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
+def save_tokenizer(settings: Settings, folder: Path) -> None:
+    """Put the vocabulary and its code into a folder, as the base model has them."""
+    load_tokenizer(settings).save_pretrained(folder)
+
+
+def save_trained(
+    model: Any, settings: Settings, folder: Path, weights: dict[str, Tensor] | None = None
+) -> None:
+    """Write a model so that it can be loaded again: its adapters, or all of it with its code.
+
+    A folder of adapters names its base under `base_model_name_or_path`.
+
+    Args:
+        model: what was trained.
+        settings: of the stage.
+        folder: to write to.
+        weights: its whole state, if the model itself was cut into parts.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    name_as_before(model)
+    whole = {} if weights is None else {"state_dict": share_ties(model, weights)}
+    model.save_pretrained(folder, **whole)
+    if not hasattr(model, "peft_config"):
+        save_tokenizer(settings, folder)
+        _complete(find_base(settings), folder)
+
+
+def name_as_before(model: Any) -> None:
+    """Take back FSDP2's name of a model's class, under which its code would not be found."""
+    from torch.distributed.fsdp import FSDPModule
+
+    for module in (model, find_core(model)):
+        wrapped = type(module)
+        if issubclass(wrapped, FSDPModule):
+            original = next(c for c in wrapped.__mro__[1:] if c is not FSDPModule)
+            wrapped.__name__, wrapped.__module__ = original.__name__, original.__module__
+
+
+def share_ties(model: nn.Module, weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Return gathered weights in which tied ones are one tensor again, which is saved once."""
+    first: dict[int, str] = {}
+    names = {
+        name: first.setdefault(id(parameter), name)
+        for name, parameter in model.named_parameters(remove_duplicate=False)
+    }
+    return {name: weights[names.get(name, name)] for name in weights}
+
+
+def _complete(base: Path, folder: Path) -> None:
+    """Copy what a model folder has beside weights, code and vocabulary."""
+    for name in ("generation_config.json", "chat_template.jinja", "MODEL_LICENSE", "LICENSE"):
+        if (base / name).is_file() and not (folder / name).exists():
+            shutil.copy(base / name, folder)
+
+
+def count_parameters(model: nn.Module) -> tuple[int, int]:
+    """Return how many numbers are trained, and how many there are."""
+    sizes = [(p.numel(), p.requires_grad) for p in model.parameters()]
+    return sum(n for n, is_trained in sizes if is_trained), sum(n for n, _ in sizes)
+
+
+def read_vocabulary_size(folder: Path) -> int:
+    """Return the vocabulary's size that a model folder declares."""
+    return json.loads((folder / "config.json").read_text(encoding="utf-8"))["vocab_size"]
+
+
+__all__ = ["find_base", "find_core", "load_policy", "load_scorer", "load_tokenizer", "save_trained"]

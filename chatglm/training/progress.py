@@ -1,0 +1,197 @@
+"""Owns what a person sees of a training: the bar, figures, sample answers, curves.
+
+Does not know what is trained or how.
+"""
+
+import json
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import Trainer, TrainerCallback
+from transformers.trainer_callback import PrinterCallback, ProgressCallback
+
+from chatglm.training.models import find_core
+from chatglm.training.settings import Settings
+
+SAMPLE_TOKENS = 128
+# Figures about the run itself, which no curve is drawn of.
+NO_CURVES = ("epoch", "step", "total_flos")
+NO_CURVES_END = ("runtime", "per_second", "flos")
+
+
+class FigureBar(ProgressCallback):
+    """transformers' bar, with the last figures at its end instead of lines between."""
+
+    shown = ("loss", "eval_loss", "reward", "tokens/s", "GB")
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
+        """Show the newest figures."""
+        if state.is_world_process_zero and self.training_bar is not None and logs:
+            figures = {key: _shorten(logs[key]) for key in self.shown if key in logs}
+            self.training_bar.set_postfix(figures)
+
+
+class Meter(TrainerCallback):
+    """Adds tokens a second and memory to what is logged.
+
+    Args:
+        trainer: with `tokens_seen`, if it counts tokens.
+    """
+
+    def __init__(self, trainer: Any) -> None:
+        self.trainer = trainer
+        self.last = (time.monotonic(), 0)
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Begin to count."""
+        self.last = (time.monotonic(), getattr(self.trainer, "tokens_seen", 0))
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
+        """Add the figures since the last time."""
+        if logs is None or "loss" not in logs:
+            return
+        now, tokens = time.monotonic(), getattr(self.trainer, "tokens_seen", 0)
+        before, counted = self.last
+        self.last = (now, tokens)
+        if tokens > counted:
+            logs["tokens/s"] = round(state_world(args) * (tokens - counted) / (now - before), 1)
+        logs["GB"] = round(read_memory() / 1e9, 2)
+
+
+def state_world(args: Any) -> int:
+    """Return how many processes train together, each with as many tokens."""
+    return max(1, getattr(args, "world_size", 1))
+
+
+def read_memory() -> int:
+    """Return the most bytes that were in use: of the GPU, or of the process."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated()
+    from chatglm.benching.memory import read_peak
+
+    return read_peak()
+
+
+class Samples(TrainerCallback):
+    """Lets the model answer some questions now and then, to be read.
+
+    Args:
+        prompts: the questions.
+        steps: how often; 0 is with every evaluation.
+        tokenizer: the model's.
+        folder: `samples.jsonl` is written there.
+    """
+
+    def __init__(self, prompts: Sequence[str], steps: int, tokenizer: Any, folder: Path) -> None:
+        self.prompts, self.steps = prompts, steps
+        self.tokenizer, self.folder = tokenizer, folder
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Answer every so many steps."""
+        if self.steps and state.global_step % self.steps == 0:
+            self.answer(kwargs["model"], state)
+
+    def on_evaluate(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Answer with every evaluation."""
+        if not self.steps:
+            self.answer(kwargs["model"], state)
+
+    def answer(self, model: Any, state: Any) -> None:
+        """Write the answers as they are now, greedy ones."""
+        if not state.is_world_process_zero:
+            return
+        core, was_training = find_core(model), model.training
+        model.eval()
+        with (self.folder / "samples.jsonl").open("a", encoding="utf-8") as file:
+            for prompt in self.prompts:
+                text, _ = core.chat(
+                    self.tokenizer, prompt, do_sample=False, max_new_tokens=SAMPLE_TOKENS
+                )
+                line = {"step": state.global_step, "prompt": prompt, "answer": text}
+                file.write(json.dumps(line, ensure_ascii=False) + "\n")
+        model.train(was_training)
+
+
+class Curves(TrainerCallback):
+    """Draws what was logged into `curves.png`, with every checkpoint and at the end.
+
+    Args:
+        folder: where it is written.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Draw what there is so far."""
+        if state.is_world_process_zero:
+            draw_curves(state.log_history, self.folder / "curves.png")
+
+    on_train_end = on_save
+
+
+def draw_curves(history: Sequence[dict[str, Any]], path: Path) -> None:
+    """Draw every figure of a log over its steps; held-out ones into the figure they belong to.
+
+    Args:
+        history: lines with `step` and figures.
+        path: of the PNG.
+    """
+    curves: dict[str, list[tuple[float, float]]] = {}
+    for line in history:
+        for key, value in line.items():
+            is_figure = isinstance(value, (int, float)) and not isinstance(value, bool)
+            if is_figure and key not in NO_CURVES and not key.endswith(NO_CURVES_END):
+                curves.setdefault(key, []).append((line["step"], float(value)))
+    panels: dict[str, list[str]] = {}
+    for key in curves:
+        panels.setdefault(key.removeprefix("eval_"), []).append(key)
+    if panels:
+        _draw_panels(panels, curves, path)
+
+
+def _draw_panels(
+    panels: dict[str, list[str]], curves: dict[str, list[tuple[float, float]]], path: Path
+) -> None:
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    columns = min(3, len(panels))
+    rows = -(-len(panels) // columns)
+    figure = Figure(figsize=(4.5 * columns, 3 * rows), layout="constrained")
+    FigureCanvasAgg(figure)
+    for number, (name, keys) in enumerate(panels.items(), start=1):
+        axes = figure.add_subplot(rows, columns, number)
+        for key in keys:
+            axes.plot(*zip(*curves[key]), marker="." if len(curves[key]) < 30 else "", label=key)
+        axes.set_title(name, fontsize=9)
+        axes.set_xlabel("step", fontsize=8)
+        axes.grid(alpha=0.3)
+        if len(keys) > 1:
+            axes.legend(fontsize=7)
+    figure.savefig(path, dpi=110)
+
+
+def build_callbacks(settings: Settings, trainer: Trainer) -> list[TrainerCallback]:
+    """Return what shows a training, and take the library's own bar away."""
+    folder = Path(settings.output)
+    callbacks: list[TrainerCallback] = [Meter(trainer), Curves(folder)]
+    if not trainer.args.disable_tqdm:
+        trainer.remove_callback(ProgressCallback)
+        trainer.remove_callback(PrinterCallback)
+        callbacks.append(FigureBar())
+    if settings.sample_prompts:
+        tokenizer = trainer.processing_class
+        prompts, steps = settings.sample_prompts, settings.sample_steps
+        callbacks.append(Samples(prompts, steps, tokenizer, folder))
+    return callbacks
+
+
+def _shorten(value: Any) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+__all__ = ["Curves", "FigureBar", "Meter", "Samples", "build_callbacks", "draw_curves"]

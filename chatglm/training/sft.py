@@ -1,0 +1,96 @@
+"""Owns supervised fine-tuning: answers learned behind their questions.
+
+    chatglm train sft --train_data data.jsonl --output out
+    chatglm train sft --config sft.yaml --lora_rank 8 --bits 4
+
+The whole model, LoRA adapters, or adapters over packed weights. Only answers are learned, each with
+its end token; `packing` fills rows with several documents, none of which sees another.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+from transformers import TrainingArguments
+
+from chatglm.training.batches import Examples, Packed, PackingCollator, PaddingCollator
+from chatglm.training.models import find_core, load_policy, load_tokenizer
+from chatglm.training.records import Columns, RecordFiles, read_answers
+from chatglm.training.rendering import Renderer
+from chatglm.training.settings import Settings
+from chatglm.training.trainer import (
+    ChatTrainer,
+    build_arguments,
+    count_token_losses,
+    find_half,
+    prepare_output,
+    run_trainer,
+    summarize_losses,
+)
+
+PAD_MULTIPLE = 8
+
+
+@dataclass
+class SftSettings(Settings):
+    """What supervised fine-tuning can be told beside what every stage can.
+
+    Attributes:
+        packing: put several documents into a row, which wastes no padding.
+    """
+
+    packing: bool = False
+
+
+SETTINGS = SftSettings
+ARGUMENTS = TrainingArguments
+
+
+def main(settings: SftSettings, given: dict[str, Any]) -> dict[str, float]:
+    """Train, and return the figures of the held-out rows.
+
+    Args:
+        settings: ours.
+        given: the keys of `TrainingArguments` that were set.
+
+    Raises:
+        ValueError: for settings, rows or a folder that cannot be used.
+    """
+    arguments = build_arguments(ARGUMENTS, settings, given)
+    checkpoint = prepare_output(settings, given)
+    tokenizer = load_tokenizer(settings)
+    model = load_policy(settings, find_half(arguments))
+    trainer = build_trainer(model, tokenizer, settings, arguments)
+    return run_trainer(trainer, settings, checkpoint)
+
+
+def build_trainer(
+    model: Any, tokenizer: Any, settings: SftSettings, arguments: TrainingArguments
+) -> ChatTrainer:
+    """Return the trainer of a model on the rows of the settings' files."""
+    core = find_core(model)
+    renderer = Renderer(core, tokenizer, settings.max_length, settings.long_rows)
+    train, held_out = (
+        read_examples(paths, settings, renderer) if paths else None
+        for paths in (settings.train_data, settings.eval_data)
+    )
+    collator: Any = PaddingCollator(renderer.pad_id, PAD_MULTIPLE)
+    if settings.packing:
+        train, held_out = (d and Packed(d, renderer.max_length) for d in (train, held_out))
+        collator = PackingCollator(renderer.pad_id, core.locate_documents)
+    return ChatTrainer(
+        model=model,
+        args=arguments,
+        train_dataset=train,
+        eval_dataset=held_out,
+        data_collator=collator,
+        processing_class=tokenizer,
+        compute_metrics=summarize_losses,
+        preprocess_logits_for_metrics=count_token_losses,
+    )
+
+
+def read_examples(paths: list[str], settings: Settings, renderer: Renderer) -> Examples:
+    """Return the rows of files that hold answers."""
+    columns = Columns(settings.prompt_column, settings.response_column, settings.history_column)
+    records = RecordFiles(paths, read_answers, columns, settings.bad_rows == "skip")
+    return Examples(records, renderer.render)

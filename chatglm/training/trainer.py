@@ -1,0 +1,294 @@
+"""Owns what the stages on transformers' Trainer share: arguments, the loop around it, its outputs.
+
+A loss that is no number ends the training; a run can be killed at any time and goes on from its
+newest whole checkpoint. What is shown meanwhile is `progress`'s. Does not know what is trained.
+"""
+
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate import PartialState
+from accelerate.utils import broadcast_object_list
+from torch import Tensor, nn
+from transformers import Trainer, set_seed
+from transformers.trainer_utils import EvalPrediction, get_last_checkpoint
+
+from chatglm.training.models import name_as_before, save_trained
+from chatglm.training.progress import build_callbacks
+from chatglm.training.rendering import IGNORED_LABEL
+from chatglm.training.settings import SETTINGS_FILE, KeyProblem, Settings, read_config
+from chatglm.training.settings import write_settings as write_settings_file
+
+# What every stage starts from; the configuration file and the flags go before it.
+DEFAULTS: dict[str, Any] = {
+    "learning_rate": 1e-4,
+    "lr_scheduler_type": "cosine",
+    "logging_steps": 10,
+    "save_steps": 500,
+    "save_total_limit": 3,
+    "eval_steps": 500,
+    "remove_unused_columns": False,
+    "logging_nan_inf_filter": False,
+    "ddp_find_unused_parameters": False,  # there are none, and the search takes time
+    "report_to": ["tensorboard"],
+    "seed": 42,
+}
+# Ours, or settled by what was given.
+RESERVED = {"output_dir": "output", "resume_from_checkpoint": "resume", "do_train": "STAGE"}
+# What newer releases of transformers call a key, and warn about by its old name.
+RENAMED = {
+    "gradient_checkpointing": "activation_checkpointing",
+    "gradient_checkpointing_kwargs": "activation_checkpointing_kwargs",
+}
+# What may differ when a run goes on: it changes how long it runs and what is shown, not the steps.
+FREE_ON_RESUME = ("resume", "logging_steps", "report_to", "disable_tqdm", "sample_prompts")
+FREE_ON_RESUME += ("sample_steps", "save_total_limit", "eval_steps", "max_steps", "save_steps")
+
+
+def build_arguments(
+    arguments_class: type, settings: Settings, given: Mapping[str, Any], **defaults: Any
+) -> Any:
+    """Return the library's arguments of a stage; from here on random numbers follow its seed.
+
+    Args:
+        arguments_class: `TrainingArguments` or a child.
+        settings: ours.
+        given: the keys that a user set.
+        defaults: the stage's own.
+
+    Raises:
+        KeyProblem: for a key that is ours, or a value that the library refuses.
+    """
+    for key, ours in RESERVED.items():
+        if key in given:
+            raise KeyProblem(f"{key} is not for the configuration: it follows from {ours}")
+    values = {**DEFAULTS, **defaults}
+    if settings.eval_data:
+        values["eval_strategy"] = "steps"
+    if not (torch.cuda.is_available() or torch.backends.mps.is_available()):
+        values["use_cpu"] = True
+    values |= given
+    if values.get("gradient_checkpointing"):
+        # The other way, the default until transformers 5, gives adapters no gradient.
+        values.setdefault("gradient_checkpointing_kwargs", {"use_reentrant": False})
+    names = {item.name for item in fields(arguments_class)}
+    for old, new in RENAMED.items():
+        if old in values and new in names:
+            values.setdefault(new, values.pop(old))
+    try:
+        arguments = arguments_class(output_dir=settings.output, **values)
+    except (TypeError, ValueError, ImportError) as error:
+        raise KeyProblem(f"the configuration cannot be used: {error}") from error
+    set_seed(arguments.seed)
+    return arguments
+
+
+def find_half(arguments: Any) -> torch.dtype | None:
+    """Return the half number format that a training computes in: `bf16` or `fp16` say it."""
+    if arguments.bf16:
+        return torch.bfloat16
+    return torch.float16 if arguments.fp16 else None
+
+
+def prepare_output(settings: Settings, given: Mapping[str, Any]) -> Path | None:
+    """Open the output folder, and return the checkpoint to go on from.
+
+    Of several processes the first one looks, and all do as it found.
+
+    Raises:
+        ValueError: if the folder holds anything and the run is not a resumed one, or if it is and
+            its settings are not those of the first run.
+    """
+    found: list[Any] = [None, None]
+    if PartialState().is_main_process:
+        try:
+            found = [_open_output(settings, given), None]
+        except ValueError as problem:
+            found = [None, problem]
+    checkpoint, problem = broadcast_object_list(found)
+    if problem is not None:
+        raise problem
+    return checkpoint
+
+
+def _open_output(settings: Settings, given: Mapping[str, Any]) -> Path | None:
+    folder = Path(settings.output)
+    # The settings alone are left of a run that was refused, by its data say, before it began.
+    begun = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
+    if begun <= {SETTINGS_FILE}:
+        folder.mkdir(parents=True, exist_ok=True)
+        write_settings_file(settings, given, folder)
+        return None
+    if not settings.resume:
+        raise ValueError(
+            f"the output folder {folder} is not empty: name another one, or set resume: true to "
+            "go on with what was begun there"
+        )
+    _check_same_run(settings, given, folder)
+    return find_checkpoint(folder)
+
+
+def _check_same_run(settings: Settings, given: Mapping[str, Any], folder: Path) -> None:
+    """Refuse to go on with other settings, which would be another run."""
+    if not (folder / SETTINGS_FILE).is_file():
+        raise ValueError(f"{folder} was not begun by chatglm train: it has no {SETTINGS_FILE}")
+    before = read_config(folder / SETTINGS_FILE)
+    now = {**vars(settings), **given}
+    for key in sorted({*before, *now} - set(FREE_ON_RESUME)):
+        if before.get(key) != now.get(key):
+            raise ValueError(
+                f"{key} was {before.get(key)!r} when {folder} was begun and is {now.get(key)!r} "
+                "now: resume with the same settings, or begin anew in another folder"
+            )
+
+
+def find_checkpoint(folder: Path) -> Path | None:
+    """Return the newest checkpoint that is whole: a killed run may leave half of one."""
+    broken = []
+    while (last := get_last_checkpoint(str(folder))) is not None:
+        state = Path(last) / "trainer_state.json"
+        try:
+            json.loads(state.read_text(encoding="utf-8"))
+            break
+        except (OSError, json.JSONDecodeError):
+            # Out of the library's sight, for good: it would write into it.
+            broken.append(Path(last).rename(Path(last).with_name(f"broken-{Path(last).name}")))
+    return None if last is None else Path(last)
+
+
+def count_token_losses(logits: Any, labels: Tensor) -> Tensor:
+    """Reduce logits to what perplexity needs, before they pile up.
+
+    Args:
+        logits: `(B, S, V)`, or a tuple that begins with them.
+        labels: `(B, S)`.
+
+    Returns:
+        `(B, 3)`: each row's summed loss in nats, its tokens, and how many were the likeliest.
+    """
+    logits = logits[0] if isinstance(logits, tuple) else logits
+    targets, logits = labels[:, 1:], logits[:, :-1]
+    losses = nn.functional.cross_entropy(
+        logits.flatten(0, 1).float(), targets.flatten(), reduction="none"
+    ).view(targets.shape)
+    is_counted = targets != IGNORED_LABEL
+    is_right = (logits.argmax(-1) == targets) & is_counted
+    return torch.stack([losses.sum(1), is_counted.sum(1).float(), is_right.sum(1).float()], dim=1)
+
+
+def summarize_losses(prediction: EvalPrediction) -> dict[str, float]:
+    """Return perplexity and accuracy over all answer tokens, each counted once."""
+    loss, tokens, right = np.asarray(prediction.predictions).sum(axis=0)
+    mean = float(loss / tokens)
+    return {
+        "token_loss": mean,
+        "perplexity": math.exp(min(mean, 700.0)),
+        "token_accuracy": float(right / tokens),
+    }
+
+
+class CheckedSteps:
+    """Makes a trainer stop at a loss that is no number; stands before the trainer's class.
+
+    What it saves can be loaded under FSDP2 too.
+    """
+
+    args: Any
+    state: Any
+    model: Any
+
+    def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
+        """Take a step.
+
+        Raises:
+            ValueError: if the loss is no number, naming the step and what is left of the run.
+        """
+        trainer: Any = super()
+        loss = trainer.training_step(*args, **kwargs)
+        check_loss(loss, self.state.global_step, Path(self.args.output_dir))
+        return loss
+
+    def _save(self, *args: Any, **kwargs: Any) -> None:
+        name_as_before(self.model)
+        trainer: Any = super()
+        trainer._save(*args, **kwargs)
+
+
+class ChatTrainer(CheckedSteps, Trainer):
+    """transformers' Trainer for a prefix language model and the losses of this package.
+
+    It stops at a loss that is no number, counts tokens, and builds no cache.
+    """
+
+    tokens_seen = 0
+
+    def compute_loss(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any):
+        """Return the loss of a batch, with the outputs if they are asked for."""
+        inputs["use_cache"] = False
+        if model.training:
+            self.tokens_seen += int((inputs["input_ids"] != self.pad_id).sum())
+        return super().compute_loss(model, inputs, *args, **kwargs)
+
+    @property
+    def pad_id(self) -> int:
+        """The pad token, which is no token that was trained on."""
+        tokenizer: Any = self.processing_class
+        return tokenizer.pad_token_id
+
+
+def check_loss(loss: Tensor, step: int, folder: Path) -> None:
+    """Refuse to go on behind a loss that is no number.
+
+    Raises:
+        ValueError: naming the step, the last good checkpoint and the remedy.
+    """
+    if bool(torch.isfinite(loss).all()):
+        return
+    last = find_checkpoint(folder)
+    kept = f"{last} is the last good checkpoint" if last else "no checkpoint was written before"
+    raise ValueError(
+        f"the loss was {loss.item()} in step {step + 1}; {kept}. Lower learning_rate, look at the "
+        "rows of this step, or compute in bf16 or float32 instead of fp16"
+    )
+
+
+def run_trainer(trainer: Trainer, settings: Settings, checkpoint: Path | None) -> dict[str, float]:
+    """Train, evaluate, and write the model; returns the last figures.
+
+    Args:
+        trainer: with everything it needs.
+        settings: of the stage.
+        checkpoint: to go on from.
+    """
+    figures = train_and_evaluate(trainer, settings, checkpoint)
+    write_outputs(trainer, settings)
+    return figures
+
+
+def train_and_evaluate(
+    trainer: Trainer, settings: Settings, checkpoint: Path | None
+) -> dict[str, float]:
+    """Train, and return the figures of the held-out rows; arguments as of `run_trainer`."""
+    for callback in build_callbacks(settings, trainer):
+        trainer.add_callback(callback)
+    trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    return trainer.evaluate() if settings.eval_data else {}
+
+
+def write_outputs(trainer: Trainer, settings: Settings) -> None:
+    """Write the trained model to the output folder, put together if it was cut into parts."""
+    weights: Any = None
+    if trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled:
+        weights = trainer.accelerator.get_state_dict(trainer.model_wrapped)  # by all processes
+    if trainer.is_world_process_zero():
+        model = trainer.accelerator.unwrap_model(trainer.model)
+        save_trained(model, settings, Path(settings.output), weights)
+
+
+__all__ = ["ChatTrainer", "build_arguments", "find_half", "prepare_output", "run_trainer"]

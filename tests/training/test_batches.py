@@ -1,0 +1,128 @@
+"""Batches: padding and packing change nothing about the loss and the gradients of a row."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from chatglm.training.batches import (
+    Examples,
+    Packed,
+    PackingCollator,
+    PaddingCollator,
+    pack_lengths,
+)
+from chatglm.training.records import RecordFiles, read_answers
+from chatglm.training.rendering import IGNORED_LABEL, Example, Renderer
+
+ROWS = [
+    {"prompt": "你好", "response": "你好！"},
+    {"prompt": "再见", "response": "再见，祝你愉快！", "history": [["hello", "Hello! Nice day."]]},
+    {"prompt": "what is two plus two?", "response": "Two plus two is four."},
+    {"prompt": "one, two, three, four", "response": "five"},
+]
+
+
+@pytest.fixture(scope="module")
+def model(tiny_repo: Path) -> Any:
+    return AutoModelForCausalLM.from_pretrained(tiny_repo, trust_remote_code=True)
+
+
+@pytest.fixture(scope="module")
+def examples(model: Any, tiny_repo: Path, tmp_path_factory: pytest.TempPathFactory) -> Examples:
+    path = tmp_path_factory.mktemp("rows") / "data.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in ROWS))
+    tokenizer = AutoTokenizer.from_pretrained(tiny_repo, trust_remote_code=True)
+    records = RecordFiles([str(path)], read_answers)
+    return Examples(records, Renderer(model, tokenizer).render)
+
+
+def sum_gradients(model: Any, **batch: Any) -> dict[str, torch.Tensor]:
+    """Return the gradients of a batch's summed loss."""
+    model.zero_grad()
+    model(**batch, num_items_in_batch=1, use_cache=False).loss.backward()
+    return {name: p.grad.clone() for name, p in model.named_parameters()}
+
+
+def add_up(model: Any, examples: Any) -> dict[str, torch.Tensor]:
+    """Return the gradients of rows that are alone, without padding or mask."""
+    total: dict[str, torch.Tensor] = {}
+    for example in examples:
+        ids, labels = torch.tensor([example.input_ids]), torch.tensor([example.labels])
+        for name, gradient in sum_gradients(model, input_ids=ids, labels=labels).items():
+            total[name] = total.get(name, 0) + gradient
+    return total
+
+
+def assert_same(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
+    assert found.keys() == expected.keys()
+    for name, gradient in expected.items():
+        largest = gradient.abs().max().item()
+        torch.testing.assert_close(found[name], gradient, rtol=1e-4, atol=1e-5 * largest, msg=name)
+
+
+def test_a_padded_batch_has_the_gradients_of_its_rows_alone(model: Any, examples: Examples) -> None:
+    rows = [examples[i] for i in range(len(examples))]
+    batch = PaddingCollator(model.config.pad_token_id, 8)(rows)
+    assert batch["input_ids"].shape[1] % 8 == 0
+    assert_same(sum_gradients(model, **batch), add_up(model, rows))
+
+
+def test_packed_documents_have_the_gradients_of_rows_alone(model: Any, examples: Examples) -> None:
+    packed = Packed(examples, max(examples.lengths) + 12)
+    assert 1 < len(packed) < len(examples)
+    rows = [packed[i] for i in range(len(packed))]
+    collate = PackingCollator(model.config.pad_token_id, model.locate_documents)
+    assert_same(
+        sum_gradients(model, **collate(rows)), add_up(model, [e for row in rows for e in row])
+    )
+
+
+def test_packed_documents_have_the_logits_they_have_alone(model: Any, examples: Examples) -> None:
+    rows = [[examples[0], examples[1], examples[2]], [examples[3]]]
+    collate = PackingCollator(model.config.pad_token_id, model.locate_documents)
+    batch = collate(rows)
+    batch.pop("labels")
+    with torch.no_grad():
+        logits = model(**batch, use_cache=False).logits
+        start = 0
+        for example in rows[0]:
+            alone = model(torch.tensor([example.input_ids])).logits[0]
+            found = logits[0, start : start + len(alone)]
+            torch.testing.assert_close(found, alone, rtol=1e-4, atol=1e-5)
+            start += len(alone)
+
+
+@pytest.mark.parametrize("lengths", [[5], [3, 9, 1, 4, 4, 2, 9], list(range(1, 11)) * 3])
+def test_rows_are_filled_without_loss(lengths: list[int]) -> None:
+    rows = pack_lengths(lengths, 10)
+    assert sorted(i for row in rows for i in row) == list(range(len(lengths)))
+    assert all(sum(lengths[i] for i in row) <= 10 for row in rows)
+    # Best fit of sorted sizes is never far from the least number of rows.
+    assert len(rows) <= -(-sum(lengths) // 10) + 1
+
+
+def test_the_best_fit_is_taken() -> None:
+    assert pack_lengths([6, 5, 4, 3], 10) == [[0, 2], [1, 3]]
+
+
+def test_labels_stay_with_their_answers(examples: Examples) -> None:
+    batch = PaddingCollator(3)([examples[0], examples[1]])
+    for row, example in zip(batch["labels"], (examples[0], examples[1])):
+        assert row[row != IGNORED_LABEL].tolist() == example.answer_ids
+    assert (batch["labels"][batch["attention_mask"] == 0] == IGNORED_LABEL).all()
+
+
+def test_rows_that_are_too_long_are_left_out_and_counted(
+    model: Any, examples: Examples, tiny_repo: Path
+) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(tiny_repo, trust_remote_code=True)
+    limit = sorted(examples.lengths)[1]
+    kept = Examples(examples.records, Renderer(model, tokenizer, limit, "skip").render)
+    assert (len(kept), kept.num_skipped) == (2, 2)
+    assert all(isinstance(kept[i], Example) for i in range(2))
+    with pytest.raises(ValueError, match="raise max_length"):
+        Examples(examples.records, lambda record: None)

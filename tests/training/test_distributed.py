@@ -1,0 +1,223 @@
+"""Two processes on the CPU (gloo): DDP, FSDP2, ZeRO; a kill -9 and what goes on from it.
+
+What a CPU cannot show: accelerate's launcher starts two processes with configs/accelerate/ddp.yaml
+here, but with fsdp2.yaml the trainer falls back to DDP without a word. So FSDP2 is tested through
+torch's own `fully_shard`, and of the file that it asks accelerate for the right thing.
+"""
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import ROOT
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+
+from chatglm.training import sft
+from chatglm.training.settings import read_settings
+
+WORKER = Path(__file__).with_name("distributed_worker.py")
+CONFIGS = ROOT / "configs"
+TORCHRUN = ["torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+TRAIN_SFT = ["-m", "chatglm.training.command", "sft"]
+ROWS = ["--per_device_train_batch_size", "2"]
+DEAD_AFTER, STEPS = 3, 4
+TOLERANCE = 1e-5
+
+
+@pytest.fixture(scope="module")
+def keys(tiny_repo: Path, tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    """Return the words of a training but for its output and the rows of a process."""
+    file = tmp_path_factory.mktemp("rows") / "rows.jsonl"
+    rows = [
+        {"prompt": f"{i} " * (1 + i % 5), "response": f"{i * i} " * (1 + i % 3)} for i in range(16)
+    ]
+    file.write_text("\n".join(map(json.dumps, rows)))
+    words = f"--model {tiny_repo} --train_data {file} --max_steps {STEPS} --learning_rate 1e-3"
+    words += " --save_steps 2 --logging_steps 1 --disable_tqdm --report_to none"
+    return words.split()
+
+
+@pytest.fixture(scope="module")
+def one(keys: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Train in this process, on as many rows a step as two processes take."""
+    output = tmp_path_factory.mktemp("one")
+    words = [*keys, "--per_device_train_batch_size", "4", "--output", str(output / "sft")]
+    sft.main(*read_settings(sft.SETTINGS, sft.ARGUMENTS, words))
+    return output / "sft"
+
+
+@pytest.fixture(scope="module")
+def two(keys: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Train in two processes."""
+    output = tmp_path_factory.mktemp("two") / "sft"
+    done = run([*TORCHRUN, *TRAIN_SFT, *keys, *ROWS, "--output", str(output)])
+    assert done.stdout.count("{}") == 1  # one process speaks
+    return output
+
+
+def run(words: list[str], is_killed: bool = False) -> subprocess.CompletedProcess[str]:
+    """Run a module of this Python."""
+    variables = {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "DS_ACCELERATOR": "cpu"}
+    done = subprocess.run(
+        [sys.executable, "-m", *words],
+        cwd=ROOT,
+        env=os.environ | variables,
+        capture_output=True,
+        text=True,
+        timeout=200,
+    )
+    assert bool(done.returncode) == is_killed, done.stderr
+    return done
+
+
+def read_losses(output: Path) -> list[float]:
+    """Return the loss of every step."""
+    state = json.loads((output / f"checkpoint-{STEPS}" / "trainer_state.json").read_text())
+    return [line["loss"] for line in state["log_history"] if "loss" in line]
+
+
+def read_weights(folder: Path) -> dict[str, torch.Tensor]:
+    return load_file(folder / "model.safetensors")
+
+
+def largest_difference(first: Path, second: Path) -> float:
+    """Return how far any weight of two folders is apart."""
+    weights, others = read_weights(first), read_weights(second)
+    assert weights.keys() == others.keys()
+    return max((weights[name] - others[name]).abs().max().item() for name in weights)
+
+
+@pytest.mark.slow
+def test_two_processes_train_as_one(one: Path, two: Path) -> None:
+    assert read_losses(two) == pytest.approx(read_losses(one), abs=TOLERANCE)
+    assert len(set(read_losses(one))) == STEPS
+    assert largest_difference(one, two) < TOLERANCE
+    begun = read_weights(one / "checkpoint-2")
+    moved = read_weights(one)
+    assert max((moved[name] - begun[name]).abs().max().item() for name in moved) > 1e-4
+
+
+@pytest.fixture(scope="module")
+def dead(
+    tiny_repo: Path, keys: list[str], tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Path, dict[str, Any]]:
+    """Let accelerate start two processes that try FSDP2, then train until one is killed."""
+    folder = tmp_path_factory.mktemp("dead")
+    words = [
+        "accelerate.commands.launch",
+        "--config_file",
+        str(CONFIGS / "accelerate" / "ddp.yaml"),
+    ]
+    words += ["--num_processes", "2", "--main_process_port", "0", str(WORKER)]
+    words += ["fsdp2", str(tiny_repo), str(folder / "found.json"), "then"]
+    words += ["refuse", str(folder / "refused"), *keys, *ROWS, "--output", str(tiny_repo), "then"]
+    words += ["die", str(DEAD_AFTER), *keys, *ROWS, "--output", str(folder / "sft")]
+    done = run(words, is_killed=True)
+    assert "exitcode: -9" in done.stderr
+    return folder / "sft", json.loads((folder / "found.json").read_text())
+
+
+@pytest.mark.slow
+def test_blocks_in_parts_train_as_whole_ones(dead: tuple[Path, dict[str, Any]]) -> None:
+    found = dead[1]
+    assert (found["processes"], found["parts"]) == (2, "DTensor")
+    assert found["losses"] == pytest.approx(found["expected"], abs=TOLERANCE)
+    assert found["losses"][-1] < found["losses"][0] - 0.01
+    assert found["difference"] < TOLERANCE
+
+
+@pytest.mark.slow
+def test_what_was_in_parts_is_a_model_folder(
+    tiny_repo: Path, dead: tuple[Path, dict[str, Any]]
+) -> None:
+    saved = Path(dead[1]["saved"])
+    files = {file.name for file in saved.iterdir()}
+    assert files >= {file.name for file in tiny_repo.iterdir()}
+    assert not {name for name in files if "fsdp" in name}
+    assert read_weights(saved).keys() == read_weights(tiny_repo).keys()  # tied ones once
+    model = AutoModelForCausalLM.from_pretrained(saved, trust_remote_code=True)
+    weights = read_weights(saved)
+    assert all(torch.equal(t, weights[n]) for n, t in model.state_dict().items() if n in weights)
+
+
+@pytest.mark.slow
+def test_a_killed_run_goes_on_as_if_nothing_had_been(
+    two: Path, dead: tuple[Path, dict[str, Any]], keys: list[str]
+) -> None:
+    output = dead[0]
+    assert (output / "checkpoint-2").is_dir() and not (output / "model.safetensors").exists()
+    run([*TORCHRUN, *TRAIN_SFT, *keys, *ROWS, "--output", str(output), "--resume"])
+    assert largest_difference(two, output) == 0
+    assert read_losses(output) == read_losses(two)
+
+
+@pytest.mark.slow
+def test_a_full_folder_stops_all_processes_for_one_reason(
+    tiny_repo: Path, dead: tuple[Path, dict[str, Any]]
+) -> None:
+    reasons = [(dead[0].parent / f"refused.{number}").read_text() for number in range(2)]
+    assert reasons[0].startswith(f"the output folder {tiny_repo} is not empty")
+    assert reasons[0] == reasons[1]
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(
+    importlib.util.find_spec("deepspeed") is None,
+    reason="deepspeed is not installed (DS_BUILD_OPS=0 DS_ACCELERATOR=cpu pip install deepspeed)",
+)
+@pytest.mark.parametrize("name", ["zero2", "zero3", "zero2_offload", "zero3_offload"])
+def test_deepspeed_trains_as_one_process(
+    name: str, one: Path, keys: list[str], tmp_path: Path
+) -> None:
+    config = json.loads((CONFIGS / "deepspeed" / f"{name}.json").read_text())
+    for part in ("offload_optimizer", "offload_param"):
+        if part in config["zero_optimization"]:
+            config["zero_optimization"][part]["pin_memory"] = False  # there is no GPU to copy to
+    file = tmp_path / "config.json"
+    file.write_text(json.dumps(config))
+    output = tmp_path / "sft"
+    words = [*keys, *ROWS, "--output", str(output), "--deepspeed", str(file)]
+    run([*TORCHRUN, str(WORKER), "zero", *words])
+    assert read_losses(output) == pytest.approx(read_losses(one), abs=1e-4)
+    assert largest_difference(one, output) < 1e-4
+
+
+@pytest.mark.parametrize("name", ["one_gpu", "ddp", "fsdp2"])
+def test_accelerate_reads_its_files(name: str) -> None:
+    from accelerate.commands.config.config_args import load_config_from_file
+
+    config = load_config_from_file(str(CONFIGS / "accelerate" / f"{name}.yaml"))
+    kinds = {"one_gpu": "NO", "ddp": "MULTI_GPU", "fsdp2": "FSDP"}
+    assert str(config.distributed_type).endswith(kinds[name])
+    assert config.num_processes == (1 if name == "one_gpu" else 8)
+
+
+def test_the_launcher_asks_for_fsdp2(monkeypatch: pytest.MonkeyPatch, tiny_repo: Path) -> None:
+    from accelerate.commands import launch
+    from accelerate.utils import FullyShardedDataParallelPlugin
+    from accelerate.utils.launch import prepare_multi_gpu_env
+
+    file = str(CONFIGS / "accelerate" / "fsdp2.yaml")
+    words = ["--config_file", file, "--main_process_port", "0", "script.py"]
+    args = launch.launch_command_parser().parse_args(words)
+    args, _, _ = launch._validate_launch_command(args)
+    assert args.use_fsdp
+    for name, value in prepare_multi_gpu_env(args).items():
+        if name.startswith(("FSDP_", "ACCELERATE_")):
+            monkeypatch.setenv(name, value)
+    assert os.environ["ACCELERATE_USE_FSDP"] == "true"
+    plugin = FullyShardedDataParallelPlugin()
+    assert (plugin.fsdp_version, plugin.reshard_after_forward) == (2, True)
+    assert plugin.transformer_cls_names_to_wrap == ["GLMBlock"]
+    assert str(plugin.state_dict_type) == "StateDictType.FULL_STATE_DICT"
+    model = AutoModelForCausalLM.from_pretrained(tiny_repo, trust_remote_code=True)
+    plugin.set_auto_wrap_policy(model)
+    blocks = {type(block) for block in model.transformer.layers}
+    assert plugin.auto_wrap_policy.keywords["transformer_layer_cls"] == blocks
