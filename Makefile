@@ -5,6 +5,7 @@ PYTHON ?= python3
 VENV ?= .venv
 ARGS ?=
 COMPAT ?= tests
+JOBS ?= 2
 MINI ?= .cache/mini
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
@@ -21,8 +22,8 @@ setup: $(WORKING) ## install everything for work on the project
 chat: $(CHATTING) ## chat with the model of this folder
 	@$(BIN)/chatglm chat $(ARGS)
 
-test: $(WORKING) ## run all tests
-	$(BIN)/python -m pytest $(ARGS)
+test: $(WORKING) ## run all tests, JOBS of them at once
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses $(JOBS) --dist loadfile $(ARGS)
 
 parity: $(WORKING) ## compare with the original code's numbers
 	$(BIN)/python -m pytest tests/parity $(ARGS)

@@ -5,7 +5,7 @@ from pathlib import Path
 import nox
 
 TRANSFORMERS = ("4.56.2", "4.57.6", "5.8.1", "5.23.0")
-NOT_FOR_TESTS = ("transformers", "ruff", "pyright", "nox")
+NOT_FOR_TESTS = ("transformers", "ruff", "pyright", "nox", "trl", "datasets", "tensorboard")
 SUITES = ("tests/unit", "tests/parity", "tests/contract")
 
 
@@ -15,7 +15,9 @@ def tests(session: nox.Session, transformers: str) -> None:
     """Unit, parity and contract tests with one transformers release and CI's other pins."""
     session.install("--no-compile", *_pins(), f"transformers=={transformers}")
     session.install("--no-deps", "--editable", ".")
-    session.run("python", "-m", "pytest", *SUITES, *session.posargs)
+    jobs = ("--numprocesses", "2", "--dist", "loadfile")
+    command = ("python", "-m", "pytest", *jobs, *SUITES, *session.posargs)
+    session.run(*command, env={"OMP_NUM_THREADS": "1"})
 
 
 def _pins() -> list[str]:
