@@ -109,6 +109,27 @@ class Dialogue(NamedTuple):
     rounds: list[Round]
 
 
+class Drawn(NamedTuple):
+    """A round of a dialogue to be answered, in one wording.
+
+    Attributes:
+        dialogue: the round is of.
+        last: the round's number.
+        history: what was said before, in another dialogue too.
+        query: the question as it is asked.
+    """
+
+    dialogue: Dialogue
+    last: int
+    history: list[tuple[str, str]]
+    query: str
+
+    @property
+    def answer(self) -> str:
+        """The answer that is taught."""
+        return self.dialogue.rounds[self.last].answer
+
+
 class Example(NamedTuple):
     """Token ids of a prompt, `[gMASK] <sop>` included, and of an answer with its `<eop>`."""
 
@@ -216,8 +237,8 @@ class Sampler:
         ]
         return Example(prompt_ids, [*answer_ids, self.end_id])
 
-    def draw_example(self, rng: random.Random, step: int = 0) -> Example:
-        """Draw one example of a step's phase; too long a history is forgotten."""
+    def draw_round(self, rng: random.Random, step: int = 0) -> Drawn:
+        """Draw what one example of a step's phase is made of."""
         phase = max(i for i, phase in enumerate(PHASES) if phase.first_step <= step)
         dialogue = self._draw_dialogue(rng, phase)
         last = rng.randrange(len(dialogue.rounds))
@@ -226,10 +247,15 @@ class Sampler:
         query = vary_question(rng.choice(dialogue.rounds[last].questions), rng)
         if PHASES[phase].gap_share and rng.random() < PHASES[phase].gap_share:
             query = open_gaps(query, rng)
-        answer = dialogue.rounds[last].answer
-        example = self.encode(query, history, answer)
+        return Drawn(dialogue, last, history, query)
+
+    def draw_example(self, rng: random.Random, step: int = 0) -> Example:
+        """Draw one example of a step's phase; too long a history is forgotten."""
+        drawn = self.draw_round(rng, step)
+        example = self.encode(drawn.query, drawn.history, drawn.answer)
         if sum(map(len, example)) > MAX_TOKENS:
-            example = self.encode(query, history[-last:] if last else [], answer)
+            own_rounds = drawn.history[-drawn.last :] if drawn.last else []
+            example = self.encode(drawn.query, own_rounds, drawn.answer)
         return example
 
     def _draw_dialogue(self, rng: random.Random, phase: int) -> Dialogue:

@@ -1,8 +1,10 @@
 """Writes the trained weights as this repository's checkpoint: float16 shards and their index.
 
     python -m recipes.mini.publish --work DIR [--out ROOT]
+    python -m recipes.mini.publish --model FOLDER [--out ROOT]
 
-Works from whatever `state.pt` the training has saved so far. The files have the official form:
+Works from whatever `state.pt` the training has saved so far, or from a folder that `chatglm train`
+has written. The files have the official form:
 `lm_head.weight` is stored although it is tied to the embedding (4 MB more), so that whoever reads
 the official shards reads these. The official shards also hold a `rotary_emb.inv_freq` buffer per
 layer; no version of the code ever loaded it, and it follows from the config, so it is left out.
@@ -17,29 +19,50 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import torch
+from safetensors.torch import load_file
 from torch import Tensor
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from recipes.mini.corpus import ROOT
 
 MAX_SHARD_BYTES = 8_000_000  # of tensors; the container adds some 300 bytes for each
+EMBEDDING, HEAD = "transformer.word_embeddings.weight", "lm_head.weight"
 INDEX_NAME = "pytorch_model.bin.index.json"
 
 
-def read_weights(state_path: Path) -> dict[str, Tensor]:
-    """Return the weights of a saved training state in float16, none sharing memory.
+def read_weights(path: Path) -> dict[str, Tensor]:
+    """Return the weights of a training state, or of a model's one file, in float16.
+
+    Args:
+        path: `state.pt` or `model.safetensors`.
 
     Raises:
-        ValueError: if there is no state, or a weight has no finite value in float16.
+        ValueError: if there is no such file, or a weight has no finite value in float16.
     """
-    if not state_path.exists():
-        raise ValueError(f"{state_path} does not exist: train first (python -m recipes.mini.train)")
-    state = torch.load(state_path, map_location="cpu", weights_only=True)["model"]
+    if not path.exists():
+        raise ValueError(f"{path} does not exist: train first (python -m recipes.mini.train)")
+    state = read_model(path) if path.suffix == ".safetensors" else read_state(path)
     weights = {name: tensor.half() for name, tensor in state.items()}
     for name, tensor in weights.items():
         if not tensor.isfinite().all():
             largest = state[name].abs().max().item()
             raise ValueError(f"{name} reaches {largest}, float16 ends at 65504: raise the decay")
     return weights
+
+
+def read_state(path: Path) -> dict[str, Tensor]:
+    """Return the weights of a training state."""
+    return torch.load(path, map_location="cpu", weights_only=True)["model"]
+
+
+def read_model(path: Path) -> dict[str, Tensor]:
+    """Return the weights of a model's file in the network's order, the tied head named too."""
+    stored = load_file(path)
+    stored.setdefault(HEAD, stored[EMBEDDING])
+    config = AutoConfig.from_pretrained(path.parent, trust_remote_code=True)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config, trust_remote_code=True)
+    return {name: stored[name] for name in model.state_dict()}
 
 
 def split_weights(weights: Mapping[str, Tensor], limit: int) -> list[dict[str, Tensor]]:
@@ -89,11 +112,14 @@ def write_files(files: Mapping[str, bytes], out: Path) -> None:
 def main(argv: list[str] | None = None) -> int:
     """Write the checkpoint and print the SHA-256 of each file; return the exit code."""
     parser = argparse.ArgumentParser(description="Write the trained weights as float16 shards.")
-    parser.add_argument("--work", type=Path, required=True, help="folder of recipes.mini.train")
+    source = parser.add_mutually_exclusive_group(required=True)
+    source.add_argument("--work", type=Path, help="folder of recipes.mini.train")
+    source.add_argument("--model", type=Path, help="folder of chatglm train, instead")
     parser.add_argument("--out", type=Path, default=ROOT, help="folder of the checkpoint")
     args = parser.parse_args(argv)
     try:
-        files = build_files(read_weights(args.work / "state.pt"))
+        path = args.work / "state.pt" if args.work else args.model / "model.safetensors"
+        files = build_files(read_weights(path))
     except ValueError as error:
         sys.stderr.write(f"error: {error}\n")
         return 2
