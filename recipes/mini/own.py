@@ -39,7 +39,8 @@ def sample_answers(
         options: for `generate`; samples from the whole distribution by default.
     """
     renderer = Renderer(model, tokenizer, MAX_LENGTH, "cut")
-    options = {"do_sample": True, "top_k": 0, "top_p": 1.0, "temperature": 1.0} | options
+    if options.get("do_sample", True):
+        options = {"do_sample": True, "top_k": 0, "top_p": 1.0, "temperature": 1.0} | options
     for start in range(0, len(records), BATCH_SIZE):
         part = [records[i] for i in range(start, min(start + BATCH_SIZE, len(records)))]
         rows = [renderer.render_prompt(record, MAX_NEW_TOKENS) or [] for record in part]

@@ -193,17 +193,17 @@ def format_report(report: Mapping[str, Any]) -> str:
     return "\n\n".join(parts)
 
 
-def insert_report(text: str, generated: str) -> str:
+def insert_report(text: str, generated: str, marks: tuple[str, str] = (BEGIN, END)) -> str:
     """Put the generated part between the markers, and leave the rest as it is.
 
     Raises:
         ValueError: if the text has not exactly one of each marker, in this order.
     """
-    before, begin, rest = text.partition(BEGIN)
-    _, end, after = rest.partition(END)
-    if not begin or not end or BEGIN in after or END in after:
-        raise ValueError(f"mini.md needs one line {BEGIN} and, below it, one line {END}")
-    return f"{before}{BEGIN}\n\n{generated}\n\n{END}{after}"
+    before, begin, rest = text.partition(marks[0])
+    _, end, after = rest.partition(marks[1])
+    if not begin or not end or any(mark in after for mark in marks):
+        raise ValueError(f"mini.md needs one line {marks[0]} and, below it, one line {marks[1]}")
+    return f"{before}{marks[0]}\n\n{generated}\n\n{marks[1]}{after}"
 
 
 def write_report(args: argparse.Namespace) -> None:
