@@ -225,7 +225,7 @@ class Checkpoint(NamedTuple):
     @classmethod
     def match(cls, model: PreTrainedModel, tensors: Mapping[str, Tensor]) -> "Checkpoint":
         """Find each stored tensor's place, which may have the base model's prefix or lack it."""
-        expected = model.state_dict()
+        expected = model.state_dict(keep_vars=True)
         prefix = f"{model.base_model_prefix}."
         names = {}
         for stored in tensors:
@@ -360,7 +360,12 @@ def _check_plain_tensors(checkpoint: Checkpoint, may_differ: bool) -> None:
                 "the embedding is packed, or use the unquantized weights."
             )
         if not may_differ:
-            _check_size(name, stored, expected.shape)
+            _check_size(name, stored, _whole_shape(expected))
+
+
+def _whole_shape(tensor: Tensor) -> tuple[int, ...]:
+    """Return the shape of a tensor of which DeepSpeed's ZeRO-3 may leave this process a part."""
+    return getattr(tensor, "ds_shape", tensor.shape)
 
 
 def _check_index(checkpoint: Checkpoint, weight_map: Mapping[str, str]) -> None:
