@@ -1,11 +1,12 @@
-"""The original INT4 code as a contender: `benchmarks.serving` around a folder that the user has.
+"""The original code as a contender: `benchmarks.serving` around a folder that the user has.
 
-    PYTHON -m benchmarks.peer_original DIR [--layers 28] [--threads N]
+    PYTHON -m benchmarks.peer_original DIR [--layers 28] [--threads N] [--train lora]
 
 DIR is a folder of THUDM's chatglm-6b-int4 without the weights: its Python files, config.json and,
 on a CPU without a ready kernel, what it compiles one from. PYTHON has transformers 4.30 and what
-the folder's files import. The model is made by its own classes on this machine and filled with the
-random numbers of `full_size`'s kind.
+the folder's files import, and peft for `--train lora` and `qlora`. The model is made by its own
+classes on this machine and filled with the random numbers of `full_size`'s kind; its matrices are
+INT4, or float32 for `--train full` and `lora`.
 """
 
 import argparse
@@ -27,9 +28,13 @@ class Original:
         folder: of its code and configuration.
         layers: blocks.
         threads: of torch; its own kernel takes its own number.
+        method: "full", "lora" or "qlora" for a model in training.
+        vocabulary: tokens of that.
     """
 
-    def __init__(self, folder: Path, layers: int, threads: int) -> None:
+    def __init__(
+        self, folder: Path, layers: int, threads: int, method: str = "", vocabulary: int = 0
+    ) -> None:
         import torch
         from transformers import AutoConfig, AutoModel
 
@@ -37,10 +42,14 @@ class Original:
         self.torch: Any = torch
         config: Any = AutoConfig.from_pretrained(folder, trust_remote_code=True)
         config.num_layers = layers
-        config.quantization_bit = 4
+        config.quantization_bit = 0 if method in ("full", "lora") else 4
+        config.vocab_size = vocabulary or config.vocab_size
         model: Any = AutoModel.from_config(config, trust_remote_code=True)
-        self.model = model.float().eval()
+        self.model: Any = model.float().eval()
         self._fill()
+        self.step: Any = None
+        if method in ("lora", "qlora"):
+            self._adapt()
 
     def _fill(self) -> None:
         """Give packed matrices random bytes, and the rest values that keep activations finite."""
@@ -51,6 +60,33 @@ class Original:
                 tensor.fill_(3 * DEVIATION / LARGEST)
             elif tensor.dim() == 2:
                 tensor.normal_(0, DEVIATION)
+
+    def _adapt(self) -> None:
+        """Freeze the model and add adapters as the other contenders have them."""
+        from peft import LoraConfig, get_peft_model
+
+        adapters = LoraConfig(r=8, lora_alpha=16, target_modules=["query_key_value"])
+        self.model = get_peft_model(self.model, adapters)
+
+    def train(self, length: int, batch: int) -> dict[str, Any]:
+        """Return the seconds of a training step, and the most bytes that were in use so far."""
+        from chatglm.benching.memory import read_peak
+        from chatglm.benching.training import TrainingStep, draw_rows
+
+        if self.step is None:
+            rows = draw_rows(self._markers(), length, batch, self.torch.device("cpu"))
+            self.step = TrainingStep(self.model, rows)
+        return {"seconds": self.step.run(), "peak": read_peak()}
+
+    def _markers(self) -> Any:
+        """Return the special tokens, moved into a vocabulary that is smaller than the folder's."""
+        config = self.model.config
+        last = config.vocab_size
+        names = ("mask_token_id", "gmask_token_id", "bos_token_id", "eos_token_id")
+        if config.eos_token_id >= last:
+            for number, name in enumerate(names):
+                setattr(config, name, last - len(names) + number)
+        return config
 
     def describe(self) -> dict[str, Any]:
         """Return what the figures depend on."""
@@ -92,12 +128,15 @@ class Original:
 
 def main() -> None:
     """Serve the original code."""
-    parser = argparse.ArgumentParser(description="The original INT4 code as a contender.")
+    parser = argparse.ArgumentParser(description="The original code as a contender.")
     parser.add_argument("folder", type=Path)
     parser.add_argument("--layers", type=int, default=28)
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
+    parser.add_argument("--train", choices=("full", "lora", "qlora"), default="")
+    parser.add_argument("--vocabulary", type=int, default=0, help="tokens (the folder's)")
     args = parser.parse_args()
-    serve(lambda: Original(args.folder, args.layers, args.threads))
+    sizes = (args.layers, args.threads, args.train, args.vocabulary)
+    serve(lambda: Original(args.folder, *sizes))
 
 
 if __name__ == "__main__":

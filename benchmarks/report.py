@@ -104,6 +104,12 @@ SECTIONS = (
         _is_generate("own model"),
     ),
     Section(
+        "Training",
+        "python -m benchmarks.bench_train",
+        "tokens",
+        lambda row: row.bench == "bench_train",
+    ),
+    Section(
         "Single products",
         "python -m benchmarks.bench_kernels --shapes 4096x12288 --rows 1 8 32 64 512",
         "rows",

@@ -15,7 +15,7 @@ from typing import Any
 
 from chatglm.benching.memory import read_peak, read_status
 
-CALLS = ("prefill", "decode", "describe", "read")
+CALLS = ("prefill", "decode", "train", "describe", "read")
 
 
 def serve(load: Callable[[], Any]) -> None:

@@ -3,9 +3,10 @@
     chatglm bench                                  # the model of this repository
     chatglm bench ../chatglm-6b --bits 4 --threads 4
     chatglm bench ../chatglm-6b-int4 --prompt-length 512 --batch 8 --json
+    chatglm bench --train lora --length 256 --batch 4
 
-Does not know how the phases are timed (`measuring`), nor how a folder becomes a model
-(`chatglm.loading`).
+Does not know how the phases are timed (`measuring`), what a training step is (`training`), nor how
+a folder becomes a model (`chatglm.loading`).
 """
 
 import argparse
@@ -21,8 +22,9 @@ from typing import Any
 from chatglm.cli import open_parser, run_command
 
 DESCRIPTION = """\
-Measure a model on this machine: reading a prompt, giving tokens, memory. Prompts are random; speed
-does not depend on the words. Let nothing else run meanwhile."""
+Measure a model on this machine: reading a prompt, giving tokens, memory; or a training step of it.
+Prompts and rows are random; speed does not depend on the words. Let nothing else run meanwhile."""
+METHODS = ("full", "lora", "qlora")  # of training
 ROUNDS = 3  # of the prompt; the first one, which also warms up, is not counted
 
 
@@ -83,7 +85,9 @@ def make_parser(subparsers: Any = None) -> argparse.ArgumentParser:
     add("--threads", type=_positive_int, metavar="N", help="of the CPU (default: torch's choice)")
     add("--prompt-length", type=_positive_int, metavar="N", default=64, help="tokens (64)")
     add("--new-tokens", type=_positive_int, metavar="N", default=32, help="tokens (32)")
-    add("--batch", type=_positive_int, metavar="N", default=1, help="prompts at once (1)")
+    add("--batch", type=_positive_int, metavar="N", default=1, help="prompts or rows at once (1)")
+    add("--train", choices=METHODS, help="measure training steps instead: of what")
+    add("--length", type=_positive_int, metavar="N", default=512, help="tokens of a row (512)")
     add("--json", action="store_true", help="print one JSON document")
     parser.set_defaults(run=main)
     return parser
@@ -96,17 +100,21 @@ def main(args: argparse.Namespace) -> int:
         args: what `make_parser` parsed.
 
     Raises:
-        ValueError: if the model cannot be loaded, or the prompt is too short.
+        ValueError: if the model cannot be loaded or trained, or the prompt is too short.
     """
     import transformers
 
+    from chatglm.benching import training
+
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
-    report = measure(args)
+    report = training.measure(args) if args.train else measure(args)
     if args.json:
         sys.stdout.write(json.dumps(asdict(report) | report.figures, ensure_ascii=False) + "\n")
-    else:
+    elif isinstance(report, Report):
         sys.stdout.write(format_report(report))
+    else:
+        sys.stdout.write(training.format_report(report))
     return 0
 
 
@@ -155,13 +163,13 @@ def measure(args: argparse.Namespace) -> Report:
         prefill_seconds=statistics.median(seconds[0] for seconds in rounds),
         token_seconds=statistics.median(s for seconds in rounds for s in seconds[1:]),
         step_bytes=step_bytes + position_bytes * (args.prompt_length + args.new_tokens // 2),
-        peak_bytes=_read_peak(model.device),
-        versions=_list_versions(),
+        peak_bytes=read_device_peak(model.device),
+        versions=list_versions(),
     )
 
 
-def _read_peak(device: Any) -> int:
-    """The most memory that was in use where the model is."""
+def read_device_peak(device: Any) -> int:
+    """Return the most bytes that were in use on a GPU, or by the process; 0 if not known."""
     import torch
 
     from chatglm.benching.memory import read_peak
@@ -170,7 +178,8 @@ def _read_peak(device: Any) -> int:
     return torch.cuda.max_memory_allocated(device) if is_gpu else read_peak()
 
 
-def _list_versions() -> dict[str, str]:
+def list_versions() -> dict[str, str]:
+    """Return what the figures depend on."""
     import torch
     import transformers
 

@@ -11,10 +11,11 @@ from typing import Any
 
 import torch
 from transformers import Trainer, TrainerCallback
+from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from chatglm.training.models import find_core
-from chatglm.training.settings import Settings
+from chatglm.training.settings import KeyProblem, Settings
 
 SAMPLE_TOKENS = 128
 # Figures about the run itself, which no curve is drawn of.
@@ -176,8 +177,17 @@ def _draw_panels(
 
 
 def build_callbacks(settings: Settings, trainer: Trainer) -> list[TrainerCallback]:
-    """Return what shows a training, and take the library's own bar away."""
+    """Return what shows a training, and take the library's own bar away.
+
+    Raises:
+        KeyProblem: for sample prompts that no process has the weights to answer.
+    """
     folder = Path(settings.output)
+    if settings.sample_prompts and (trainer.is_fsdp_enabled or is_deepspeed_zero3_enabled()):
+        raise KeyProblem(
+            "sample_prompts are answered by one process, which has but a part of the weights under "
+            "FSDP and ZeRO-3: leave the key out"
+        )
     callbacks: list[TrainerCallback] = [Meter(trainer), Curves(folder)]
     if not trainer.args.disable_tqdm:
         trainer.remove_callback(ProgressCallback)

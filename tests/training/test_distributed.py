@@ -11,6 +11,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -20,7 +21,8 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from chatglm.training import sft
-from chatglm.training.settings import read_settings
+from chatglm.training.progress import build_callbacks
+from chatglm.training.settings import KeyProblem, Settings, read_settings
 
 WORKER = Path(__file__).with_name("distributed_worker.py")
 CONFIGS = ROOT / "configs"
@@ -221,3 +223,12 @@ def test_the_launcher_asks_for_fsdp2(monkeypatch: pytest.MonkeyPatch, tiny_repo:
     plugin.set_auto_wrap_policy(model)
     blocks = {type(block) for block in model.transformer.layers}
     assert plugin.auto_wrap_policy.keywords["transformer_layer_cls"] == blocks
+
+
+def test_parts_of_a_model_answer_no_samples(tmp_path: Path) -> None:
+    trainer: Any = SimpleNamespace(is_fsdp_enabled=True, args=SimpleNamespace(disable_tqdm=True))
+    settings = Settings(output=str(tmp_path), sample_prompts=["hello"])
+    with pytest.raises(KeyProblem, match="has but a part of the weights under FSDP and ZeRO-3"):
+        build_callbacks(settings, trainer)
+    settings.sample_prompts = []
+    assert build_callbacks(settings, trainer)
