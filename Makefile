@@ -12,7 +12,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 CHATTING := $(VENV)/.installed-for-chat
 WORKING := $(VENV)/.installed-for-work
 
-.PHONY: help setup chat test parity compat lint fmt types check bench-formats bench-memory bench-generate bench-kernels bench-tokenizer bench-report train-mini vocabulary-mini clean
+.PHONY: help setup chat test parity compat lint fmt types check bench-formats bench-memory bench-generate bench-kernels bench-tokenizer bench-train bench-report train-mini vocabulary-mini clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/make \1  -  \2/p' Makefile
@@ -59,6 +59,9 @@ bench-kernels: $(WORKING) ## measure single products, ours and others'
 bench-tokenizer: $(WORKING) ## measure the tokenizer
 	$(BIN)/python -m benchmarks.bench_tokenizer $(ARGS)
 
+bench-train: $(WORKING) ## measure a training step of 6B blocks, beside plain torch and peft
+	$(BIN)/python -m benchmarks.bench_train $(ARGS)
+
 bench-report: $(WORKING) ## write docs/benchmarks.md and its plots from benchmarks/results.csv
 	$(BIN)/python -m benchmarks.report
 
@@ -66,7 +69,10 @@ train-mini: $(WORKING) ## train the small model of this folder again (hours)
 	$(BIN)/python -m recipes.mini.sources --out $(MINI)/data
 	$(BIN)/python -m recipes.mini.train --data $(MINI)/data --work $(MINI)/work $(ARGS)
 	$(BIN)/python -m recipes.mini.publish --work $(MINI)/work
+	$(BIN)/python -m recipes.mini.align --data $(MINI)/data --work $(MINI)/align
+	$(BIN)/python -m recipes.mini.publish --model $(MINI)/align/sft
 	$(BIN)/python -m recipes.mini.report --data $(MINI)/data --work $(MINI)/work
+	$(BIN)/python -m recipes.mini.alignment_page --work $(MINI)/align
 
 vocabulary-mini: $(WORKING) ## learn the small model's vocabulary again: other ids, train anew
 	$(BIN)/python -m recipes.mini.sources --out $(MINI)/data
