@@ -9,7 +9,6 @@ or generation, and leaves it to transformers what a cache layer can do.
 Shapes: `B` rows, `N` heads, `S` new columns, `T` all columns so far, `D` head dim (1 for scales).
 """
 
-import sys
 from collections.abc import Iterable
 from functools import partialmethod
 from operator import attrgetter
@@ -21,11 +20,6 @@ from transformers.cache_utils import DynamicCache, DynamicLayer
 
 ROOM_STEP = 64  # columns; every head's integers and scales then begin on a cache line
 ROOM_SHARE = 8  # an eighth of what is in use: a column is moved about 8 times while a cache grows
-
-# glibc takes less than this from a heap; what was freed between keys that stay is not given back
-# then. More gets pages of its own, and those that nothing was written to take no memory.
-OWN_PAGES = 2**25 + 2**12
-LARGE = 2**20  # bytes from which that is worth it
 
 MAX_INTEGER = 127
 
@@ -67,26 +61,16 @@ def extend_columns(past: Tensor, count: int) -> Tensor:
     batch, heads, length, width = past.shape
     total = length + count
     if _find_capacity(past) < total:
-        column_bytes = batch * heads * width * past.itemsize
-        is_paged = past.device.type == "cpu" and sys.platform == "linux"
-        capacity = reserve_columns(total, column_bytes if is_paged else 0)
-        room = past.new_empty(batch, heads, capacity, width)
+        room = past.new_empty(batch, heads, reserve_columns(total), width)
         past = room[:, :, :length].copy_(past)
     columns = past.as_strided((batch, heads, total, width), past.stride())
     # A view would keep what it is a view of, which would count as a second tensor from then on.
     return columns.detach()
 
 
-def reserve_columns(length: int, column_bytes: int = 0) -> int:
-    """Return the capacity for `length` columns, with room for more.
-
-    Args:
-        length: in use.
-        column_bytes: of a column, where large memory is better in pages of its own.
-    """
+def reserve_columns(length: int) -> int:
+    """Return the capacity for `length` columns, with room for more."""
     capacity = length + max(ROOM_STEP, length // ROOM_SHARE)
-    if length * column_bytes >= LARGE:
-        capacity = max(capacity, -(-OWN_PAGES // column_bytes))
     return -(-capacity // ROOM_STEP) * ROOM_STEP
 
 
