@@ -365,7 +365,8 @@ class ChatGLMModel(ChatGLMPreTrainedModel):
         config = self.config
         output_attentions = _default(output_attentions, config.output_attentions)
         output_hidden_states = _default(output_hidden_states, config.output_hidden_states)
-        use_cache = _default(use_cache, config.use_cache) and not self._is_checkpointing()
+        is_checkpointing = self.gradient_checkpointing and self.training
+        use_cache = _default(use_cache, config.use_cache) and not is_checkpointing
         embeddings = self._embed(input_ids, inputs_embeds)
         if use_cache and past_key_values is None:
             past_key_values = ChatGLMCache()
@@ -400,9 +401,6 @@ class ChatGLMModel(ChatGLMPreTrainedModel):
         if input_ids is None:
             raise ValueError("Pass input_ids or inputs_embeds; both are None.")
         return self.word_embeddings(input_ids)
-
-    def _is_checkpointing(self) -> bool:
-        return self.gradient_checkpointing and self.training
 
     def _run_blocks(
         self,

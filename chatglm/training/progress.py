@@ -5,7 +5,7 @@ Does not know what is trained or how.
 
 import json
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -35,36 +35,27 @@ class FigureBar(ProgressCallback):
             self.training_bar.set_postfix(figures)
 
 
-class Meter(TrainerCallback):
-    """Adds tokens a second and memory to what is logged.
+class Meter:
+    """Measures tokens a second and memory between two lines of a log.
 
     Args:
-        trainer: with `tokens_seen`, if it counts tokens.
+        count_tokens: returns how many this process has trained on so far.
+        num_processes: that train together, each with as many tokens.
     """
 
-    def __init__(self, trainer: Any) -> None:
-        self.trainer = trainer
-        self.last = (time.monotonic(), 0)
+    def __init__(self, count_tokens: Callable[[], int], num_processes: int) -> None:
+        self.count_tokens, self.num_processes = count_tokens, max(1, num_processes)
+        self.last = (time.monotonic(), count_tokens())
 
-    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Begin to count."""
-        self.last = (time.monotonic(), getattr(self.trainer, "tokens_seen", 0))
-
-    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
-        """Add the figures since the last time."""
-        if logs is None or "loss" not in logs:
-            return
-        now, tokens = time.monotonic(), getattr(self.trainer, "tokens_seen", 0)
-        before, counted = self.last
-        self.last = (now, tokens)
-        if tokens > counted:
-            logs["tokens/s"] = round(state_world(args) * (tokens - counted) / (now - before), 1)
-        logs["GB"] = round(read_memory() / 1e9, 2)
-
-
-def state_world(args: Any) -> int:
-    """Return how many processes train together, each with as many tokens."""
-    return max(1, getattr(args, "world_size", 1))
+    def measure(self) -> dict[str, float]:
+        """Return the figures since the last time."""
+        (before, counted), now = self.last, (time.monotonic(), self.count_tokens())
+        self.last = now
+        figures = {"GB": round(read_memory() / 1e9, 2)}
+        if now[1] > counted:
+            rate = self.num_processes * (now[1] - counted) / (now[0] - before)
+            figures["tokens/s"] = round(rate, 1)
+        return figures
 
 
 def read_memory() -> int:
@@ -188,7 +179,7 @@ def build_callbacks(settings: Settings, trainer: Trainer) -> list[TrainerCallbac
             "sample_prompts are answered by one process, which has but a part of the weights under "
             "FSDP and ZeRO-3: leave the key out"
         )
-    callbacks: list[TrainerCallback] = [Meter(trainer), Curves(folder)]
+    callbacks: list[TrainerCallback] = [Curves(folder)]
     if not trainer.args.disable_tqdm:
         trainer.remove_callback(ProgressCallback)
         trainer.remove_callback(PrinterCallback)

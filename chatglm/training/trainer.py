@@ -20,7 +20,7 @@ from transformers import Trainer, set_seed
 from transformers.trainer_utils import EvalPrediction, get_last_checkpoint
 
 from chatglm.training.models import name_as_before, save_trained
-from chatglm.training.progress import build_callbacks
+from chatglm.training.progress import Meter, build_callbacks
 from chatglm.training.rendering import IGNORED_LABEL
 from chatglm.training.settings import SETTINGS_FILE, KeyProblem, Settings, read_config
 from chatglm.training.settings import write_settings as write_settings_file
@@ -196,12 +196,22 @@ def summarize_losses(prediction: EvalPrediction) -> dict[str, float]:
 class CheckedSteps:
     """Makes a trainer stop at a loss that is no number; stands before the trainer's class.
 
-    What it saves can be loaded under FSDP2 too.
+    Its log has tokens a second, if it counts them, and memory. What it saves can be loaded under
+    FSDP2 too.
     """
 
     args: Any
     state: Any
     model: Any
+    tokens_seen: int = 0
+    meter: Meter | None = None
+
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        """Log what a step gave, and what it took."""
+        if self.meter is not None and "loss" in logs:
+            logs |= self.meter.measure()
+        trainer: Any = super()
+        trainer.log(logs, *args, **kwargs)
 
     def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
         """Take a step.
@@ -209,6 +219,8 @@ class CheckedSteps:
         Raises:
             ValueError: if the loss is no number, naming the step and what is left of the run.
         """
+        if self.meter is None:
+            self.meter = Meter(lambda: self.tokens_seen, self.args.world_size)
         trainer: Any = super()
         loss = trainer.training_step(*args, **kwargs)
         check_loss(loss, self.state.global_step, Path(self.args.output_dir))
@@ -225,8 +237,6 @@ class ChatTrainer(CheckedSteps, Trainer):
 
     It stops at a loss that is no number, counts tokens, and builds no cache.
     """
-
-    tokens_seen = 0
 
     def compute_loss(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any):
         """Return the loss of a batch, with the outputs if they are asked for."""

@@ -73,6 +73,8 @@ def test_the_whole_model_learns_and_loads_again(
     train(tiny_repo, data, output, **keys)
     figures = json.loads(capsys.readouterr().out.splitlines()[-1])
     losses = read_losses(output)
+    state = json.loads((output / "checkpoint-24/trainer_state.json").read_text())
+    assert all({"tokens/s", "GB"} <= line.keys() for line in state["log_history"] if "loss" in line)
     assert losses[0] > 8 and losses[-1] < losses[0] - 1.5
     assert figures["eval_perplexity"] < 2000
     model, tokenizer = load(output), AutoTokenizer.from_pretrained(output, trust_remote_code=True)

@@ -294,7 +294,11 @@ def test_a_stream_yields_every_token(model: Any, threads: Any) -> None:
     assert torch.equal(list(by_config)[-1], expected)
 
 
-@pytest.mark.parametrize("form", [int, lambda i: [i, EOP], lambda i: torch.tensor([i])], ids=str)
+@pytest.mark.parametrize(
+    "form",
+    [int, lambda i: [i, EOP], lambda i: torch.tensor([i])],
+    ids=["number", "list", "tensor"],
+)
 def test_an_end_token_is_not_yielded(model: Any, threads: Any, form: Any) -> None:
     prompt = torch.tensor([PROMPTS[0]])
     answer = model.generate(prompt, **GREEDY)[0, prompt.shape[1] :].tolist()
