@@ -82,8 +82,8 @@ def format_page(figures: Mapping[str, Any]) -> str:
         "The reward model on held-out pairs:",
         format_pairs(figures["pairs"]),
         "![Reward model](mini_reward.png)",
-        "The variants on held-out questions, greedy, and their KL from the fine-tuned model in nats "
-        "an answer:",
+        "The variants on held-out questions, greedy, and their KL from the fine-tuned model in "
+        "nats an answer:",
         format_variants(figures["variants"]),
         f"Best on the half of the questions that chooses, and published: **{figures['choice']}**.",
         "![PPO](mini_ppo.png)",
