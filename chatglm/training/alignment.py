@@ -71,8 +71,8 @@ def importing_trl() -> Iterator[None]:
         yield
     except (ImportError, RuntimeError) as error:  # trl's own wrapping is a RuntimeError
         raise ImportError(
-            f'this stage is built on trl: pip install "chatglm[train]" on Python 3.11 or newer '
-            f"({error})"
+            "this stage is built on trl, for Python 3.11 and newer: "
+            f'pip install --editable ".[train]" in the folder of this repository ({error})'
         ) from error
 
 

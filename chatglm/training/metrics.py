@@ -51,7 +51,7 @@ def _import(name: str) -> Any:
     except ImportError as error:
         package = name.partition(".")[0]
         raise ImportError(
-            f'BLEU and ROUGE need the package {package}: pip install "chatglm[train]"'
+            f'BLEU and ROUGE need the package {package}: pip install --editable ".[train]"'
         ) from error
 
 

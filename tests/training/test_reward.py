@@ -244,6 +244,6 @@ def test_without_trl_one_line_says_what_to_install(
         monkeypatch.delitem(sys.modules, f"chatglm.training.{name}", raising=False)
         assert main(["train", name, "--output", "out"]) == 2
         (line,) = capsys.readouterr().err.splitlines()
-        assert 'pip install "chatglm[train]"' in line
+        assert 'pip install --editable ".[train]"' in line
     monkeypatch.undo()
     importlib.import_module("chatglm.training.reward")
