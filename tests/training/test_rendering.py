@@ -122,3 +122,13 @@ def test_rows_are_padded_on_either_side(side: str) -> None:
     left = [[0, 1, 2, 3], [0, 0, 0, 4]]
     assert ids.tolist() == (left if side == "left" else right)
     assert torch.equal(mask, (ids != 0).long())
+
+
+@pytest.mark.parametrize("part", ["prompt_ids", "answer_ids"])
+def test_a_pad_inside_a_row_is_refused(parts: tuple[Any, Any], part: str) -> None:
+    renderer = Renderer(*parts)
+    example = renderer.render(RECORD)
+    assert example is not None
+    renderer.pad_id = getattr(example, part)[0]
+    with pytest.raises(RowProblem, match=rf"data\.jsonl:1: .*pad token \(id {renderer.pad_id}\)"):
+        renderer.render(RECORD)
