@@ -74,6 +74,18 @@ def pack_ours(bits: int, group_size: int | None = None) -> Callable[[Tensor], Pr
     return pack
 
 
+def pack_plain(dtype: torch.dtype) -> Callable[[Tensor], Product]:
+    """Return the packing of this repository's plain linear layer."""
+
+    def pack(integers: Tensor) -> Product:
+        rows, columns = integers.shape
+        layer = load_class("quantization_cpu.Linear")(columns, rows, bias=False)
+        layer.weight = nn.Parameter(integers.to(dtype).mul_(SCALE), requires_grad=False)
+        return layer.eval()
+
+    return pack
+
+
 def pack_dense(dtype: torch.dtype) -> Callable[[Tensor], Product]:
     """Return the packing of torch's plain linear layer."""
 
@@ -195,6 +207,9 @@ BACKENDS: Sequence[Backend] = (
     Backend("ours INT4", torch.float32, 0.5, pack_ours(4)),
     Backend("ours INT4 g32", torch.float32, 0.5 + 2 / 32, pack_ours(4, 32)),
     Backend("ours INT8", torch.float32, 1, pack_ours(8)),
+    Backend("ours float32", torch.float32, 4, pack_plain(torch.float32)),
+    Backend("ours bfloat16", torch.bfloat16, 2, pack_plain(torch.bfloat16)),
+    Backend("ours float16", torch.float16, 2, pack_plain(torch.float16)),
     Backend("torch float32", torch.float32, 4, pack_dense(torch.float32)),
     Backend("torch bfloat16", torch.bfloat16, 2, pack_dense(torch.bfloat16)),
     Backend("torch float16", torch.float16, 2, pack_dense(torch.float16)),
