@@ -23,7 +23,7 @@ chat: $(CHATTING) ## chat with the model of this folder
 	@$(BIN)/chatglm chat $(ARGS)
 
 test: $(WORKING) ## run all tests, JOBS of them at once
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses $(JOBS) --dist loadfile $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses $(JOBS) --dist loadfile --no-loadscope-reorder $(ARGS)
 
 parity: $(WORKING) ## compare with the original code's numbers
 	$(BIN)/python -m pytest tests/parity $(ARGS)

@@ -15,7 +15,7 @@ def tests(session: nox.Session, transformers: str) -> None:
     """Unit, parity and contract tests with one transformers release and CI's other pins."""
     session.install("--no-compile", *_pins(), f"transformers=={transformers}")
     session.install("--no-deps", "--editable", ".")
-    jobs = ("--numprocesses", "2", "--dist", "loadfile")
+    jobs = ("--numprocesses", "2", "--dist", "loadfile", "--no-loadscope-reorder")
     command = ("python", "-m", "pytest", *jobs, *SUITES, *session.posargs)
     session.run(*command, env={"OMP_NUM_THREADS": "1"})
 

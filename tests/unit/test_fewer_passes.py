@@ -248,7 +248,8 @@ def test_the_context_does_not_see_the_answer_s_start(mini: Any, tokenizer: Any) 
 
 
 def test_the_same_prompt_is_read_once(mini: Any, tokenizer: Any, passes: Passes) -> None:
-    ids = tokenizer(["讲个笑话"], return_tensors="pt")["input_ids"]
+    # What it was never taught anything near leaves the model a choice.
+    ids = tokenizer(["我昨天看到一只会飞的猪"], return_tensors="pt")["input_ids"]
     names = {"model": mini, "prompt_ids": ids, "torch": torch}
     torch.manual_seed(4)
     exec(BLOCKS[1], names)

@@ -32,7 +32,8 @@ def test_worse_answers_are_worse() -> None:
     assert truncate("abcdefghi") == "abc" and truncate("a") == "a"
     for answer in ("one two three four five six", "一二三四五六七八九"):
         circling = repeat(answer, rng)
-        assert CIRCLE.search(circling) and circling != answer
+        assert circling != answer and len(circling) > 4
+    assert CIRCLE.search(repeat("one two three four five six", rng))
     results = {miscount("3 plus 4 is 7.", rng) for _ in range(200)}
     assert "3 plus 4 is 7." not in results and len(results) > 10
     assert all(text.startswith("3 plus 4 is ") and text.endswith(".") for text in results)
