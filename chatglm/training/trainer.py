@@ -203,8 +203,12 @@ class CheckedSteps:
     args: Any
     state: Any
     model: Any
-    tokens_seen: int = 0
     meter: Meter | None = None
+
+    @property
+    def tokens_seen(self) -> int:
+        """The tokens that this process was trained on since the start; 0 if nobody counts."""
+        return 0
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         """Log what a step gave, and what it took."""
@@ -238,12 +242,19 @@ class ChatTrainer(CheckedSteps, Trainer):
     It stops at a loss that is no number, counts tokens, and builds no cache.
     """
 
+    _num_tokens = 0
+
     def compute_loss(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any):
         """Return the loss of a batch, with the outputs if they are asked for."""
         inputs["use_cache"] = False
         if model.training:
-            self.tokens_seen += int((inputs["input_ids"] != self.pad_id).sum())
+            self._num_tokens += int((inputs["input_ids"] != self.pad_id).sum())
         return super().compute_loss(model, inputs, *args, **kwargs)
+
+    @property
+    def tokens_seen(self) -> int:
+        """The tokens that this process was trained on since the start."""
+        return self._num_tokens
 
     @property
     def pad_id(self) -> int:
