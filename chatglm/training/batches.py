@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from chatglm.training.records import Record, RecordFiles, RowProblem
-from chatglm.training.rendering import IGNORED_LABEL, Example, Renderer
+from chatglm.training.rendering import IGNORED_LABEL, Example
 
 Row = dict[str, list[int]]
 
@@ -181,11 +181,6 @@ def pad_rows(
         filled[number, place] = torch.tensor(row, dtype=filled.dtype)
         mask[number, place] = 1
     return filled, mask
-
-
-def build_examples(records: RecordFiles, renderer: Renderer) -> Examples:
-    """Return the rows of records with answers."""
-    return Examples(records, renderer.render)
 
 
 __all__ = ["Examples", "Packed", "PackingCollator", "PaddingCollator", "pack_lengths", "pad_rows"]

@@ -228,15 +228,4 @@ def _complete(base: Path, folder: Path) -> None:
             shutil.copy(base / name, folder)
 
 
-def count_parameters(model: nn.Module) -> tuple[int, int]:
-    """Return how many numbers are trained, and how many there are."""
-    sizes = [(p.numel(), p.requires_grad) for p in model.parameters()]
-    return sum(n for n, is_trained in sizes if is_trained), sum(n for n, _ in sizes)
-
-
-def read_vocabulary_size(folder: Path) -> int:
-    """Return the vocabulary's size that a model folder declares."""
-    return json.loads((folder / "config.json").read_text(encoding="utf-8"))["vocab_size"]
-
-
 __all__ = ["find_base", "find_core", "load_policy", "load_scorer", "load_tokenizer", "save_trained"]

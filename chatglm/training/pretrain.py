@@ -23,11 +23,10 @@ from chatglm.training.settings import Settings, require
 from chatglm.training.trainer import (
     ChatTrainer,
     build_arguments,
-    count_token_losses,
+    build_chat_trainer,
     find_half,
     prepare_output,
     run_trainer,
-    summarize_losses,
 )
 
 MARKERS = 3  # the blank, <sop> and <eop>
@@ -177,15 +176,8 @@ def build_trainer(
         else None
         for paths in (settings.train_data, settings.eval_data)
     )
-    trainer = ChatTrainer(
-        model=model,
-        args=arguments,
-        train_dataset=train,
-        eval_dataset=held_out,
-        data_collator=PaddingCollator(renderer.pad_id),
-        processing_class=tokenizer,
-        compute_metrics=summarize_losses,
-        preprocess_logits_for_metrics=count_token_losses,
+    trainer = build_chat_trainer(
+        model, tokenizer, arguments, (train, held_out), PaddingCollator(renderer.pad_id)
     )
     if train is not None:
         trainer.add_callback(EpochNoter(train))

@@ -20,11 +20,10 @@ from chatglm.training.settings import Settings
 from chatglm.training.trainer import (
     ChatTrainer,
     build_arguments,
-    count_token_losses,
+    build_chat_trainer,
     find_half,
     prepare_output,
     run_trainer,
-    summarize_losses,
 )
 
 PAD_MULTIPLE = 8
@@ -77,16 +76,7 @@ def build_trainer(
     if settings.packing:
         train, held_out = (d and Packed(d, renderer.max_length) for d in (train, held_out))
         collator = PackingCollator(renderer.pad_id, core.locate_documents)
-    return ChatTrainer(
-        model=model,
-        args=arguments,
-        train_dataset=train,
-        eval_dataset=held_out,
-        data_collator=collator,
-        processing_class=tokenizer,
-        compute_metrics=summarize_losses,
-        preprocess_logits_for_metrics=count_token_losses,
-    )
+    return build_chat_trainer(model, tokenizer, arguments, (train, held_out), collator)
 
 
 def read_examples(paths: list[str], settings: Settings, renderer: Renderer) -> Examples:

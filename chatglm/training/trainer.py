@@ -6,7 +6,7 @@ newest whole checkpoint. What is shown meanwhile is `progress`'s. Does not know 
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ import torch
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
 from torch import Tensor, nn
-from transformers import Trainer, set_seed
+from transformers import Trainer, TrainingArguments, set_seed
 from transformers.trainer_utils import EvalPrediction, get_last_checkpoint
 
 from chatglm.training.models import name_as_before, save_trained
@@ -261,6 +261,35 @@ class ChatTrainer(CheckedSteps, Trainer):
         """The pad token, which is no token that was trained on."""
         tokenizer: Any = self.processing_class
         return tokenizer.pad_token_id
+
+
+def build_chat_trainer(
+    model: Any,
+    tokenizer: Any,
+    arguments: TrainingArguments,
+    datasets: tuple[Any, Any],
+    collator: Callable[[Any], dict[str, Tensor]],
+) -> ChatTrainer:
+    """Return the trainer of a language model, which reports perplexity over held-out tokens.
+
+    Args:
+        model: with its adapters.
+        tokenizer: the model's.
+        arguments: of the training.
+        datasets: what is trained on and what is held out, None for either that there is not.
+        collator: makes batches of their rows.
+    """
+    train, held_out = datasets
+    return ChatTrainer(
+        model=model,
+        args=arguments,
+        train_dataset=train,
+        eval_dataset=held_out,
+        data_collator=collator,
+        processing_class=tokenizer,
+        compute_metrics=summarize_losses,
+        preprocess_logits_for_metrics=count_token_losses,
+    )
 
 
 def check_loss(loss: Tensor, step: int, folder: Path) -> None:
