@@ -6,17 +6,19 @@ and their mask come from the model, which owns them. Does not know formats of fi
 Shapes: `B` batch, `S` columns.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import Dataset
+from torch.utils.data import Dataset, Sampler
 
 from chatglm.training.records import Record, RecordFiles, RowProblem
 from chatglm.training.rendering import IGNORED_LABEL, Example
 
 Row = dict[str, list[int]]
+POOL_BATCHES = 50  # sorted at once: enough to waste little, few enough to mix rows
 
 
 class Examples(Dataset):
@@ -117,6 +119,44 @@ def pack_lengths(lengths: Sequence[int], room: int) -> list[list[int]]:
     return rows
 
 
+class LengthSampler(Sampler[int]):
+    """Draws rows so that those of a batch are of like length, and little is wasted on padding.
+
+    Every epoch has another order, which follows from the seed and its number alone. Rows are mixed,
+    cut into pools, sorted in each, and the batches that come out are mixed again, so that neither
+    short nor long ones come in a row.
+
+    Args:
+        lengths: of the rows, in tokens.
+        batch_size: rows that should be alike: those of all processes in an optimizer step.
+        seed: of the orders.
+    """
+
+    def __init__(self, lengths: Sequence[int], batch_size: int, seed: int) -> None:
+        self.lengths, self.batch_size, self.seed = np.asarray(lengths), batch_size, seed
+        self.epoch = 0
+
+    def set_epoch(self, epoch: int) -> None:
+        """Say whose order is drawn next."""
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    def __iter__(self) -> Iterator[int]:
+        rng = np.random.default_rng((self.seed, self.epoch))
+        rows, size = rng.permutation(len(self)), self.batch_size
+        pools = (
+            rows[i : i + POOL_BATCHES * size] for i in range(0, len(rows), POOL_BATCHES * size)
+        )
+        rows = np.concatenate(
+            [pool[np.argsort(self.lengths[pool], kind="stable")] for pool in pools]
+        )
+        whole = len(rows) // size * size
+        mixed = rng.permutation(rows[:whole].reshape(-1, size))  # (batches, size)
+        yield from (*mixed.ravel().tolist(), *rows[whole:].tolist())
+
+
 class PaddingCollator:
     """Pads examples on the right to the longest of a batch.
 
@@ -183,4 +223,12 @@ def pad_rows(
     return filled, mask
 
 
-__all__ = ["Examples", "Packed", "PackingCollator", "PaddingCollator", "pack_lengths", "pad_rows"]
+__all__ = [
+    "Examples",
+    "LengthSampler",
+    "Packed",
+    "PackingCollator",
+    "PaddingCollator",
+    "pack_lengths",
+    "pad_rows",
+]

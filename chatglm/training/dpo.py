@@ -26,7 +26,7 @@ from chatglm.training.alignment import (
 from chatglm.training.batches import Examples
 from chatglm.training.models import find_core, load_policy, load_tokenizer
 from chatglm.training.rendering import Renderer
-from chatglm.training.settings import Settings
+from chatglm.training.settings import RowSettings
 from chatglm.training.trainer import find_half, prepare_output, run_trainer
 
 with importing_trl():
@@ -36,7 +36,7 @@ FULL_RATE, LORA_RATE = 1e-6, 1e-5
 
 
 @dataclass
-class DpoSettings(Settings):
+class DpoSettings(RowSettings):
     """What preference optimization can be told beside the keys of `DPOConfig`, as `beta`."""
 
 

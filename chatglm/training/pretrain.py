@@ -19,7 +19,7 @@ from chatglm.training.batches import PaddingCollator
 from chatglm.training.models import find_core, load_policy, load_tokenizer
 from chatglm.training.records import RecordFiles, read_texts
 from chatglm.training.rendering import Example, Renderer
-from chatglm.training.settings import Settings, require
+from chatglm.training.settings import RowSettings, require
 from chatglm.training.trainer import (
     ChatTrainer,
     build_arguments,
@@ -34,7 +34,7 @@ SHORTEST_TEXT = 2  # tokens of a text that something can be taken out of
 
 
 @dataclass
-class PretrainSettings(Settings):
+class PretrainSettings(RowSettings):
     """What pre-training can be told beside what every stage can.
 
     Attributes:
@@ -72,6 +72,7 @@ class Blanks(Dataset):
 
     Attributes:
         epoch: whose blanks are drawn.
+        lengths: tokens of each piece.
     """
 
     def __init__(
@@ -87,10 +88,12 @@ class Blanks(Dataset):
         self.seed, self.epoch = seed, 0
         self.room = renderer.max_length - MARKERS
         self.places: list[tuple[int, int]] = []
+        self.lengths: list[int] = []
         for number in range(len(records)):
             length = len(renderer.encode_text(records[number].query))
             starts = range(0, max(0, length - SHORTEST_TEXT + 1), self.room)
             self.places += [(number, start) for start in starts]
+            self.lengths += [min(self.room, length - start) for start in starts]
         if not self.places:
             raise ValueError(f"no text has {SHORTEST_TEXT} tokens or more: give longer ones")
 

@@ -32,7 +32,7 @@ from chatglm.training.alignment import (
 from chatglm.training.batches import Examples, pad_rows
 from chatglm.training.models import find_prompt_format, load_scorer, load_tokenizer
 from chatglm.training.rendering import Renderer
-from chatglm.training.settings import KeyProblem, Settings
+from chatglm.training.settings import KeyProblem, RowSettings
 from chatglm.training.trainer import find_half, prepare_output, run_trainer
 
 with importing_trl():
@@ -44,7 +44,7 @@ FULL_RATE, LORA_RATE = 1e-5, 1e-4
 
 
 @dataclass
-class RewardSettings(Settings):
+class RewardSettings(RowSettings):
     """What the training of a reward model can be told: nothing but what every stage can."""
 
 

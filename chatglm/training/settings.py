@@ -115,6 +115,17 @@ class Settings:
         return bool(self.lora_rank or self.adapter)
 
 
+@dataclass
+class RowSettings(Settings):
+    """What stages that learn from rows of files can be told beside.
+
+    Attributes:
+        group_by_length: make batches of rows of like length, which wastes less on padding.
+    """
+
+    group_by_length: bool = False
+
+
 S = TypeVar("S", bound=Settings)
 
 
@@ -286,4 +297,4 @@ def _unknown(key: str, known: Sequence[str]) -> str:
     return f"there is no key {key}{hint} (docs/training.md has the list)"
 
 
-__all__ = ["KeyProblem", "Settings", "read_settings", "require", "write_settings"]
+__all__ = ["KeyProblem", "RowSettings", "Settings", "read_settings", "require", "write_settings"]

@@ -16,7 +16,7 @@ from chatglm.training.batches import Examples, Packed, PackingCollator, PaddingC
 from chatglm.training.models import find_core, load_policy, load_tokenizer
 from chatglm.training.records import Columns, RecordFiles, read_answers
 from chatglm.training.rendering import Renderer
-from chatglm.training.settings import Settings
+from chatglm.training.settings import RowSettings, Settings
 from chatglm.training.trainer import (
     ChatTrainer,
     build_arguments,
@@ -30,7 +30,7 @@ PAD_MULTIPLE = 8
 
 
 @dataclass
-class SftSettings(Settings):
+class SftSettings(RowSettings):
     """What supervised fine-tuning can be told beside what every stage can.
 
     Attributes:

@@ -6,7 +6,7 @@ newest whole checkpoint. What is shown meanwhile is `progress`'s. Does not know 
 
 import json
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -19,10 +19,17 @@ from torch import Tensor, nn
 from transformers import Trainer, TrainingArguments, set_seed
 from transformers.trainer_utils import EvalPrediction, get_last_checkpoint
 
+from chatglm.training.batches import LengthSampler
 from chatglm.training.models import name_as_before, save_trained
 from chatglm.training.progress import Meter, build_callbacks
 from chatglm.training.rendering import IGNORED_LABEL
-from chatglm.training.settings import SETTINGS_FILE, KeyProblem, Settings, read_config
+from chatglm.training.settings import (
+    SETTINGS_FILE,
+    KeyProblem,
+    RowSettings,
+    Settings,
+    read_config,
+)
 from chatglm.training.settings import write_settings as write_settings_file
 
 # What every stage starts from; the configuration file and the flags go before it.
@@ -41,6 +48,7 @@ DEFAULTS: dict[str, Any] = {
 }
 # Ours, or settled by what was given.
 RESERVED = {"output_dir": "output", "resume_from_checkpoint": "resume", "do_train": "STAGE"}
+RESERVED |= {"train_sampling_strategy": "group_by_length"}
 # What newer releases of transformers call a key, and warn about by its old name.
 RENAMED = {
     "gradient_checkpointing": "activation_checkpointing",
@@ -198,11 +206,16 @@ class CheckedSteps:
 
     Its log has tokens a second, if it counts them, and memory. What it saves can be loaded under
     FSDP2 too.
+
+    Attributes:
+        groups_rows: whether rows of like length share a batch.
     """
 
     args: Any
     state: Any
     model: Any
+    train_dataset: Any
+    groups_rows = False
     meter: Meter | None = None
 
     @property
@@ -230,10 +243,24 @@ class CheckedSteps:
         check_loss(loss, self.state.global_step, Path(self.args.output_dir))
         return loss
 
+    def _get_train_sampler(self, train_dataset: Any = None) -> Any:
+        trainer: Any = super()
+        if not self.groups_rows:
+            return trainer._get_train_sampler(train_dataset)
+        rows = self.train_dataset if train_dataset is None else train_dataset
+        args = self.args
+        size = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
+        return LengthSampler(find_lengths(rows), size, args.seed)
+
     def _save(self, *args: Any, **kwargs: Any) -> None:
         name_as_before(self.model)
         trainer: Any = super()
         trainer._save(*args, **kwargs)
+
+
+def find_lengths(rows: Any) -> Sequence[int]:
+    """Return the lengths of a dataset's rows, which it has as a column or as an attribute."""
+    return list(rows["length"]) if hasattr(rows, "column_names") else rows.lengths
 
 
 class ChatTrainer(CheckedSteps, Trainer):
@@ -308,7 +335,7 @@ def check_loss(loss: Tensor, step: int, folder: Path) -> None:
     )
 
 
-def run_trainer(trainer: Trainer, settings: Settings, checkpoint: Path | None) -> dict[str, float]:
+def run_trainer(trainer: Any, settings: Settings, checkpoint: Path | None) -> dict[str, float]:
     """Train, evaluate, and write the model; returns the last figures.
 
     Args:
@@ -322,11 +349,12 @@ def run_trainer(trainer: Trainer, settings: Settings, checkpoint: Path | None) -
 
 
 def train_and_evaluate(
-    trainer: Trainer, settings: Settings, checkpoint: Path | None
+    trainer: Any, settings: Settings, checkpoint: Path | None
 ) -> dict[str, float]:
     """Train, and return the figures of the held-out rows; arguments as of `run_trainer`."""
     for callback in build_callbacks(settings, trainer):
         trainer.add_callback(callback)
+    trainer.groups_rows = isinstance(settings, RowSettings) and settings.group_by_length
     trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     return trainer.evaluate() if settings.eval_data else {}
 

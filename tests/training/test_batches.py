@@ -1,6 +1,7 @@
 """Batches: padding and packing change nothing about the loss and the gradients of a row."""
 
 import json
+import random
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from chatglm.training.batches import (
     Examples,
+    LengthSampler,
     Packed,
     PackingCollator,
     PaddingCollator,
@@ -126,3 +128,38 @@ def test_rows_that_are_too_long_are_left_out_and_counted(
     assert all(isinstance(kept[i], Example) for i in range(2))
     with pytest.raises(ValueError, match="raise max_length"):
         Examples(examples.records, lambda record: None)
+
+
+def count_columns(rows: list[int], lengths: list[int], size: int) -> int:
+    """Return the columns, times rows, that batches of an order have."""
+    batches = [rows[i : i + size] for i in range(0, len(rows), size)]
+    return sum(len(batch) * max(lengths[i] for i in batch) for batch in batches)
+
+
+def test_rows_of_like_length_share_a_batch() -> None:
+    rng = random.Random(5)
+    lengths = [rng.randint(5, 400) for _ in range(3_003)]
+    sampler = LengthSampler(lengths, 8, seed=3)
+    rows = list(sampler)
+    assert sorted(rows) == list(range(len(lengths))) and len(sampler) == len(lengths)
+    shuffled = rng.sample(range(len(lengths)), len(lengths))
+    assert count_columns(rows, lengths, 8) < 1.05 * sum(lengths)
+    assert count_columns(shuffled, lengths, 8) > 1.5 * sum(lengths)
+    means = [sum(lengths[i] for i in rows[k : k + 8]) / 8 for k in range(0, 3_000, 8)]
+    jumps = [abs(a - b) for a, b in zip(means, means[1:])]
+    assert sum(jumps) / len(jumps) > 60  # short and long batches take turns
+
+
+def test_each_epoch_has_an_order_of_its_own_that_can_be_had_again() -> None:
+    first, again = LengthSampler(range(100), 4, seed=3), LengthSampler(range(100), 4, seed=3)
+    orders = []
+    for epoch in range(3):
+        first.set_epoch(epoch)
+        orders.append(list(first))
+    again.set_epoch(2)
+    assert list(again) == orders[2]
+    assert len({tuple(order) for order in orders}) == 3
+
+
+def test_fewer_rows_than_a_batch_are_all_drawn() -> None:
+    assert sorted(LengthSampler([5, 3, 4], 8, seed=0)) == [0, 1, 2]
