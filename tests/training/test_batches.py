@@ -1,5 +1,6 @@
 """Batches: padding and packing change nothing about the loss and the gradients of a row."""
 
+import itertools
 import json
 import random
 from pathlib import Path
@@ -146,7 +147,7 @@ def test_rows_of_like_length_share_a_batch() -> None:
     assert count_columns(rows, lengths, 8) < 1.05 * sum(lengths)
     assert count_columns(shuffled, lengths, 8) > 1.5 * sum(lengths)
     means = [sum(lengths[i] for i in rows[k : k + 8]) / 8 for k in range(0, 3_000, 8)]
-    jumps = [abs(a - b) for a, b in zip(means, means[1:])]
+    jumps = [abs(a - b) for a, b in itertools.pairwise(means)]
     assert sum(jumps) / len(jumps) > 60  # short and long batches take turns
 
 
