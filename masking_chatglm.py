@@ -402,6 +402,29 @@ def accept_hidden_mask(attention_mask: Tensor | None) -> Tensor | None:
     return attention_mask < 0
 
 
+def build_attention_bias(
+    hidden_mask: Tensor | None, dtype: torch.dtype, prefix_length: int = 0
+) -> Tensor | None:
+    """Turn a mask into what is added to the scores.
+
+    The lowest number instead of -inf lets a row of pads attend evenly, as in the original, where
+    -inf would make it NaN; float32's would be -inf after a cast by autocast.
+
+    Args:
+        hidden_mask: `(B, 1, S, K)`, True = hidden; None hides nothing.
+        dtype: of the scores, unless autocast has another.
+        prefix_length: columns of a P-Tuning prefix before the others, open to every token.
+    """
+    if hidden_mask is None:
+        return None
+    if torch.is_autocast_enabled(hidden_mask.device.type):
+        dtype = torch.get_autocast_dtype(hidden_mask.device.type)
+    if prefix_length:
+        hidden_mask = torch.nn.functional.pad(hidden_mask, (prefix_length, 0), value=False)
+    bias = torch.zeros_like(hidden_mask, dtype=dtype)
+    return bias.masked_fill(hidden_mask, torch.finfo(dtype).min)
+
+
 def align_token_columns(input_ids: Tensor, length: int) -> Tensor:
     """Left-fill ids `(B, S)` with unknown tokens to `length` columns, `(B, length)`."""
     missing = max(length - input_ids.shape[1], 0)

@@ -38,6 +38,7 @@ from .masking_chatglm import (
     UNKNOWN_TOKEN,
     SpecialIds,
     accept_hidden_mask,
+    build_attention_bias,
     build_document_geometry,
     find_last_columns,
     find_static_columns,
@@ -378,7 +379,7 @@ class ChatGLMModel(ChatGLMPreTrainedModel):
             cache_position = find_static_columns(past_key_values, embeddings)
         hidden_states, all_hidden_states, all_attentions = self._run_blocks(
             embeddings,
-            self._build_attention_bias(hidden_mask, embeddings.dtype),
+            build_attention_bias(hidden_mask, embeddings.dtype, self.pre_seq_len or 0),
             self.rotary_emb(position_ids, embeddings.dtype),
             output_hidden_states,
             past_key_values=past_key_values,
@@ -449,24 +450,6 @@ class ChatGLMModel(ChatGLMPreTrainedModel):
         if self.pre_seq_len is None:
             return [None] * len(self.layers)
         return self.prefix_encoder(inputs_embeds.shape[0], inputs_embeds.dtype)
-
-    def _build_attention_bias(
-        self, hidden_mask: Tensor | None, dtype: torch.dtype
-    ) -> Tensor | None:
-        """Turn a mask `(B, 1, S, K)`, True = hidden, into what is added to the scores.
-
-        The lowest number instead of -inf lets a row of pads attend evenly, as in the original,
-        where -inf would make it NaN; float32's would be -inf after a cast by autocast. A prefix is
-        open to every token.
-        """
-        if hidden_mask is None:
-            return None
-        if torch.is_autocast_enabled(hidden_mask.device.type):
-            dtype = torch.get_autocast_dtype(hidden_mask.device.type)
-        if self.pre_seq_len is not None:
-            hidden_mask = nn.functional.pad(hidden_mask, (self.pre_seq_len, 0), value=False)
-        bias = torch.zeros_like(hidden_mask, dtype=dtype)
-        return bias.masked_fill(hidden_mask, torch.finfo(dtype).min)
 
     def _locate(
         self,
