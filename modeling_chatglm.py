@@ -62,6 +62,7 @@ from .sampling_chatglm import quicken  # noqa: F401
 # The released weights were trained with 28 layers, and the original code uses this number for a
 # model of any depth.
 RESIDUAL_LAYERS = 28
+IGNORED_LABEL = -100  # no loss is wanted there; torch's number
 
 
 def eager_attention_forward(
@@ -501,6 +502,13 @@ class ChatGLMModel(ChatGLMPreTrainedModel):
         return unknown.masked_fill(position_ids[:, 1] == 1, self.special_ids.bos)
 
 
+def _pick_places(states: Tensor, places: int | Tensor) -> Tensor:
+    """Return the last so many of `(B, S, ...)`, columns, or the places of a mask `(B, S)`."""
+    if isinstance(places, int):
+        return states[:, slice(-places, None)]
+    return states[places] if places.dim() == 2 else states[:, places]
+
+
 def _default(value: bool | None, default: Any) -> bool:
     return default if value is None else value
 
@@ -545,11 +553,13 @@ class ChatGLMForConditionalGeneration(ChatGLMPreTrainedModel, ChatMixin, GLMGene
         Args:
             labels: `(B, S)`, the ids themselves (they are shifted here), -100 where no loss is
                 wanted.
-            logits_to_keep: compute only the last so many logits (0: all), or those of a tensor of
-                places. Other arguments: see `ChatGLMModel`.
+            logits_to_keep: compute only the last so many logits (0: all), those of a tensor of
+                columns, or those of a boolean mask `(B, S)`; the loss is that of these places.
+                Other arguments: see `ChatGLMModel`.
 
         Returns:
-            The loss in float32 if labels are given, and logits `(B, S, V)`.
+            The loss in float32 if labels are given, and logits `(B, S, V)`, or `(places, V)` of a
+            mask's places, row by row.
         """
         outputs = self.transformer(
             input_ids=input_ids,
@@ -563,10 +573,12 @@ class ChatGLMForConditionalGeneration(ChatGLMPreTrainedModel, ChatMixin, GLMGene
             return_dict=True,
             cache_position=kwargs.pop("cache_position", None),
         )
-        kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-        logits = self.lm_head(outputs.last_hidden_state[:, kept])
+        logits = self.lm_head(_pick_places(outputs.last_hidden_state, logits_to_keep))
         loss = None
         if labels is not None:
+            shift_labels = nn.functional.pad(labels[:, 1:], (0, 1), value=IGNORED_LABEL)
+            shift_labels = _pick_places(shift_labels, logits_to_keep).contiguous()
+            kwargs.setdefault("shift_labels", shift_labels)
             loss = self.loss_function(logits, labels, self.config.vocab_size, **kwargs)
         output = CausalLMOutputWithPast(loss=loss, logits=logits, **_states_of(outputs))
         return output if _default(return_dict, self.config.return_dict) else output.to_tuple()

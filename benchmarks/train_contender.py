@@ -23,7 +23,9 @@ from torch.utils.checkpoint import checkpoint
 from benchmarks.full_size import Recipe, fill_model, make_model, read_config
 from benchmarks.serving import serve
 from chatglm.benching.command import METHODS, read_device_peak
-from chatglm.benching.training import IGNORED_LABEL, RANK, TrainingStep, draw_rows
+from chatglm.benching.training import RANK, TrainingStep, draw_rows
+from chatglm.training.batches import find_learned
+from chatglm.training.rendering import IGNORED_LABEL
 
 TARGET = "query_key_value"
 ROTARY_BASE = 10000.0
@@ -219,6 +221,7 @@ class Trainee:
     def __init__(self, name: str, setting: Setting, threads: int) -> None:
         torch.set_num_threads(threads)
         transformers.logging.set_verbosity_error()
+        self.keeps_learned = name == "ours"  # as `chatglm train sft` does
         self.setting, self.model = setting, BUILDERS[name](setting)
         self.step: TrainingStep | None = None
 
@@ -236,6 +239,8 @@ class Trainee:
         if self.step is None:
             config = argparse.Namespace(**self.setting.config)
             rows = draw_rows(config, length, batch, device)
+            if self.keeps_learned:
+                rows["logits_to_keep"] = find_learned(rows["labels"])
             half = torch.bfloat16 if self.setting.half else None
             self.step = TrainingStep(self.model, rows, half)
         return {"seconds": self.step.run(), "peak": read_device_peak(device)}

@@ -21,13 +21,14 @@ import torch
 from torch import Tensor, nn
 
 from chatglm.benching.command import list_versions, read_device_peak
+from chatglm.training.batches import find_learned
+from chatglm.training.rendering import IGNORED_LABEL
 
 RANK = 8  # of the adapters, at the joint projection of queries, keys and values
 LEARNING_RATE = 1e-4
 LARGEST_NORM = 1.0  # of the gradients
 STEPS = 6  # the first one, which makes the optimizer's states, is not counted
 SHORTEST = 4  # tokens of a row: one and two markers, and one that is learned
-IGNORED_LABEL = -100
 
 
 @dataclass
@@ -159,6 +160,7 @@ def measure(args: argparse.Namespace) -> TrainingReport:
     model, half = load(args)
     load_seconds = time.perf_counter() - began
     rows = draw_rows(model.config, args.length, args.batch, model.device)
+    rows["logits_to_keep"] = find_learned(rows["labels"])
     step = TrainingStep(model, {**rows, "use_cache": False}, half)
     if model.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(model.device)

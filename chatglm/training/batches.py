@@ -202,6 +202,15 @@ class PackingCollator:
         }
 
 
+def find_learned(labels: Tensor) -> Tensor:
+    """Return where the next token is learned, `(B, S)` boolean: the only logits that count.
+
+    Args:
+        labels: `(B, S)`.
+    """
+    return torch.nn.functional.pad(labels[:, 1:] != IGNORED_LABEL, (0, 1), value=False)
+
+
 def pad_rows(
     rows: Sequence[Sequence[int]], pad_id: int, multiple: int = 1, side: str = "right"
 ) -> tuple[Tensor, Tensor]:
@@ -229,6 +238,7 @@ __all__ = [
     "Packed",
     "PackingCollator",
     "PaddingCollator",
+    "find_learned",
     "pack_lengths",
     "pad_rows",
 ]

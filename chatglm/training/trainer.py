@@ -19,10 +19,9 @@ from torch import Tensor, nn
 from transformers import Trainer, TrainingArguments, set_seed
 from transformers.trainer_utils import EvalPrediction, get_last_checkpoint
 
-from chatglm.training.batches import LengthSampler
+from chatglm.training.batches import LengthSampler, find_learned
 from chatglm.training.models import name_as_before, save_trained
 from chatglm.training.progress import Meter, build_callbacks
-from chatglm.training.rendering import IGNORED_LABEL
 from chatglm.training.settings import (
     SETTINGS_FILE,
     KeyProblem,
@@ -174,20 +173,23 @@ def count_token_losses(logits: Any, labels: Tensor) -> Tensor:
     """Reduce logits to what perplexity needs, before they pile up.
 
     Args:
-        logits: `(B, S, V)`, or a tuple that begins with them.
+        logits: `(B, S, V)`, or `(places, V)` of those that `find_learned` finds, or a tuple that
+            begins with them.
         labels: `(B, S)`.
 
     Returns:
         `(B, 3)`: each row's summed loss in nats, its tokens, and how many were the likeliest.
     """
     logits = logits[0] if isinstance(logits, tuple) else logits
-    targets, logits = labels[:, 1:], logits[:, :-1]
-    losses = nn.functional.cross_entropy(
-        logits.flatten(0, 1).float(), targets.flatten(), reduction="none"
-    ).view(targets.shape)
-    is_counted = targets != IGNORED_LABEL
-    is_right = (logits.argmax(-1) == targets) & is_counted
-    return torch.stack([losses.sum(1), is_counted.sum(1).float(), is_right.sum(1).float()], dim=1)
+    is_counted = find_learned(labels)
+    if logits.dim() == 3:
+        logits = logits[is_counted]
+    targets = labels[:, 1:][is_counted[:, :-1]]
+    losses = nn.functional.cross_entropy(logits.float(), targets, reduction="none")
+    sums = torch.zeros(3, *labels.shape, device=labels.device)
+    is_right = logits.argmax(-1) == targets
+    sums[:, is_counted] = torch.stack([losses, torch.ones_like(losses), is_right.float()])
+    return sums.sum(-1).T  # (3, B, S) -> (B, 3)
 
 
 def summarize_losses(prediction: EvalPrediction) -> dict[str, float]:
@@ -266,7 +268,8 @@ def find_lengths(rows: Any) -> Sequence[int]:
 class ChatTrainer(CheckedSteps, Trainer):
     """transformers' Trainer for a prefix language model and the losses of this package.
 
-    It stops at a loss that is no number, counts tokens, and builds no cache.
+    It stops at a loss that is no number, counts tokens, builds no cache, and computes logits only
+    where something is learned.
     """
 
     _num_tokens = 0
@@ -276,6 +279,8 @@ class ChatTrainer(CheckedSteps, Trainer):
         inputs["use_cache"] = False
         if model.training:
             self._num_tokens += int((inputs["input_ids"] != self.pad_id).sum())
+        if self.label_smoother is None:  # which wants the logits of all places
+            inputs["logits_to_keep"] = find_learned(inputs["labels"])
         return super().compute_loss(model, inputs, *args, **kwargs)
 
     @property

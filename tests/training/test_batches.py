@@ -16,10 +16,12 @@ from chatglm.training.batches import (
     Packed,
     PackingCollator,
     PaddingCollator,
+    find_learned,
     pack_lengths,
 )
 from chatglm.training.records import RecordFiles, read_answers
 from chatglm.training.rendering import IGNORED_LABEL, Example, Renderer
+from chatglm.training.trainer import count_token_losses
 
 ROWS = [
     {"prompt": "你好", "response": "你好！"},
@@ -129,6 +131,23 @@ def test_rows_that_are_too_long_are_left_out_and_counted(
     assert all(isinstance(kept[i], Example) for i in range(2))
     with pytest.raises(ValueError, match="raise max_length"):
         Examples(examples.records, lambda record: None)
+
+
+def test_losses_of_learned_places_and_of_all_are_the_same(model: Any, examples: Examples) -> None:
+    batch = PaddingCollator(model.config.pad_token_id)([examples[i] for i in range(4)])
+    labels = batch.pop("labels")
+    with torch.no_grad():
+        whole = model(**batch).logits
+        kept = model(**batch, logits_to_keep=find_learned(labels)).logits
+    sums = count_token_losses(whole, labels)
+    torch.testing.assert_close(count_token_losses((kept,), labels), sums)
+    losses = torch.nn.functional.cross_entropy(
+        whole[:, :-1].transpose(1, 2), labels[:, 1:], reduction="none"
+    )
+    torch.testing.assert_close(sums[:, 0], losses.sum(1))
+    assert sums[:, 1].tolist() == (labels[:, 1:] != IGNORED_LABEL).sum(1).tolist()
+    right = (whole[:, :-1].argmax(-1) == labels[:, 1:]).sum(1)
+    assert sums[:, 2].tolist() == right.tolist()
 
 
 def count_columns(rows: list[int], lengths: list[int], size: int) -> int:

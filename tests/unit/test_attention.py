@@ -204,6 +204,15 @@ def test_some_of_the_logits(tiny_model: Any, kept: Any) -> None:
     assert_near(forward(tiny_model, ROWS[:1], logits_to_keep=kept).logits, expected)
 
 
+def test_the_logits_of_places(tiny_model: Any) -> None:
+    rows = pad_rows(ROWS, "right")
+    logits = forward(tiny_model, rows).logits
+    places = torch.rand(logits.shape[:2], generator=torch.Generator().manual_seed(2)) < 0.4
+    kept = forward(tiny_model, rows, logits_to_keep=places).logits
+    assert kept.shape == (int(places.sum()), logits.shape[-1])
+    assert_near(kept, logits[places])
+
+
 @pytest.mark.parametrize("backend", ["eager", "sdpa"])
 @pytest.mark.parametrize("how", ["cast", "autocast"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)

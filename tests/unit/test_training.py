@@ -57,6 +57,28 @@ def test_the_loss_is_shifted_cross_entropy(tiny_model: Any) -> None:
     assert (loss, logits.shape) == (outputs.loss, outputs.logits.shape)
 
 
+@pytest.mark.parametrize("counted", [None, 40], ids=["mean", "sum"])
+def test_the_loss_of_learned_places_is_the_whole_one(tiny_model: Any, counted: int | None) -> None:
+    learned = torch.nn.functional.pad(LABELS[:, 1:] != -100, (0, 1))
+    found = []
+    for places in (0, learned):
+        tiny_model.zero_grad()
+        output = tiny_model(**BATCH, num_items_in_batch=counted, logits_to_keep=places)
+        output.loss.backward()
+        found.append((output.loss, gradients(tiny_model)))
+    (whole, expected), (loss, grads) = found
+    torch.testing.assert_close(loss, whole)
+    for name, gradient in expected.items():
+        torch.testing.assert_close(grads[name], gradient.clone(), msg=name)
+
+
+def test_the_loss_of_kept_columns_is_theirs(tiny_model: Any) -> None:
+    logits = tiny_model(ROWS).logits[:, -4:-1]
+    loss = tiny_model(**BATCH, logits_to_keep=4).loss
+    expected = cross_entropy(logits.flatten(0, 1), LABELS[:, -3:].flatten())
+    torch.testing.assert_close(loss, expected)
+
+
 def test_the_loss_of_half_precision_is_float32(tiny_model: Any) -> None:
     expected = tiny_model(**BATCH).loss.item()
     loss = tiny_model.bfloat16()(**BATCH).loss
