@@ -134,7 +134,8 @@ def test_checkpointing_and_bf16_train_too(tiny_repo: Path, data: Path, tmp_path:
 
 def run_until_killed(command: list[str], checkpoint: Path) -> None:
     """Start a training and kill it when a checkpoint has been written."""
-    env = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    threads = str(torch.get_num_threads())  # with another number sums are rounded otherwise
+    env = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": threads}
     with subprocess.Popen(command, env=env, stderr=subprocess.PIPE) as process:
         while not (checkpoint / "trainer_state.json").exists() and process.poll() is None:
             time.sleep(0.002)
