@@ -16,7 +16,7 @@ from typing import Any
 from transformers import TrainingArguments
 
 from chatglm.training.batches import Examples
-from chatglm.training.records import Columns, RecordFiles, read_pairs
+from chatglm.training.records import open_records, read_pairs
 from chatglm.training.rendering import Renderer
 from chatglm.training.settings import KeyProblem, Settings
 from chatglm.training.trainer import DEFAULTS, CheckedSteps, build_arguments
@@ -209,8 +209,7 @@ def read_pair_rows(paths: Sequence[str], settings: Settings, renderer: Renderer)
     Raises:
         ValueError: for files and rows that cannot be used.
     """
-    columns = Columns(settings.prompt_column, settings.response_column, settings.history_column)
-    records = RecordFiles(paths, read_pairs, columns, settings.bad_rows == "skip")
+    records = open_records(paths, read_pairs, settings)
     return Examples(records, renderer.render_pair)
 
 

@@ -12,8 +12,6 @@ frozen model; `loss_type` has the variants.
 from dataclasses import dataclass
 from typing import Any
 
-from transformers import set_seed
-
 from chatglm.training.alignment import (
     AlignmentTrainer,
     build_trainer,
@@ -57,7 +55,6 @@ def main(settings: DpoSettings, given: dict[str, Any]) -> dict[str, float]:
     rate = LORA_RATE if settings.uses_lora else FULL_RATE
     arguments = build_trl_arguments(ARGUMENTS, settings, given, max_length=None, learning_rate=rate)
     checkpoint = prepare_output(settings, given)
-    set_seed(arguments.seed)  # the adapters are new
     trainer = build_dpo_trainer(
         load_policy(settings, find_half(arguments)), load_tokenizer(settings), settings, arguments
     )

@@ -25,7 +25,7 @@ from chatglm.training.choices import SPLITS, WORDINGS, mark_subject, mark_test, 
 from chatglm.training.models import ADAPTER_FILE, find_core, load_policy, load_tokenizer
 from chatglm.training.picking import ANSWERS, Picker
 from chatglm.training.prefixes import load_with_prefix
-from chatglm.training.records import Columns, RecordFiles, read_answers
+from chatglm.training.records import RecordFiles, open_records, read_answers
 from chatglm.training.rendering import Renderer
 from chatglm.training.scoring import Judge
 from chatglm.training.settings import Settings, require
@@ -266,8 +266,7 @@ def main(settings: EvalSettings, given: dict[str, Any]) -> dict[str, Any]:
 
 def read_records(settings: EvalSettings) -> RecordFiles:
     """Return the records with answers of the settings' files."""
-    columns = Columns(settings.prompt_column, settings.response_column, settings.history_column)
-    return RecordFiles(settings.eval_data, read_answers, columns, settings.bad_rows == "skip")
+    return open_records(settings.eval_data, read_answers, settings)
 
 
 def summarize_rows(measured: np.ndarray) -> dict[str, Any]:

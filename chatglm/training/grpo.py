@@ -13,7 +13,6 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor
-from transformers import set_seed
 
 from chatglm.training.alignment import (
     AlignmentTrainer,
@@ -80,7 +79,6 @@ def main(settings: GrpoSettings, given: dict[str, Any]) -> dict[str, float]:
     rate = LORA_RATE if settings.uses_lora else FULL_RATE
     arguments = build_trl_arguments(ARGUMENTS, settings, given, learning_rate=rate)
     checkpoint = prepare_output(settings, given)
-    set_seed(arguments.seed)  # the adapters are new
     trainer = build_grpo_trainer(
         load_policy(settings, find_half(arguments)), load_tokenizer(settings), settings, arguments
     )

@@ -17,7 +17,7 @@ from transformers import TrainerCallback, TrainingArguments
 
 from chatglm.training.batches import PaddingCollator
 from chatglm.training.models import find_core, load_policy, load_tokenizer
-from chatglm.training.records import RecordFiles, read_texts
+from chatglm.training.records import RecordFiles, open_records, read_texts
 from chatglm.training.rendering import Example, Renderer
 from chatglm.training.settings import RowSettings, require
 from chatglm.training.trainer import (
@@ -166,10 +166,9 @@ def build_trainer(
     renderer = Renderer(core, tokenizer, settings.max_length)
     config = core.config
     special_ids = (config.mask_token_id, config.gmask_token_id, config.bos_token_id)
-    skips = settings.bad_rows == "skip"
     train, held_out = (
         Blanks(
-            RecordFiles(paths, read_texts, skips=skips),
+            open_records(paths, read_texts, settings),
             renderer,
             settings,
             special_ids,

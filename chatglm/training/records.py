@@ -14,6 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from chatglm.training.settings import Settings
+
 Rounds = list[tuple[str, str]]
 SUFFIXES = (".jsonl", ".json")
 SHOWN_PROBLEMS = 3
@@ -341,11 +343,27 @@ def list_files(paths: Sequence[str]) -> list[Path]:
     return files
 
 
+def open_records(paths: Sequence[str], reader: Reader, settings: Settings) -> RecordFiles:
+    """Return the records of some files as a stage's settings say.
+
+    Args:
+        paths: JSONL files, or folders of them.
+        reader: makes records of a row.
+        settings: say what the columns are called and what happens to bad rows.
+
+    Raises:
+        ValueError: as `RecordFiles`.
+    """
+    columns = Columns(settings.prompt_column, settings.response_column, settings.history_column)
+    return RecordFiles(paths, reader, columns, settings.bad_rows == "skip")
+
+
 __all__ = [
     "Columns",
     "Record",
     "RecordFiles",
     "RowProblem",
+    "open_records",
     "read_answers",
     "read_messages",
     "read_pairs",

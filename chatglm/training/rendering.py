@@ -5,7 +5,6 @@ what is added here is what happens to rows that are longer than the window. Does
 batches or models beyond that.
 """
 
-from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from chatglm.training.records import Record, Rounds, RowProblem
@@ -151,12 +150,6 @@ class Renderer:
             if len(prompt_ids) <= room:
                 return prompt_ids
         return prompt_ids[-room:]
-
-
-def split_example(input_ids: Sequence[int], labels: Sequence[int]) -> Example:
-    """Return a row's prompt and answer, the inverse of `input_ids` and `labels`."""
-    border = sum(label == IGNORED_LABEL for label in labels)
-    return Example(list(input_ids[:border]), list(input_ids[border:]))
 
 
 __all__ = ["IGNORED_LABEL", "Example", "Renderer"]

@@ -18,7 +18,6 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from transformers import set_seed
 from transformers.trainer_utils import EvalPrediction
 
 from chatglm.training.alignment import (
@@ -67,7 +66,6 @@ def main(settings: RewardSettings, given: dict[str, Any]) -> dict[str, float]:
     rate = LORA_RATE if settings.uses_lora else FULL_RATE
     arguments = build_trl_arguments(ARGUMENTS, settings, given, max_length=None, learning_rate=rate)
     checkpoint = prepare_output(settings, given)
-    set_seed(arguments.seed)  # the head and the adapters are new
     trainer = build_reward_trainer(
         load_scorer(settings, find_half(arguments)), load_tokenizer(settings), settings, arguments
     )

@@ -15,7 +15,7 @@ from torch import Tensor
 from transformers import GenerationConfig
 
 from chatglm.training.batches import Examples, pad_rows
-from chatglm.training.records import Columns, Record, RecordFiles, read_prompts
+from chatglm.training.records import Record, open_records, read_prompts
 from chatglm.training.rendering import Renderer
 from chatglm.training.rewards import Sampled
 from chatglm.training.settings import Settings
@@ -52,8 +52,7 @@ class Prompts:
     def __init__(
         self, paths: Sequence[str], settings: Settings, renderer: Renderer, answer_room: int
     ) -> None:
-        columns = Columns(settings.prompt_column, settings.response_column, settings.history_column)
-        records = RecordFiles(paths, read_prompts, columns, settings.bad_rows == "skip")
+        records = open_records(paths, read_prompts, settings)
         self.renderer, self.answer_room = renderer, answer_room
         self.rows = Examples(records, self._render)
 

@@ -14,7 +14,7 @@ from transformers import TrainingArguments
 
 from chatglm.training.batches import Examples, Packed, PackingCollator, PaddingCollator
 from chatglm.training.models import find_core, load_policy, load_tokenizer
-from chatglm.training.records import Columns, RecordFiles, read_answers
+from chatglm.training.records import open_records, read_answers
 from chatglm.training.rendering import Renderer
 from chatglm.training.settings import RowSettings, Settings
 from chatglm.training.trainer import (
@@ -81,6 +81,5 @@ def build_trainer(
 
 def read_examples(paths: list[str], settings: Settings, renderer: Renderer) -> Examples:
     """Return the rows of files that hold answers."""
-    columns = Columns(settings.prompt_column, settings.response_column, settings.history_column)
-    records = RecordFiles(paths, read_answers, columns, settings.bad_rows == "skip")
+    records = open_records(paths, read_answers, settings)
     return Examples(records, renderer.render)
