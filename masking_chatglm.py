@@ -238,6 +238,19 @@ def find_last_columns(attention_mask: Tensor | None, scores: Tensor) -> Tensor:
     return length - 1 - is_real.flip(1).int().argmax(dim=1)
 
 
+def pick_places(states: Tensor, places: int | Tensor) -> Tensor:
+    """Return some of `(B, S, ...)`.
+
+    Args:
+        states: what is picked from.
+        places: the last so many columns (0: all), a tensor of columns, or a boolean mask `(B, S)`,
+            whose places come row by row, `(places, ...)`.
+    """
+    if isinstance(places, int):
+        return states[:, slice(-places, None)]
+    return states[places] if places.dim() == 2 else states[:, places]
+
+
 def locate_new_tokens(
     input_ids: Tensor,
     attention_mask: Tensor | None,

@@ -45,14 +45,16 @@ from .masking_chatglm import (
     fold_attention_mask,
     locate_new_tokens,
     note_tokens,
+    pick_places,
     reserved_length,
 )
+from .memory_cpu import release_gaps
 from .packing_chatglm import QuantizationMixin, WeightFormat, note_ties, swap_layers
 from .prefix_chatglm import PrefixEncoder, PrefixTable, prepend_prefix
 from .products_cpu import DOTS  # noqa: F401
 from .program_cpu import Program  # noqa: F401
 from .quantization import QuantizedLinear
-from .quantization_cpu import Linear
+from .quantization_cpu import Linear, wants_graph
 from .quantization_cuda import find_kernels  # noqa: F401
 from .quantizer_chatglm import QuantizedLoadingMixin
 from .rotary_chatglm import RotaryEmbedding, apply_rotary
@@ -62,6 +64,7 @@ from .sampling_chatglm import quicken  # noqa: F401
 # The released weights were trained with 28 layers, and the original code uses this number for a
 # model of any depth.
 RESIDUAL_LAYERS = 28
+PART_COLUMNS = 512  # of a prompt that are four times as wide at once
 IGNORED_LABEL = -100  # no loss is wanted there; torch's number
 
 
@@ -137,6 +140,7 @@ class SelfAttention(nn.Module):
         query_states = apply_rotary(query_states, *position_embeddings)  # (B, N, S, D)
         key_states = apply_rotary(key_states, *position_embeddings)
         past = Past(key_states, value_states)
+        del mixed, key_states, value_states  # a cache has them too, and prompts may be long
         if past_key_values is not None:
             # transformers before 5.13 needs to be told where a static cache is written.
             where = {"cache_position": kwargs.get("cache_position")}
@@ -206,6 +210,15 @@ class GLU(nn.Module):
         self.dense_4h_to_h = Linear(config.inner_hidden_size, config.hidden_size)
 
     def forward(self, hidden_states: Tensor) -> Tensor:
+        """Map `(B, S, H)` to `(B, S, H)`; a long prompt on a CPU part by part, to save memory."""
+        is_short = hidden_states.shape[1] <= PART_COLUMNS or hidden_states.device.type != "cpu"
+        if is_short or wants_graph(hidden_states, self.dense_h_to_4h.bias):
+            return self._map(hidden_states)
+        parts = [self._map(part) for part in hidden_states.split(PART_COLUMNS, dim=1)]
+        release_gaps()  # of this block, which the next one might not fit into
+        return torch.cat(parts, dim=1)
+
+    def _map(self, hidden_states: Tensor) -> Tensor:
         intermediate = self.dense_h_to_4h(hidden_states)
         return self.dense_4h_to_h(nn.functional.gelu(intermediate, approximate="tanh"))
 
@@ -502,13 +515,6 @@ class ChatGLMModel(ChatGLMPreTrainedModel):
         return unknown.masked_fill(position_ids[:, 1] == 1, self.special_ids.bos)
 
 
-def _pick_places(states: Tensor, places: int | Tensor) -> Tensor:
-    """Return the last so many of `(B, S, ...)`, columns, or the places of a mask `(B, S)`."""
-    if isinstance(places, int):
-        return states[:, slice(-places, None)]
-    return states[places] if places.dim() == 2 else states[:, places]
-
-
 def _default(value: bool | None, default: Any) -> bool:
     return default if value is None else value
 
@@ -573,11 +579,11 @@ class ChatGLMForConditionalGeneration(ChatGLMPreTrainedModel, ChatMixin, GLMGene
             return_dict=True,
             cache_position=kwargs.pop("cache_position", None),
         )
-        logits = self.lm_head(_pick_places(outputs.last_hidden_state, logits_to_keep))
+        logits = self.lm_head(pick_places(outputs.last_hidden_state, logits_to_keep))
         loss = None
         if labels is not None:
             shift_labels = nn.functional.pad(labels[:, 1:], (0, 1), value=IGNORED_LABEL)
-            shift_labels = _pick_places(shift_labels, logits_to_keep).contiguous()
+            shift_labels = pick_places(shift_labels, logits_to_keep).contiguous()
             kwargs.setdefault("shift_labels", shift_labels)
             loss = self.loss_function(logits, labels, self.config.vocab_size, **kwargs)
         output = CausalLMOutputWithPast(loss=loss, logits=logits, **_states_of(outputs))

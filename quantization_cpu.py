@@ -31,6 +31,7 @@ HALF_FEATURES = {
     torch.float16: ("+avx512fp16", "+amx-fp16", "+fullfp16"),
 }
 BLOCK_BYTES = 2**16  # of weights that a thread takes at a time
+PART_TOKENS = 512  # of a long prompt at once, whose float32 sums would be the most that is held
 LONG_ROW = 8192  # columns from which rounded rows leave the first cache
 TYPE_NAMES = {torch.float32: "f32", torch.float16: "f16", torch.bfloat16: "bf16"}
 
@@ -85,8 +86,19 @@ class Sizes(NamedTuple):
 class Product(Protocol):
     """A product that is ready to be computed again and again."""
 
-    def run(self, input: Tensor, weight: int, scale: int) -> Tensor:
-        """Return float32 `(T, O)` for float32 `(T, I)`, and where weights and scales stand."""
+    kept: tuple[slice, slice]
+
+    def run(self, input: Tensor, weight: int, scale: int, output: Tensor | None = None) -> Tensor:
+        """Multiply float32 `(T, I)` with the weights that stand somewhere.
+
+        Args:
+            input: `(T, I)`, contiguous.
+            weight, scale: addresses.
+            output: what an earlier run returned, to be written again; None makes it anew.
+
+        Returns:
+            float32, of which `kept` is the product, `(T, O)`, and the rest whatever there was.
+        """
         ...
 
 
@@ -108,7 +120,6 @@ class RoundedProduct:
         self.shape = (-(-sizes.tokens // padding) * padding, spans * layout.span_bytes)
         self.output_shape = (self.shape[0], output_stride)
         self.kept = (slice(sizes.tokens), slice(sizes.rows))
-        self.is_padded = self.output_shape != (sizes.tokens, sizes.rows)
         self.call = call
         kernel = find_kernel(ROUNDING, layout)
         assert kernel is not None, "a compiler that made one kernel makes this one too"
@@ -121,14 +132,15 @@ class RoundedProduct:
             rounded_stride=self.shape[1],
         )
 
-    def run(self, input: Tensor, weight: int, scale: int) -> Tensor:
-        """Round, multiply, and leave out the padding, which is whatever the memory held."""
+    def run(self, input: Tensor, weight: int, scale: int, output: Tensor | None = None) -> Tensor:
+        """Round, and multiply."""
         rounded = torch.empty(self.shape, dtype=torch.uint8, device="cpu")
-        output = torch.empty(self.output_shape, dtype=torch.float32, device="cpu")
+        if output is None:
+            output = torch.empty(self.output_shape, dtype=torch.float32, device="cpu")
         place = rounded.data_ptr()
         self.rounding.run(input=input.data_ptr(), rounded=place)
         self.call.run(weight=weight, scale=scale, rounded=place, output=output.data_ptr())
-        return output[self.kept].contiguous() if self.is_padded else output
+        return output
 
 
 class ExactProduct(NamedTuple):
@@ -137,9 +149,15 @@ class ExactProduct(NamedTuple):
     shape: tuple[int, int]
     call: Call
 
-    def run(self, input: Tensor, weight: int, scale: int) -> Tensor:
+    @property
+    def kept(self) -> tuple[slice, slice]:
+        """All of it."""
+        return slice(None), slice(None)
+
+    def run(self, input: Tensor, weight: int, scale: int, output: Tensor | None = None) -> Tensor:
         """Multiply."""
-        output = torch.empty(self.shape, dtype=torch.float32, device="cpu")
+        if output is None:
+            output = torch.empty(self.shape, dtype=torch.float32, device="cpu")
         self.call.run(weight=weight, scale=scale, input=input.data_ptr(), output=output.data_ptr())
         return output
 
@@ -343,16 +361,37 @@ def _multiply(
         return None
     if torch.is_autocast_enabled("cpu"):  # which has its own idea of the output's dtype
         return None
-    rows = input.detach().reshape(-1, input.shape[-1]).float().contiguous()
+    rows = input.detach().reshape(-1, input.shape[-1])
     features, row_bytes = weight.shape[0], weight.stride(0) * weight.element_size()
     sizes = Sizes(
         weights, rows.shape[0], features, rows.shape[1], row_bytes, torch.get_num_threads()
     )
-    product = plan_product(sizes, activations)
-    if product is None:
-        return None
-    output = product.run(rows, weight.data_ptr(), scale)
-    return output.to(input.dtype).view(*input.shape[:-1], features)
+    if sizes.tokens > PART_TOKENS:
+        output = _multiply_parts(rows, sizes, weight.data_ptr(), scale, activations)
+    else:
+        product = plan_product(sizes, activations)
+        if product is None:
+            return None
+        output = product.run(rows.float().contiguous(), weight.data_ptr(), scale)
+        output = output[product.kept].contiguous().to(input.dtype)
+    return None if output is None else output.view(*input.shape[:-1], features)
+
+
+def _multiply_parts(
+    rows: Tensor, sizes: Sizes, weight: int, scale: int, activations: str
+) -> Tensor | None:
+    """Multiply a long prompt part by part, in memory that all but the last one share."""
+    output = rows.new_empty(sizes.tokens, sizes.rows)
+    sums: Tensor | None = None
+    for part, place in zip(rows.split(PART_TOKENS), output.split(PART_TOKENS)):
+        product = plan_product(sizes._replace(tokens=len(part)), activations)
+        if product is None:
+            return None
+        if len(part) < PART_TOKENS:
+            sums = None
+        sums = product.run(part.float().contiguous(), weight, scale, sums)
+        place.copy_(sums[product.kept])
+    return output
 
 
 def are_matrices(*tensors: Tensor) -> bool:

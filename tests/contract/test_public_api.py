@@ -40,6 +40,7 @@ PUBLIC_NAMES = {
     "conversation_chatglm": {"ChatMixin", "StopOnText", "check_history", "cut_at_stops"},
     "decoding_cpu": {"decode_step"},
     "generation_chatglm": {"GLMGenerationMixin"},
+    "memory_cpu": {"release_gaps"},
     "modeling_chatglm": {
         "ChatGLMForConditionalGeneration",
         "ChatGLMForSequenceClassification",

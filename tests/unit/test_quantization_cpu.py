@@ -307,6 +307,18 @@ def test_zeros_and_the_smallest_and_largest_numbers(
             assert output.eq(0).all(), size
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+@pytest.mark.parametrize("extra", [0, 1, quantization_cpu.PANEL_TOKENS + 1])
+def test_a_long_prompt_is_multiplied_part_by_part(extra: int, dtype: torch.dtype) -> None:
+    size = quantization_cpu.PART_TOKENS
+    few, weight, scale = make_operands(None, 64)
+    states = few.repeat(2 * size // 64 + 1, 1)[: 2 * size + extra].to(dtype)
+    states *= torch.linspace(0.5, 2, len(states), dtype=dtype).unsqueeze(1)
+    whole = compute(states, weight, scale, "int8")
+    parts = [compute(part, weight, scale, "int8") for part in states.split(size)]
+    assert torch.equal(whole, torch.cat(parts))
+
+
 def test_half_inputs_give_the_nearest_halves() -> None:
     for group_size, tokens in SHAPES:
         states, weight, scale = make_operands(group_size, tokens)
