@@ -429,7 +429,7 @@ class PpoTrainer:
         """
         num_tokens = self.total(experience.answers.answer_mask[rows].sum())
         texts_loss = self.learn_texts()
-        parts = rows.split(self.arguments.per_device_train_batch_size)
+        parts = experience.answers.split(rows, self.arguments.per_device_train_batch_size)
         sums = torch.zeros(4, device=self.device)
         for number, part in enumerate(parts, start=1):
             with self.hold_gradients(number < len(parts)):
@@ -475,7 +475,7 @@ class PpoTrainer:
         num_tokens = self.total(texts.answer_mask.sum())
         losses: list[Tensor] = []
         rows = torch.arange(self.mini_batch, device=self.device)
-        for part in rows.split(self.arguments.per_device_train_batch_size):
+        for part in texts.split(rows, self.arguments.per_device_train_batch_size):
             picked = texts.pick(part)
             with self.hold_gradients(True):
                 log_probs = self.model(*picked).log_probs.masked_fill(~picked.answer_mask, 0)

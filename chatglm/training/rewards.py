@@ -77,11 +77,12 @@ class RewardModel:
             [*prompt, *answer, *([] if answer[-1:] == [self.end_id] else [self.end_id])]
             for prompt, answer in zip(sampled.prompt_ids, sampled.answer_ids)
         ]
-        parts = [
-            self._score(rows[start : start + self.batch_size])
-            for start in range(0, len(rows), self.batch_size)
-        ]
-        return _check_finite(torch.cat(parts), "the reward model")
+        order = sorted(range(len(rows)), key=lambda i: len(rows[i]))
+        scores = torch.zeros(len(rows))
+        for start in range(0, len(rows), self.batch_size):
+            batch = order[start : start + self.batch_size]
+            scores[batch] = self._score([rows[i] for i in batch]).cpu()
+        return _check_finite(scores, "the reward model")
 
     def _score(self, rows: list[list[int]]) -> Tensor:
         ids, mask = (x.to(self.scorer.device) for x in pad_rows(rows, self.pad_id))

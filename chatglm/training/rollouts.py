@@ -128,9 +128,14 @@ class Sampler:
     def __call__(self, prompts: Sequence[Sequence[int]]) -> Answers:
         """Return an answer to each prompt, on the model's device."""
         size = self.batch_size or len(prompts)
-        answers: list[list[int]] = []
+        answers: list[list[int]] = [[] for _ in prompts]
+        order = range(len(prompts))
+        if size < len(prompts):  # those of like length together
+            order = sorted(order, key=lambda i: len(prompts[i]))
         for start in range(0, len(prompts), size):
-            answers += self._answer(prompts[start : start + size])
+            rows = order[start : start + size]
+            for row, answer in zip(rows, self._answer([prompts[i] for i in rows])):
+                answers[row] = answer
         return build_answers(prompts, answers, self.pad_id, self.core.device)
 
     def _answer(self, prompts: Sequence[Sequence[int]]) -> list[list[int]]:
@@ -204,7 +209,8 @@ def judge_answers(
     """
     shape = answers.answer_mask.shape
     parts = [torch.zeros(shape, device=answers.answer_mask.device) for _ in Judgement._fields]
-    for rows in torch.arange(shape[0], device=answers.answer_mask.device).split(batch_size):
+    everything = torch.arange(shape[0], device=answers.answer_mask.device)
+    for rows in answers.split(everything, batch_size):
         picked = answers.pick(rows)
         for whole, part in zip(parts, model(*picked, temperature, needs_entropy)):
             part = part.float().masked_fill(~picked.answer_mask, 0)

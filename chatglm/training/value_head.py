@@ -57,6 +57,11 @@ class Answers(NamedTuple):
             answer_mask[:, :stop],
         )
 
+    def split(self, rows: Tensor, size: int) -> tuple[Tensor, ...]:
+        """Return rows `(N,)` in parts of some size, each of like length: little is padded."""
+        lengths = (self.prompt_mask.sum(1) + self.answer_mask.sum(1))[rows]
+        return rows[lengths.argsort(stable=True)].split(size)
+
 
 class Judgement(NamedTuple):
     """What a model says about the tokens of answers; undefined for pads.

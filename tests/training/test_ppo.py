@@ -254,6 +254,30 @@ def test_prompts_go_in_as_they_are_and_answers_end_behind_eop(
         assert has_end or len(ids) == 12
 
 
+def test_prompts_of_like_length_are_answered_together_and_keep_their_answers(
+    actor: ActorCritic, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sampler = Sampler(actor.policy, max_new_tokens=4, batch_size=2)
+    batches: list[list[int]] = []
+
+    def echo(prompts: list[list[int]]) -> list[list[int]]:
+        batches.append([len(prompt) for prompt in prompts])
+        return [prompt[:1] for prompt in prompts]
+
+    monkeypatch.setattr(sampler, "_answer", echo)
+    prompts = [[7] * 9, [8] * 2, [9] * 8, [10] * 3, [11] * 5]
+    answers = sampler(prompts)
+    assert answers.answer_ids.tolist() == [[7], [8], [9], [10], [11]]
+    assert batches == [[2, 3], [5, 8], [9]]
+
+
+def test_rows_are_split_into_parts_of_like_length() -> None:
+    prompts = [[5] * n for n in (9, 2, 8, 3, 5, 1)]
+    answers = build_answers(prompts, [[6, 6]] * 6, 3, "cpu")
+    parts = answers.split(torch.tensor([5, 4, 3, 2, 0]), 2)
+    assert [part.tolist() for part in parts] == [[5, 3], [4, 2], [0]]
+
+
 def test_an_answer_is_cut_behind_its_first_end() -> None:
     assert cut_answer([5, 9, 6, 9, 3], 9) == [5, 9]
     assert cut_answer([5, 6], 9) == [5, 6]
