@@ -310,7 +310,10 @@ def count_activations(shape: Shape, job: Job) -> int:
 
 
 def count_logits(shape: Shape, job: Job) -> int:
-    """Return the bytes of the vocabulary's numbers when the loss is differentiated."""
+    """Return the bytes of the vocabulary's numbers when the loss is differentiated, at most.
+
+    Only tokens that are learned have them; here every one is.
+    """
     return job.per_device_train_batch_size * job.max_length * shape.vocab_size * LOGIT_BYTES
 
 
