@@ -74,6 +74,7 @@ from chatglm.training.value_head import ActorCritic, Answers, Judgement, Referen
 # What is drawn from a seed apart from the steps, which have the numbers from 0 on.
 EVALUATION_SEED = 2**32 - 1
 TEXTS_SEED_SHIFT = 1
+MOST_CUT = 0.5  # of the scores of a step, beyond which there is hardly anything to learn from
 WHOLE_MODELS = ("NO", "MULTI_CPU", "MULTI_GPU", "MULTI_NPU", "MULTI_XPU", "MULTI_HPU", "MULTI_MLU")
 
 
@@ -267,6 +268,7 @@ class PpoTrainer:
         shape = (self.max_steps, arguments.logging_steps, not arguments.disable_tqdm)
         self.log = RunLog(self.folder, accelerator, begun, *shape)
         self.log.pending = state.pending
+        self.has_warned = False
 
     # The loop.
 
@@ -356,7 +358,8 @@ class PpoTrainer:
         """Turn answers and their scores `(B,)` into what is learned from, and figures."""
         judged, kl = self.judge(answers, needs_entropy=True)
         settings, mask = self.settings, answers.answer_mask
-        rewards = place_rewards(self.trim_scores(scores, answers), kl, mask, self.kl.coefficient)
+        trimmed, share_cut = self.trim_scores(scores, answers)
+        rewards = place_rewards(trimmed, kl, mask, self.kl.coefficient)
         if settings.whiten_rewards:
             rewards = whiten(rewards, mask, shift_mean=False, total=self.total)
         advantages, returns = estimate_advantages(
@@ -367,18 +370,32 @@ class PpoTrainer:
             "entropy": masked_mean(judged.entropy, mask, self.total).item(),
             # Far below 0 where all returns are alike, which says nothing and hides the rest.
             "explained": max(-1.0, explained),
+            "scores_cut": share_cut,
         }
         if settings.whiten_advantages:
             advantages = whiten(advantages, mask, total=self.total)
         return Experience(answers, judged.log_probs, judged.values, advantages, returns), figures
 
-    def trim_scores(self, scores: Tensor, answers: Answers) -> Tensor:
-        """Bring scores `(B,)` into the range that is learned from."""
+    def trim_scores(self, scores: Tensor, answers: Answers) -> tuple[Tensor, float]:
+        """Bring scores `(B,)` into the range that is learned from; tells what share was cut off."""
         ended = find_ended(answers, self.sampler.end_id)
         scores = scores - self.settings.missing_end_penalty * ~ended
         if self.settings.whiten_scores:
             scores = whiten(scores, torch.ones_like(ended), total=self.total)
-        return clip_scores(scores, self.settings.score_clip)
+        trimmed = clip_scores(scores, self.settings.score_clip)
+        is_cut = (trimmed != scores).float()
+        share_cut = masked_mean(is_cut, torch.ones_like(ended), self.total).item()
+        self.warn_of_cuts(share_cut)
+        return trimmed, share_cut
+
+    def warn_of_cuts(self, share: float) -> None:
+        """Say once that most scores are the same after they were cut off."""
+        if share > MOST_CUT and not self.has_warned:
+            self.has_warned = True
+            self.log.say(
+                f"{share:.0%} of the scores are beyond score_clip={self.settings.score_clip:g} and "
+                "count as that: raise it, or set whiten_scores"
+            )
 
     def sum_figures(self, answers: Answers, scores: Tensor, kl: Tensor) -> Tensor:
         """Return sums over answers, and their number; see `name_figures`."""

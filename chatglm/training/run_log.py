@@ -7,6 +7,7 @@ checkpoint was written. Does not know what is trained.
 
 import json
 import os
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -85,6 +86,11 @@ class RunLog:
         append_line(self.folder / LOG_FILE, self.history[-1])
         shown = {key: f"{figures[key]:.4g}" for key in SHOWN if key in figures}
         self.bar.set_postfix(shown, refresh=False)
+
+    def say(self, sentence: str) -> None:
+        """Write a sentence above the bar."""
+        if self.is_main:
+            self.bar.write(sentence, file=sys.stderr)
 
     def write_sample(self, step: int, prompt: str, answer: str, score: float) -> None:
         """Keep an answer to read."""

@@ -555,7 +555,9 @@ def test_other_ways_to_compute_give_the_same_step(
     assert other["answer_length"] == plain["answer_length"]
 
 
-def test_scores_are_weighed_as_told(tiny_repo: Path, folder: Path) -> None:
+def test_scores_are_weighed_as_told(
+    tiny_repo: Path, folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     keys = {"missing_end_penalty": 2, "score_clip": 3, "kl_coefficient": 0, "gae_lambda": 1}
     trainer = build_trainer(tiny_repo, folder, **keys, whiten_advantages="false")
     answers, _, _ = trainer.practise(trainer.pick_prompts())
@@ -565,7 +567,14 @@ def test_scores_are_weighed_as_told(tiny_repo: Path, folder: Path) -> None:
     expected = torch.tensor([-2.0, -1, 0, 1, 2, 3, 3, 3])
     torch.testing.assert_close(experience.returns[:, 0], expected)
     torch.testing.assert_close(experience.advantages, experience.returns)  # values are 0
-    assert figures["reward"] == 3.5
+    assert figures["reward"] == 3.5 and figures["scores_cut"] == 2 / 8
+    assert "score_clip" not in capsys.readouterr().err
+    trainer.settings.score_clip = 1
+    assert trainer.weigh(answers, scores)[1]["scores_cut"] == 5 / 8
+    trainer.weigh(answers, scores)
+    line = "62% of the scores are beyond score_clip=1 and count as that: raise it, or set whiten"
+    assert capsys.readouterr().err.count(line) == 1
+    trainer.settings.score_clip = 3
     trainer.settings.whiten_scores = True
     whitened = trainer.weigh(answers, scores)[0].returns[:, 0]
     torch.testing.assert_close(whitened.mean(), torch.tensor(0.0))
