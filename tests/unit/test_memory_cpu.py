@@ -50,4 +50,5 @@ def test_a_system_without_glibc_is_left_alone(monkeypatch: pytest.MonkeyPatch) -
         monkeypatch.setattr(ctypes, "CDLL", refuse)
         memory_cpu._find_trim.cache_clear()
         memory_cpu.release_gaps()
+        assert memory_cpu._find_trim() is None
     memory_cpu._find_trim.cache_clear()
