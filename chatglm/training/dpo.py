@@ -22,10 +22,10 @@ from chatglm.training.alignment import (
     write_rows,
 )
 from chatglm.training.batches import Examples
-from chatglm.training.models import find_core, load_policy, load_tokenizer
+from chatglm.training.models import find_core, load_policy
 from chatglm.training.rendering import Renderer
 from chatglm.training.settings import RowSettings
-from chatglm.training.trainer import find_half, prepare_output, run_trainer
+from chatglm.training.trainer import find_half, run_stage
 
 with importing_trl():
     from trl import DPOConfig, DPOTrainer  # pyright: ignore[reportPrivateImportUsage]
@@ -54,11 +54,7 @@ def main(settings: DpoSettings, given: dict[str, Any]) -> dict[str, float]:
     """
     rate = LORA_RATE if settings.uses_lora else FULL_RATE
     arguments = build_trl_arguments(ARGUMENTS, settings, given, max_length=None, learning_rate=rate)
-    checkpoint = prepare_output(settings, given)
-    trainer = build_dpo_trainer(
-        load_policy(settings, find_half(arguments)), load_tokenizer(settings), settings, arguments
-    )
-    return run_trainer(trainer, settings, checkpoint)
+    return run_stage(build_dpo_trainer, settings, given, arguments)
 
 
 class AnswerTrainer(AlignmentTrainer, DPOTrainer):

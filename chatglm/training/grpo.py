@@ -22,12 +22,12 @@ from chatglm.training.alignment import (
     importing_trl,
     write_rows,
 )
-from chatglm.training.models import find_core, load_policy, load_tokenizer
+from chatglm.training.models import find_core
 from chatglm.training.rendering import SHORTEST_PROMPT, Renderer
 from chatglm.training.rewards import Reward, RewardModel, Sampled, load_function, load_reward_model
 from chatglm.training.rollouts import Prompts
 from chatglm.training.settings import KeyProblem, Settings
-from chatglm.training.trainer import find_half, prepare_output, run_trainer
+from chatglm.training.trainer import find_half, run_stage
 
 with importing_trl():
     from trl import GRPOConfig, GRPOTrainer  # pyright: ignore[reportPrivateImportUsage]
@@ -78,11 +78,7 @@ def main(settings: GrpoSettings, given: dict[str, Any]) -> dict[str, float]:
         raise KeyProblem("cache_implementation cannot be paged: it reads questions causally")
     rate = LORA_RATE if settings.uses_lora else FULL_RATE
     arguments = build_trl_arguments(ARGUMENTS, settings, given, learning_rate=rate)
-    checkpoint = prepare_output(settings, given)
-    trainer = build_grpo_trainer(
-        load_policy(settings, find_half(arguments)), load_tokenizer(settings), settings, arguments
-    )
-    return run_trainer(trainer, settings, checkpoint)
+    return run_stage(build_grpo_trainer, settings, given, arguments)
 
 
 def build_grpo_trainer(

@@ -16,7 +16,7 @@ from torch.utils.data import Dataset
 from transformers import TrainerCallback, TrainingArguments
 
 from chatglm.training.batches import PaddingCollator
-from chatglm.training.models import find_core, load_policy, load_tokenizer
+from chatglm.training.models import find_core
 from chatglm.training.records import RecordFiles, open_records, read_texts
 from chatglm.training.rendering import Example, Renderer
 from chatglm.training.settings import RowSettings, require
@@ -24,9 +24,7 @@ from chatglm.training.trainer import (
     ChatTrainer,
     build_arguments,
     build_chat_trainer,
-    find_half,
-    prepare_output,
-    run_trainer,
+    run_stage,
 )
 
 MARKERS = 3  # the blank, <sop> and <eop>
@@ -151,11 +149,7 @@ def main(settings: PretrainSettings, given: dict[str, Any]) -> dict[str, float]:
         ValueError: for settings, rows or a folder that cannot be used.
     """
     arguments = build_arguments(ARGUMENTS, settings, given)
-    checkpoint = prepare_output(settings, given)
-    tokenizer = load_tokenizer(settings)
-    model = load_policy(settings, find_half(arguments))
-    trainer = build_trainer(model, tokenizer, settings, arguments)
-    return run_trainer(trainer, settings, checkpoint)
+    return run_stage(build_trainer, settings, given, arguments)
 
 
 def build_trainer(

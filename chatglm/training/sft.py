@@ -13,7 +13,7 @@ from typing import Any
 from transformers import TrainingArguments
 
 from chatglm.training.batches import Examples, Packed, PackingCollator, PaddingCollator
-from chatglm.training.models import find_core, load_policy, load_tokenizer
+from chatglm.training.models import find_core
 from chatglm.training.records import open_records, read_answers
 from chatglm.training.rendering import Renderer
 from chatglm.training.settings import RowSettings, Settings
@@ -21,9 +21,7 @@ from chatglm.training.trainer import (
     ChatTrainer,
     build_arguments,
     build_chat_trainer,
-    find_half,
-    prepare_output,
-    run_trainer,
+    run_stage,
 )
 
 PAD_MULTIPLE = 8
@@ -55,11 +53,7 @@ def main(settings: SftSettings, given: dict[str, Any]) -> dict[str, float]:
         ValueError: for settings, rows or a folder that cannot be used.
     """
     arguments = build_arguments(ARGUMENTS, settings, given)
-    checkpoint = prepare_output(settings, given)
-    tokenizer = load_tokenizer(settings)
-    model = load_policy(settings, find_half(arguments))
-    trainer = build_trainer(model, tokenizer, settings, arguments)
-    return run_trainer(trainer, settings, checkpoint)
+    return run_stage(build_trainer, settings, given, arguments)
 
 
 def build_trainer(

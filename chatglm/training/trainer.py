@@ -20,7 +20,12 @@ from transformers import Trainer, TrainingArguments, set_seed
 from transformers.trainer_utils import EvalPrediction, get_last_checkpoint
 
 from chatglm.training.batches import LengthSampler, find_learned
-from chatglm.training.models import name_as_before, save_trained
+from chatglm.training.models import (
+    load_policy,
+    load_tokenizer,
+    name_as_before,
+    save_trained,
+)
 from chatglm.training.progress import Meter, build_callbacks
 from chatglm.training.settings import (
     SETTINGS_FILE,
@@ -338,6 +343,27 @@ def check_loss(loss: Tensor, step: int, folder: Path) -> None:
         f"the loss was {loss.item()} in step {step + 1}; {kept}. Lower learning_rate, look at the "
         "rows of this step, or compute in bf16 or float32 instead of fp16"
     )
+
+
+def run_stage(
+    build: Callable[..., Any],
+    settings: Settings,
+    given: Mapping[str, Any],
+    arguments: Any,
+) -> dict[str, float]:
+    """Open the output folder, load, train and write; returns the last figures.
+
+    Args:
+        build: makes the trainer, of model, tokenizer, settings and arguments.
+        settings, given: of the stage, and the library's keys that were set.
+        arguments: what became of those.
+
+    Raises:
+        ValueError: for settings, rows or a folder that cannot be used.
+    """
+    checkpoint = prepare_output(settings, given)
+    model, tokenizer = load_policy(settings, find_half(arguments)), load_tokenizer(settings)
+    return run_trainer(build(model, tokenizer, settings, arguments), settings, checkpoint)
 
 
 def run_trainer(trainer: Any, settings: Settings, checkpoint: Path | None) -> dict[str, float]:
