@@ -61,6 +61,7 @@ from chatglm.training.rollouts import (
     Sampler,
     build_answers,
     describe_answers,
+    describe_references,
     find_ended,
     judge_answers,
     pick_rows,
@@ -333,7 +334,11 @@ class PpoTrainer:
         with self.accelerator.autocast():
             answers = self.sampler([prompt.ids for prompt in prompts])
         sampled = describe_answers(prompts, answers, self.tokenizer)
-        scores = self.reward(sampled).to(self.device)
+        scores = self.reward(sampled)
+        if self.settings.subtract_reference:
+            room = self.settings.max_new_tokens
+            scores -= self.reward(describe_references(prompts, self.prompts.renderer, room))
+        scores = scores.to(self.device)
         return answers, sampled, scores
 
     def judge(self, answers: Answers, needs_entropy: bool = False) -> tuple[Judgement, Tensor]:

@@ -42,6 +42,8 @@ class PpoSettings(Settings):
         score_clip: scores are cut off beyond it; 0 for none.
         whiten_scores, whiten_rewards, whiten_advantages: bring them to variance 1 in each step, and
             all but rewards to mean 0.
+        subtract_reference: take the score of the data's own answer from each, so that no question
+            is worth more than another.
         missing_end_penalty: taken from the score of an answer without `<eop>`.
         ptx_data: files of answers that are learned beside, as in `sft`, against forgetting.
         ptx_coefficient: weight of their loss.
@@ -71,6 +73,7 @@ class PpoSettings(Settings):
     whiten_scores: bool = False
     whiten_rewards: bool = False
     whiten_advantages: bool = True
+    subtract_reference: bool = False
     missing_end_penalty: float = 0.0
     ptx_data: list[str] = field(default_factory=list)
     ptx_coefficient: float = 1.0

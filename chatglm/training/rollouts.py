@@ -190,6 +190,28 @@ def describe_answers(prompts: Sequence[Prompt], answers: Answers, tokenizer: Any
     )
 
 
+def describe_references(prompts: Sequence[Prompt], renderer: Renderer, room: int) -> Sampled:
+    """Return the data's own answers as rewards want them.
+
+    Args:
+        prompts: the questions.
+        renderer: makes ids of answers.
+        room: most tokens of one, its end included; longer ones are cut.
+
+    Raises:
+        ValueError: if a question has no answer.
+    """
+    texts = [prompt.reference for prompt in prompts]
+    if "" in texts:
+        question = prompts[texts.index("")].text
+        raise ValueError(
+            f"subtract_reference needs rows with answers, and {question!r:.80} has none: add it, "
+            "or leave the key out"
+        )
+    ids = [[*renderer.encode_text(text)[: room - 1], renderer.end_id] for text in texts]
+    return Sampled([p.ids for p in prompts], ids, [p.text for p in prompts], texts, texts)
+
+
 @torch.no_grad()
 def judge_answers(
     model: ActorCritic,
@@ -224,6 +246,7 @@ __all__ = [
     "Sampler",
     "build_answers",
     "describe_answers",
+    "describe_references",
     "find_ended",
     "judge_answers",
     "pick_rows",

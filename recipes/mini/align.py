@@ -65,7 +65,7 @@ def plan_steps(data: Path, work: Path, base: Path) -> list[Step]:
         ),
         train("dpo", sft, adapters, "--train_data", file("own")),
         train(
-            "ppo", sft, adapters, "--train_data", file("prompts"), "--reward_model",
+            "ppo", sft, adapters, "--train_data", file("own"), "--reward_model",
             str(work / "reward"),
         ),
         recipe("comparison", work / "comparison.json", *folders, str(work)),

@@ -587,6 +587,34 @@ def test_scores_are_weighed_as_told(
     assert rewards.isfinite().all()
 
 
+def test_scores_count_from_those_of_the_datas_answers(tiny_repo: Path, folder: Path) -> None:
+    keys = {"subtract_reference": "true", "max_new_tokens": 8}
+    trainer = build_trainer(tiny_repo, folder, **keys)
+    seen: list[Any] = []
+
+    def score(sampled: Any) -> Tensor:
+        seen.append(sampled)
+        return torch.tensor([float(len(ids)) for ids in sampled.answer_ids])
+
+    trainer.reward = score
+    prompts = trainer.pick_prompts()
+    _, sampled, scores = trainer.practise(prompts)
+    answered, references = seen
+    assert answered is sampled and references.prompt_ids == sampled.prompt_ids
+    assert references.answers == references.references == [p.reference for p in prompts]
+    assert all(ids[-1] == 7853 and len(ids) <= 8 for ids in references.answer_ids)
+    sizes = zip(sampled.answer_ids, references.answer_ids)
+    assert scores.tolist() == [len(a) - len(b) for a, b in sizes]
+
+
+def test_a_question_without_an_answer_has_no_score_to_subtract(
+    tiny_repo: Path, folder: Path
+) -> None:
+    (folder / "prompts.jsonl").write_text(json.dumps({"prompt": "why?"}) + "\n")
+    with pytest.raises(ValueError, match=r"subtract_reference needs rows with .*why.* has none"):
+        run(tiny_repo, folder, subtract_reference="true")
+
+
 def test_packed_weights_practise_for_a_reward_model(tiny_repo: Path, folder: Path) -> None:
     scorer = AutoModelForSequenceClassification.from_pretrained(
         tiny_repo, trust_remote_code=True, num_labels=1
