@@ -128,7 +128,7 @@ class LengthSampler(Sampler[int]):
 
     Args:
         lengths: of the rows, in tokens.
-        batch_size: rows that should be alike: those of all processes in an optimizer step.
+        batch_size: rows that should be alike: those of a pass, in all processes.
         seed: of the orders.
     """
 

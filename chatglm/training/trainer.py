@@ -255,9 +255,9 @@ class CheckedSteps:
         if not self.groups_rows:
             return trainer._get_train_sampler(train_dataset)
         rows = self.train_dataset if train_dataset is None else train_dataset
-        args = self.args
-        size = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
-        return LengthSampler(find_lengths(rows), size, args.seed)
+        # Of a step only the rows of a pass are alike, so that its gradients are of long and short.
+        size = self.args.train_batch_size * self.args.world_size
+        return LengthSampler(find_lengths(rows), size, self.args.seed)
 
     def _save(self, *args: Any, **kwargs: Any) -> None:
         name_as_before(self.model)

@@ -71,8 +71,9 @@ class FakeModel:
 
 
 @pytest.fixture
-def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Any:
+def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Iterator[Any]:
     """Return a function that pipes lines into `chatglm chat`: `(exit code, stdout, stderr)`."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's & ignores it
 
     def run_chat(model: FakeModel, lines: str | bytes, *options: str) -> tuple[int, str, str]:
         raw = lines if isinstance(lines, bytes) else lines.encode()
@@ -81,7 +82,8 @@ def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> 
         code = cli.main(["chat", "--model", "m", *options])
         return code, *capsys.readouterr()
 
-    return run_chat
+    yield run_chat
+    signal.signal(signal.SIGINT, before)
 
 
 def test_piped_lines_are_answered_one_by_one_and_nothing_else_is_printed(run: Any) -> None:
