@@ -86,7 +86,10 @@ class Sizes(NamedTuple):
 class Product(Protocol):
     """A product that is ready to be computed again and again."""
 
-    kept: tuple[slice, slice]
+    @property
+    def kept(self) -> tuple[slice, slice]:
+        """Where the product is in what `run` returns."""
+        ...
 
     def run(self, input: Tensor, weight: int, scale: int, output: Tensor | None = None) -> Tensor:
         """Multiply float32 `(T, I)` with the weights that stand somewhere.
