@@ -86,11 +86,6 @@ class Sizes(NamedTuple):
 class Product(Protocol):
     """A product that is ready to be computed again and again."""
 
-    @property
-    def kept(self) -> tuple[slice, slice]:
-        """Where the product is in what `run` returns."""
-        ...
-
     def run(self, input: Tensor, weight: int, scale: int, output: Tensor | None = None) -> Tensor:
         """Multiply float32 `(T, I)` with the weights that stand somewhere.
 
@@ -100,7 +95,7 @@ class Product(Protocol):
             output: what an earlier run returned, to be written again; None makes it anew.
 
         Returns:
-            float32, of which `kept` is the product, `(T, O)`, and the rest whatever there was.
+            float32, whose first T rows and O columns are the product; the rest is padding.
         """
         ...
 
@@ -122,7 +117,6 @@ class RoundedProduct:
         spans = layout.count_spans(sizes.columns)
         self.shape = (-(-sizes.tokens // padding) * padding, spans * layout.span_bytes)
         self.output_shape = (self.shape[0], output_stride)
-        self.kept = (slice(sizes.tokens), slice(sizes.rows))
         self.call = call
         kernel = find_kernel(ROUNDING, layout)
         assert kernel is not None, "a compiler that made one kernel makes this one too"
@@ -151,11 +145,6 @@ class ExactProduct(NamedTuple):
 
     shape: tuple[int, int]
     call: Call
-
-    @property
-    def kept(self) -> tuple[slice, slice]:
-        """All of it."""
-        return slice(None), slice(None)
 
     def run(self, input: Tensor, weight: int, scale: int, output: Tensor | None = None) -> Tensor:
         """Multiply."""
@@ -376,7 +365,9 @@ def _multiply(
         if product is None:
             return None
         output = product.run(rows.float().contiguous(), weight.data_ptr(), scale)
-        output = output[product.kept].contiguous().to(input.dtype)
+        if output.shape != (sizes.tokens, features):
+            output = output[: sizes.tokens, :features].contiguous()
+        output = output.to(input.dtype)
     return None if output is None else output.view(*input.shape[:-1], features)
 
 
@@ -393,7 +384,7 @@ def _multiply_parts(
         if len(part) < PART_TOKENS:
             sums = None
         sums = product.run(part.float().contiguous(), weight, scale, sums)
-        place.copy_(sums[product.kept])
+        place.copy_(sums[: len(part), : sizes.rows])
     return output
 
 

@@ -146,12 +146,9 @@ class LengthSampler(Sampler[int]):
     def __iter__(self) -> Iterator[int]:
         rng = np.random.default_rng((self.seed, self.epoch))
         rows, size = rng.permutation(len(self)), self.batch_size
-        pools = (
-            rows[i : i + POOL_BATCHES * size] for i in range(0, len(rows), POOL_BATCHES * size)
-        )
-        rows = np.concatenate(
-            [pool[np.argsort(self.lengths[pool], kind="stable")] for pool in pools]
-        )
+        for start in range(0, len(rows), POOL_BATCHES * size):
+            pool = rows[start : start + POOL_BATCHES * size]
+            pool[:] = pool[np.argsort(self.lengths[pool], kind="stable")]
         whole = len(rows) // size * size
         mixed = rng.permutation(rows[:whole].reshape(-1, size))  # (batches, size)
         yield from (*mixed.ravel().tolist(), *rows[whole:].tolist())
