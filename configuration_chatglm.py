@@ -1,16 +1,15 @@
 """The configuration of a ChatGLM model: its fields, their defaults and what may not be combined.
 
-Owns: the sizes of the model, the ids of the special tokens per vocabulary generation, and the
-check that the installed transformers is recent enough. Knows nothing of tensors or of text.
+Owns the sizes of the model and the ids of the special tokens per vocabulary generation. Knows
+nothing of tensors or of text.
 """
 
 from typing import Any
 
 import transformers
-from packaging import version
 from transformers import PretrainedConfig
 
-OLDEST_TRANSFORMERS = "4.56.2"
+from .releases_chatglm import check_transformers
 
 # The model's embedding rows of the two released vocabularies, and where their text ids begin:
 # the first generation keeps 20000 image tokens in front of them.
@@ -28,24 +27,7 @@ SPECIAL_TOKEN_IDS = {
 QUANTIZATION_BITS = (0, 4, 8)
 
 
-def require_transformers(installed: str) -> None:
-    """Stop early, with one clear line, on a transformers release that lacks what the code needs.
-
-    Args:
-        installed: the version string of the installed transformers.
-
-    Raises:
-        ImportError: if it is older than `OLDEST_TRANSFORMERS`.
-    """
-    if version.parse(installed) < version.parse(OLDEST_TRANSFORMERS):
-        raise ImportError(
-            f"This ChatGLM code needs transformers >= {OLDEST_TRANSFORMERS}, found {installed}: "
-            "run `pip install -U transformers`, or use the original remote code "
-            "(revision v1.1.0 of THUDM/chatglm-6b), which works up to transformers 4.33.3."
-        )
-
-
-require_transformers(transformers.__version__)
+check_transformers(transformers.__version__)
 
 
 class ChatGLMConfig(PretrainedConfig):
@@ -81,7 +63,7 @@ class ChatGLMConfig(PretrainedConfig):
     """
 
     model_type = "chatglm"
-    keys_to_ignore_at_inference = ["past_key_values"]
+    keys_to_ignore_at_inference = ["past_key_values", "cache"]
     attribute_map = {
         "num_hidden_layers": "num_layers",
         "intermediate_size": "inner_hidden_size",

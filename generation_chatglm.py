@@ -6,12 +6,15 @@ layers; how scores become a choice is `sampling_chatglm`'s.
 Shapes: `B` rows (prompts times beams), `S` new tokens, `T` all tokens so far.
 """
 
+import contextvars
 import queue
 import threading
+import warnings
 from collections.abc import Iterator
 from typing import Any
 
 import torch
+import transformers
 from torch import Tensor
 from transformers.cache_utils import DynamicCache
 from transformers.generation.logits_process import LogitsProcessorList
@@ -29,6 +32,7 @@ from .masking_chatglm import (
     move_padding_left,
     reserved_length,
 )
+from .releases_chatglm import CACHE_NAME, TESTED_TRANSFORMERS, choose_cache, rename_cache
 from .sampling_chatglm import quicken
 
 INT8_BACKEND = "int8"  # what a cache_config names our own quantized cache by
@@ -56,6 +60,38 @@ class StopOnCancel(StoppingCriteria):
 
     def __call__(self, input_ids: Tensor, scores: Tensor, **kwargs: Any) -> Tensor:
         return torch.full(input_ids.shape[:1], self.event.is_set(), device=input_ids.device)
+
+
+class CacheWatch:
+    """Notices a decoding step that reads again what the cache should hold.
+
+    Answers would only be slow, and with one position axis other ones: nothing else tells that a
+    release of transformers has come to hand the cache over in another way.
+
+    Args:
+        prompt_length: tokens that are cached after the first pass, whatever drafts cut off.
+    """
+
+    def __init__(self, prompt_length: int) -> None:
+        self.prompt_length = prompt_length
+        self.num_passes = 0
+
+    def note_pass(self, past_length: int) -> None:
+        """Warn if a pass behind the first finds fewer tokens in the cache than the prompt has."""
+        self.num_passes += 1
+        if self.num_passes > 1 and past_length < self.prompt_length:
+            warnings.warn(
+                f"The cache of keys and values is lost between decoding steps, so that each reads "
+                f"all tokens again: transformers {transformers.__version__} and torch "
+                f"{torch.__version__} do not fit this ChatGLM code, which was tested with "
+                f"transformers up to {TESTED_TRANSFORMERS[-1]}. Install that one, and report this.",
+                RuntimeWarning,
+                stacklevel=2,
+            )
+
+
+# That of the `generate` that runs in this thread, the innermost if it is given an assistant.
+CACHE_WATCH: contextvars.ContextVar[CacheWatch | None] = contextvars.ContextVar("CACHE_WATCH")
 
 
 class QueueStreamer(BaseStreamer):
@@ -156,6 +192,7 @@ class GLMGenerationMixin(GenerationMixin):
                 `inputs_embeds` without a cache.
         """
         _check_options(generation_config or self.generation_config, kwargs)
+        rename_cache(kwargs)
         if self.config.num_positions == 1:
             # The original caches whatever it is told, and with one position axis that matters.
             kwargs["use_cache"] = True
@@ -167,11 +204,15 @@ class GLMGenerationMixin(GenerationMixin):
         position_ids = kwargs.pop("position_ids", None)
         if position_ids is not None and position_ids.dim() == self.config.num_positions + 1:
             kwargs["prompt_position_ids"] = position_ids
-        elif inputs is not None and kwargs.get("past_key_values") is None:
+        elif inputs is not None and kwargs.get(CACHE_NAME) is None:
             inputs = self._align_right(inputs, kwargs)
-        # The mixin is typed for the finished model only.
-        generate = super().generate  # pyright: ignore[reportAttributeAccessIssue]
-        return generate(inputs, generation_config, *args, **kwargs)
+        token = CACHE_WATCH.set(CacheWatch(_count_prompt_columns(inputs, kwargs)))
+        try:
+            # The mixin is typed for the finished model only.
+            generate = super().generate  # pyright: ignore[reportAttributeAccessIssue]
+            return generate(inputs, generation_config, *args, **kwargs)
+        finally:
+            CACHE_WATCH.reset(token)
 
     def _align_right(self, input_ids: Tensor, kwargs: dict[str, Any]) -> Tensor:
         """Shift right-padded rows to the right end, and their mask in `kwargs` with them."""
@@ -193,20 +234,20 @@ class GLMGenerationMixin(GenerationMixin):
         `cache_implementation="quantized"` with `cache_config={"backend": "int8"}` asks for the one
         of 8-bit integers.
         """
-        is_open = model_kwargs.get("past_key_values") is None
+        is_open = model_kwargs.get(CACHE_NAME) is None
         backend = (generation_config.cache_config or {}).get("backend")
         is_quantized = generation_config.cache_implementation == "quantized"
         if is_open and is_quantized and backend == INT8_BACKEND:
             if generation_config.use_cache is not False:
-                model_kwargs["past_key_values"] = ChatGLMCache(bits=8)
+                model_kwargs[CACHE_NAME] = ChatGLMCache(bits=8)
             # An assistant is given the same options, and a cache beside them.
             generation_config.cache_implementation = generation_config.cache_config = None
             return
         parent: Any = super()
         parent._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)
-        cache = model_kwargs.get("past_key_values")
+        cache = model_kwargs.get(CACHE_NAME)
         if is_open and type(cache) is DynamicCache and not cache.offloading:
-            model_kwargs["past_key_values"] = ChatGLMCache()
+            model_kwargs[CACHE_NAME] = ChatGLMCache()
 
     def _get_logits_processor(self, *args: Any, **kwargs: Any) -> LogitsProcessorList:
         """Build what stands between scores and draw, with ours for those of transformers."""
@@ -220,16 +261,25 @@ class GLMGenerationMixin(GenerationMixin):
         attention_mask: Tensor | None = None,
         inputs_embeds: Tensor | None = None,
         prompt_position_ids: Tensor | None = None,
+        cache: Any = None,
         **kwargs: Any,
     ) -> dict[str, Any]:
         """Return the inputs of the next forward pass: new tokens, their positions and mask.
 
+        The cache is among them as `past_key_values` on every release, which is where peft looks
+        for it to put its prefixes there.
+
         Args:
             input_ids: `(B, T)`, all tokens so far; fewer behind a prompt given as embeddings.
+            past_key_values, cache: the keys and values of some of them, under either name.
             attention_mask: `(B, T)` or None.
             prompt_position_ids: the caller's own positions of the prompt, `(B, P, S)`.
         """
+        past_key_values = choose_cache(past_key_values, cache)
         past_length = count_cached_tokens(past_key_values)
+        watch = CACHE_WATCH.get(None)
+        if watch is not None and kwargs.get("use_cache"):
+            watch.note_pass(past_length)
         prompt_embeds = inputs_embeds if past_length == 0 else None
         least = past_length + 1 if prompt_embeds is None else prompt_embeds.shape[1]
         are_known = input_ids.shape[1] >= least
@@ -287,6 +337,12 @@ def continue_position_ids(position_ids: Tensor, length: int) -> Tensor:
     if position_ids.shape[1] == 2:
         new[:, 1] += steps
     return torch.cat((position_ids, new), dim=-1)
+
+
+def _count_prompt_columns(inputs: Tensor | None, options: dict[str, Any]) -> int:
+    """Return the length of a prompt of ids or embeddings; 0 if `generate` is to make one up."""
+    given = options.get("inputs_embeds") if inputs is None else inputs
+    return 0 if given is None else given.shape[1]
 
 
 def _check_options(generation_config: Any, kwargs: dict[str, Any]) -> None:

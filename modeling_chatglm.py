@@ -57,6 +57,7 @@ from .quantization import QuantizedLinear
 from .quantization_cpu import Linear, wants_graph
 from .quantization_cuda import find_kernels  # noqa: F401
 from .quantizer_chatglm import QuantizedLoadingMixin
+from .releases_chatglm import CACHE_NAME, CACHE_NAMES, cache_of, choose_cache
 from .rotary_chatglm import RotaryEmbedding, apply_rotary
 from .rounding_cpu import ROUNDING  # noqa: F401
 from .sampling_chatglm import quicken  # noqa: F401
@@ -246,12 +247,18 @@ class GLMBlock(GradientCheckpointingLayer):
         attention_mask: Tensor | None,
         position_embeddings: tuple[Tensor, Tensor],
         prefix_states: Tensor | None = None,
+        past_key_values: Cache | None = None,
         **kwargs: Any,
     ) -> tuple[Tensor, Tensor | None]:
         """Return the new `(B, S, H)` and, if asked for, the attention weights `(B, N, S, K)`."""
         attention_input = self.input_layernorm(hidden_states)
         attn_output, attn_weights = self.attention(
-            attention_input, attention_mask, position_embeddings, prefix_states, **kwargs
+            attention_input,
+            attention_mask,
+            position_embeddings,
+            prefix_states,
+            past_key_values,
+            **kwargs,
         )
         mlp_input = self.post_attention_layernorm(attention_input * self.alpha + attn_output)
         return mlp_input * self.alpha + self.mlp(mlp_input), attn_weights
@@ -264,7 +271,7 @@ class ChatGLMPreTrainedModel(QuantizationMixin, QuantizedLoadingMixin, PreTraine
     base_model_prefix = "transformer"
     supports_gradient_checkpointing = True
     _no_split_modules = ["GLMBlock"]
-    _skip_keys_device_placement = ["past_key_values"]
+    _skip_keys_device_placement = list(CACHE_NAMES)
     _keys_to_ignore_on_load_unexpected = [r"rotary_emb\.inv_freq"]
     _supports_sdpa = True
     _supports_attention_backend = True
@@ -329,7 +336,8 @@ class ChatGLMModel(ChatGLMPreTrainedModel):
             boolean `(B, 1, S, K)`, True = hidden; or None if all tokens are real.
         position_ids: the original's `(B, P, S)`. By default they follow from the ids; 1-D ranges,
             as generic trainers pass them, are ignored.
-        past_key_values: the keys and values of the T - S tokens before; extended in place.
+        past_key_values, or cache: the keys and values of the T - S tokens before; extended in
+            place.
         inputs_embeds: `(B, S, H)` in place of the embedded ids. Beside `input_ids` the ids still
             say where the tokens stand; without, and without `position_ids`, all is context.
         use_cache, output_attentions, output_hidden_states, return_dict: as in transformers.
@@ -374,14 +382,15 @@ class ChatGLMModel(ChatGLMPreTrainedModel):
         output_attentions: bool | None = None,
         output_hidden_states: bool | None = None,
         return_dict: bool | None = None,
+        cache: Cache | None = None,
         **kwargs: Any,
     ) -> BaseModelOutputWithPast | tuple:
         """Run the blocks over new tokens; arguments and errors are in the class's description."""
         config = self.config
         output_attentions = _default(output_attentions, config.output_attentions)
         output_hidden_states = _default(output_hidden_states, config.output_hidden_states)
-        is_checkpointing = self.gradient_checkpointing and self.training
-        use_cache = _default(use_cache, config.use_cache) and not is_checkpointing
+        past_key_values = choose_cache(past_key_values, cache)
+        use_cache = self._wants_cache(use_cache, past_key_values)
         embeddings = self._embed(input_ids, inputs_embeds)
         if use_cache and past_key_values is None:
             past_key_values = ChatGLMCache()
@@ -396,18 +405,34 @@ class ChatGLMModel(ChatGLMPreTrainedModel):
             build_attention_bias(hidden_mask, embeddings.dtype, self.pre_seq_len or 0),
             self.rotary_emb(position_ids, embeddings.dtype),
             output_hidden_states,
-            past_key_values=past_key_values,
+            past_key_values,
             output_attentions=output_attentions,
             cache_position=cache_position,
         )
         hidden_states = self.final_layernorm(hidden_states)
         output = BaseModelOutputWithPast(
             last_hidden_state=hidden_states,
-            past_key_values=past_key_values if use_cache else None,
             hidden_states=(*all_hidden_states, hidden_states) if output_hidden_states else None,
             attentions=all_attentions if output_attentions else None,
+            **{CACHE_NAME: past_key_values if use_cache else None},
         )
         return output if _default(return_dict, config.return_dict) else output.to_tuple()
+
+    def _wants_cache(self, use_cache: bool | None, past_key_values: Cache | None) -> bool:
+        """Say whether to cache; blocks that are run again for their gradients cannot.
+
+        Raises:
+            ValueError: if such blocks are given a cache.
+        """
+        if not (self.gradient_checkpointing and self.training and torch.is_grad_enabled()):
+            return _default(use_cache, self.config.use_cache)
+        if past_key_values is not None:
+            raise ValueError(
+                f"A {type(past_key_values).__name__} was passed, but with gradient checkpointing "
+                "every block is run twice and would append to it twice: pass all tokens without a "
+                "cache, or call gradient_checkpointing_disable()."
+            )
+        return False
 
     def _embed(self, input_ids: Tensor | None, inputs_embeds: Tensor | None) -> Tensor:
         """Return what the blocks start from, `(B, S, H)`."""
@@ -423,19 +448,22 @@ class ChatGLMModel(ChatGLMPreTrainedModel):
         attention_bias: Tensor | None,
         position_embeddings: tuple[Tensor, Tensor],
         output_hidden_states: bool,
+        past_key_values: Cache | None,
         **kwargs: Any,
     ) -> tuple[Tensor, tuple[Tensor, ...], tuple[Any, ...]]:
         """Return the last output, the blocks' inputs if asked for, and their attention weights."""
+        given = (attention_bias, position_embeddings)
         if not output_hidden_states:
-            decoded = self._decode(hidden_states, attention_bias, position_embeddings, **kwargs)
+            decoded = self._decode(hidden_states, *given, past_key_values, **kwargs)
             if decoded is not None:
                 return decoded, (), ()
         all_inputs, all_attentions = (), ()
         for layer, prefix_states in zip(self.layers, self._build_prefixes(hidden_states)):
             if output_hidden_states:
                 all_inputs += (hidden_states,)
+            # A cache that is passed by name is dropped in training by some releases only.
             hidden_states, attn_weights = layer(
-                hidden_states, attention_bias, position_embeddings, prefix_states, **kwargs
+                hidden_states, *given, prefix_states, past_key_values, **kwargs
             )
             all_attentions += (attn_weights,)
         return hidden_states, all_inputs, all_attentions
@@ -552,6 +580,7 @@ class ChatGLMForConditionalGeneration(ChatGLMPreTrainedModel, ChatMixin, GLMGene
         output_hidden_states: bool | None = None,
         return_dict: bool | None = None,
         logits_to_keep: int | Tensor = 0,
+        cache: Cache | None = None,
         **kwargs: Any,
     ) -> CausalLMOutputWithPast | tuple:
         """Predict the next token of every place.
@@ -571,7 +600,7 @@ class ChatGLMForConditionalGeneration(ChatGLMPreTrainedModel, ChatMixin, GLMGene
             input_ids=input_ids,
             attention_mask=attention_mask,
             position_ids=position_ids,
-            past_key_values=past_key_values,
+            past_key_values=choose_cache(past_key_values, cache),
             inputs_embeds=inputs_embeds,
             use_cache=use_cache,
             output_attentions=output_attentions,
@@ -637,8 +666,11 @@ class ChatGLMForSequenceClassification(ChatGLMPreTrainedModel):
 
 def _states_of(outputs: BaseModelOutputWithPast) -> dict[str, Any]:
     """Return what a head passes on of its base model's output."""
-    names = ("past_key_values", "hidden_states", "attentions")
-    return {name: getattr(outputs, name) for name in names}
+    return {
+        CACHE_NAME: cache_of(outputs),
+        "hidden_states": outputs.hidden_states,
+        "attentions": outputs.attentions,
+    }
 
 
 __all__ = [

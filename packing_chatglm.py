@@ -23,6 +23,7 @@ from .quantization import (
     has_finite_scales,
     quantize_weight,
 )
+from .releases_chatglm import renew_ties
 
 logger = logging.get_logger(__name__)
 
@@ -179,8 +180,7 @@ def note_format(model: PreTrainedModel, weight_format: WeightFormat) -> None:
     config.quantization_activations = weight_format.activations
     if model.get_output_embeddings() is not None:
         note_ties(model)
-        if hasattr(model, "all_tied_weights_keys"):
-            model.all_tied_weights_keys = model.get_expanded_tied_weights_keys(all_submodels=True)
+        renew_ties(model)
         model.tie_weights()
 
 

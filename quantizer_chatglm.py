@@ -14,7 +14,6 @@ Shapes: `O` output features, `I` input features of a packed layer.
 """
 
 import ctypes
-import dataclasses
 import mmap
 import sys
 import threading
@@ -32,6 +31,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from .packing_chatglm import WeightFormat, is_packed
 from .quantization import GROUP_SIZES, PackedMatrix, check_columns, quantize_weight
+from .releases_chatglm import change_load_settings, read_load_settings
 
 METHOD = "chatglm"
 # Shards are read by so many weights at once. Larger blocks are no faster, and what is freed between
@@ -146,13 +146,9 @@ class QuantizedLoadingMixin:
         *args: Any,
         **options: Any,
     ) -> Any:
-        """Check what transformers is about to load, and quantize it on the way if need be.
-
-        Its other arguments come one by one from transformers 4, and as one object from 5.
-        """
+        """Check what transformers is about to load, and quantize it on the way if need be."""
         load = cast(Any, super())._load_pretrained_model
-        config: Any = args[0] if args and dataclasses.is_dataclass(args[0]) else None
-        settings = options if config is None else vars(config)
+        settings = read_load_settings(args, options)
         if "expected_keys" in options or _is_foreign(settings["hf_quantizer"]):
             # An adapter, or the layers of another method: none of our tensors.
             return load(model, state_dict, checkpoint_files, *args, **options)
@@ -165,9 +161,7 @@ class QuantizedLoadingMixin:
             changes["sharded_metadata"] = None  # it does not know the scales
             state_dict = pack_checkpoint(checkpoint, are_files)
         del tensors, checkpoint  # shards of an old kind are not mapped, but read as a whole
-        if config is None:
-            return load(model, state_dict, checkpoint_files, *args, **(options | changes))
-        args = (dataclasses.replace(config, **changes), *args[1:])
+        args, options = change_load_settings(args, options, changes)
         return load(model, state_dict, checkpoint_files, *args, **options)
 
 

@@ -66,6 +66,7 @@ MODEL_FILES = (
     "quantization_cpu.py",
     "quantization_cuda.py",
     "quantizer_chatglm.py",
+    "releases_chatglm.py",
     "rotary_chatglm.py",
     "rounding_cpu.py",
     "sampling_chatglm.py",

@@ -95,7 +95,9 @@ def fill_cache(model: Any, length: int, batch_size: int = 1) -> Any:
     output = model.generate(
         begin, max_new_tokens=1, do_sample=False, return_dict_in_generate=True, use_cache=True
     )
-    cache, config = output.past_key_values, model.config
+    # transformers before 5.24 has the other name, and 5.24 calls it deprecated.
+    cache = output["cache"] if "cache" in output else output["past_key_values"]
+    config = model.config
     missing = length - int(cache.get_seq_length())
     size = (batch_size, config.num_attention_heads, missing, config.head_dim)  # (B, N, S, D)
     states = torch.randn(size, device=model.device, dtype=model.dtype)

@@ -26,7 +26,7 @@ PATTERNS = ("*_chatglm.py", "*_cpu.py", "*_cuda.py", "quantization.py")
 FLAT_FILES = sorted(path for pattern in PATTERNS for path in ROOT.glob(pattern))
 MODULES = {path.stem: path.read_text(encoding="utf-8") for path in FLAT_FILES}
 TREES = {name: ast.parse(text) for name, text in MODULES.items()}
-CALLS_WHILE_IMPORTING = {"require_transformers(transformers.__version__)"}
+CALLS_WHILE_IMPORTING = {"check_transformers(transformers.__version__)"}
 # Functions of other modules that change something, by what their names look like.
 SWITCHES = re.compile(r"\.(_\w+|set_\w+|\w*seed\w*|\w*filter\w*|(en|dis)able\w*|environ\.\w+)$")
 

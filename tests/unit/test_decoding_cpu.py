@@ -45,7 +45,7 @@ def read_prompt(model: Any) -> tuple[Tensor, Tensor]:
 
 @torch.no_grad()
 def decode(model: Any, cache: Any = None) -> Tensor:
-    """The logits of some steps behind a prompt."""
+    """The logits of some steps behind a prompt, or the states of a model without a head."""
     ids, attention_mask = read_prompt(model)
     cache = ChatGLMCache() if cache is None else cache
     model(input_ids=ids, attention_mask=attention_mask, past_key_values=cache)
@@ -54,7 +54,7 @@ def decode(model: Any, cache: Any = None) -> Tensor:
         ids = torch.tensor(step)
         attention_mask = torch.cat((attention_mask, torch.ones_like(ids)), dim=1)
         output = model(input_ids=ids, attention_mask=attention_mask, past_key_values=cache)
-        logits.append(output.logits)
+        logits.append(output[0])
     return torch.cat(logits, dim=1)
 
 
@@ -182,7 +182,8 @@ def test_exact_and_grouped_products_have_programs(
 
 
 def test_threads_do_not_change_a_bit() -> None:
-    model, before = make_model(4), torch.get_num_threads()
+    """What the head adds is torch's own product, whose bits threads do change on some CPUs."""
+    model, before = make_model(4).transformer, torch.get_num_threads()
     results = []
     try:
         for threads in (1, 2, 5, 8):
