@@ -1,16 +1,23 @@
 # Every target sets up what it needs in .venv, once. GNU make 3.81 or newer, Python 3.10 to 3.13.
 #   make chat ARGS="--bits 4"      make test ARGS="-k tokenizer"      make test PYTHON=python3.12
+#   make chat CPU=1                # on Linux without an NVIDIA GPU: PyTorch without 5 GB of CUDA
 
 PYTHON ?= python3
 VENV ?= .venv
 ARGS ?=
 COMPAT ?= tests
+CPU ?=
 JOBS ?= 2
 MINI ?= .cache/mini
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 CHATTING := $(VENV)/.installed-for-chat
 WORKING := $(VENV)/.installed-for-work
+
+# pip takes the builds of PyTorch for CPUs ("2.14.1+cpu") for newer than those of the usual index.
+ifeq (1,$(CPU))
+export PIP_EXTRA_INDEX_URL := $(PIP_EXTRA_INDEX_URL) https://download.pytorch.org/whl/cpu
+endif
 
 .PHONY: help setup chat test parity compat lint fmt types check bench-formats bench-memory bench-generate bench-kernels bench-tokenizer bench-train bench-report train-mini vocabulary-mini clean
 
@@ -28,7 +35,7 @@ test: $(WORKING) ## run all tests, JOBS of them at once
 parity: $(WORKING) ## compare with the original code's numbers
 	$(BIN)/python -m pytest tests/parity $(ARGS)
 
-compat: $(WORKING) ## test the model files on every supported transformers
+compat: $(WORKING) ## test on every supported transformers; COMPAT="tests(newest)" on what is newest
 	$(BIN)/nox --session "$(COMPAT)" -- $(ARGS)
 
 lint: $(WORKING) ## check style and format

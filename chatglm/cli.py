@@ -13,6 +13,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
 from chatglm import __version__
+from chatglm.releases import list_untested
 
 COMMANDS = {
     "chat": ("chatglm.serving.chat", "talk with a model, in the terminal or through a pipe"),
@@ -63,6 +64,8 @@ def run_command(run: Callable[[argparse.Namespace], int], args: argparse.Namespa
         args: its parsed options.
     """
     _use_utf8()
+    for line in list_untested():
+        print(f"chatglm: {line}", file=sys.stderr)
     try:
         return run(args)
     except BrokenPipeError:

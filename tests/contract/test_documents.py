@@ -11,9 +11,10 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from chatglm_6b.configuration_chatglm import OLDEST_TRANSFORMERS, ChatGLMConfig
+from chatglm_6b.configuration_chatglm import ChatGLMConfig
 from chatglm_6b.masking_chatglm import SpecialIds, build_geometry
 from chatglm_6b.modeling_chatglm import ChatGLMForConditionalGeneration
+from chatglm_6b.releases_chatglm import TESTED_TRANSFORMERS
 from conftest import ROOT
 
 import chatglm
@@ -44,15 +45,24 @@ def table_rows(text: str) -> list[list[str]]:
     return [[cell.strip() for cell in line.strip("|").split(" | ")] for line in lines]
 
 
-@pytest.fixture
-def hash_remote_code() -> Any:
-    """The tool of that name."""
-    path = ROOT / "tools" / "hash_remote_code.py"
+def load_script(name: str) -> Any:
+    """A file of the repository that is no part of a package."""
+    path = ROOT / name
     spec = importlib.util.spec_from_file_location(path.stem, path)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
+
+
+@pytest.fixture
+def hash_remote_code() -> Any:
+    return load_script("tools/hash_remote_code.py")
+
+
+@pytest.fixture
+def compatibility() -> Any:
+    return load_script("tools/compatibility.py")
 
 
 @cache
@@ -175,26 +185,94 @@ def test_the_small_model_s_size_is_its_number_of_parameters() -> None:
     assert f" {count / 1e4:.0f} 万参数" in read("README_zh.md")
 
 
+def read_project() -> dict[str, list[str]]:
+    """Name and specifiers of every package that users install."""
+    found = re.findall(r'^    "([\w-]+)((?:[<>=]+[\d.]+,?)+)[";]', read("pyproject.toml"), re.M)
+    return {name: specifiers.split(",") for name, specifiers in found}
+
+
+def first_numbers(version: str) -> tuple[int, int]:
+    major, minor = version.split("+")[0].split(".")[:2]
+    return int(major), int(minor)
+
+
 @each_readme
 def test_the_supported_versions_are_those_of_code_and_package(readme: str) -> None:
     rows = {row[0]: row for row in table_rows(read(readme))}
-    noxfile = ast.parse(read("noxfile.py"))
-    (tested,) = [
-        ast.literal_eval(node.value)
-        for node in noxfile.body
-        if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "TRANSFORMERS"
-    ]
-    assert all(version in rows["transformers"][2] for version in tested)
-    assert (tested[0], tested[0] in rows["transformers"][1]) == (OLDEST_TRANSFORMERS, True)
+    oldest, newest = TESTED_TRANSFORMERS[0], TESTED_TRANSFORMERS[-1].removesuffix(".0")
+    assert oldest in rows["transformers"][1] and newest in rows["transformers"][1]
+    assert all(version in rows["transformers"][2] for version in TESTED_TRANSFORMERS)
+    opening = read(readme).partition("\n## ")[0]
+    assert oldest in opening and newest in opening
     project = read("pyproject.toml")
-    assert f"transformers>={OLDEST_TRANSFORMERS}," in project
     pythons = re.findall(r"Python :: (3\.\d+)", project)
     assert pythons[0] in rows["Python"][1] and pythons[-1] in rows["Python"][1]
     assert f'requires-python = ">={pythons[0]}"' in project
-    (oldest_torch,) = re.findall(r'"torch>=([\d.]+)"', project)
-    assert oldest_torch in rows["PyTorch"][1]
-    (pinned_torch,) = re.findall(r"^torch==(\d+\.\d+)", read("requirements-ci.txt"), re.MULTILINE)
+    least, bound = read_project()["torch"]
+    assert least.removeprefix(">=") in rows["PyTorch"][1]
+    major, minor = first_numbers(bound.removeprefix("<"))
+    assert f"{major}.{minor - 1}" in rows["PyTorch"][1]
+    (pinned_torch,) = re.findall(r"^torch==(\S+)", read("requirements-ci.txt"), re.MULTILINE)
     assert pinned_torch in rows["PyTorch"][2]
+
+
+def test_the_bounds_are_the_newest_releases_that_were_tested() -> None:
+    """What a fresh machine installs is what a run of all tests has met, and passed."""
+    notes = json.loads(read("docs/compatibility.json"))
+    assert set(notes) == {*TESTED_TRANSFORMERS, "newest"}
+    assert all(notes[version]["failed"] == 0 for version in TESTED_TRANSFORMERS)
+    for package, (least, bound) in read_project().items():
+        met = [first_numbers(n["versions"][package]) for n in notes.values() if n["failed"] == 0]
+        major, minor = first_numbers(f"{bound.removeprefix('<')}.0")
+        assert max(met) < (major, minor), package
+        assert max(met)[0] == major - 1 if minor == 0 else max(met) == (major, minor - 1), package
+        assert min(met) >= first_numbers(f"{least.removeprefix('>=')}.0"), package
+    assert read_project()["transformers"][0] == f">={TESTED_TRANSFORMERS[0]}"
+    pins = dict(re.findall(r"^([\w-]+)==(\S+)", read("requirements-ci.txt"), re.MULTILINE))
+    assert pins["transformers"] == TESTED_TRANSFORMERS[-1]
+
+
+def test_the_compatibility_page_is_up_to_date(
+    compatibility: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert compatibility.main(["--check"]) == 0, capsys.readouterr().err
+
+
+REPORT = """<?xml version="1.0"?><testsuites><testsuite name="pytest" errors="0" failures="1"
+skipped="1" tests="4" time="61.2"><testcase classname="tests.unit.test_a" name="test_one"/>
+<testcase classname="tests.unit.test_a" name="test_two"><failure message="no"/></testcase>
+<testcase classname="tests.unit.test_a" name="test_3"><skipped/></testcase>
+<testcase classname="tests.unit.test_a" name="test_4"/></testsuite></testsuites>"""
+
+
+def test_a_run_is_noted_and_shown(
+    compatibility: Any,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    for name, place in (("REPORTS", ""), ("NOTES", "notes.json"), ("PAGE", "page.md")):
+        monkeypatch.setattr(compatibility, name, tmp_path / place)
+    (tmp_path / "notes.json").write_text("{}")
+    (tmp_path / "5.99.0.xml").write_text(REPORT)
+    assert compatibility.main(["record", str(tmp_path / "5.99.0.xml")]) == 0
+    assert capsys.readouterr().out == "5.99.0: 2 passed, **1 failed**, 1 skipped\n"
+    (tmp_path / "notes.json").unlink()
+    assert compatibility.main([]) == compatibility.main(["--check"]) == 0
+    page = (tmp_path / "page.md").read_text()
+    assert "| 5.99.0 | 20" in page and "| 1.0 min |" in page and torch.__version__ in page
+    assert "Failed with 5.99.0:\n\n- `tests.unit.test_a::test_two`\n" in page
+    (tmp_path / "page.md").write_text(page.replace("2 passed", "3 passed"))
+    assert compatibility.main(["--check"]) == 1
+
+
+def test_the_sessions_of_nox_are_the_tested_releases_and_the_newest() -> None:
+    noxfile = load_script("noxfile.py")
+    assert (*TESTED_TRANSFORMERS, "newest") == noxfile.RELEASES
+    wanted = noxfile.without_bounds()
+    assert {re.split("[<>=;]", line)[0] for line in wanted} >= {"torch", "transformers", "peft"}
+    assert not [line for line in wanted if "<" in line.partition(";")[0]]
+    assert "trl>=1.16; python_version >= '3.11'" in wanted
 
 
 def test_the_tensors_page_names_the_model_s_tensors() -> None:

@@ -1,0 +1,149 @@
+"""Writes docs/compatibility.md: on which releases the tests passed, when, and beside what.
+
+    python tools/compatibility.py record REPORT   # note a run's outcome; noxfile.py does
+    python tools/compatibility.py                 # take new notes over and write the page
+    python tools/compatibility.py --check         # exit with 1 if the page is out of date
+
+Owns the notes (docs/compatibility.json) and the page. Knows nothing of how the tests are run.
+"""
+
+import argparse
+import datetime
+import importlib.metadata
+import json
+import os
+import platform
+import sys
+import xml.etree.ElementTree as ElementTree
+from pathlib import Path
+from typing import Any
+
+from packaging.requirements import Requirement
+
+ROOT = Path(__file__).resolve().parent.parent
+REPORTS = ROOT / "build" / "compat"
+NOTES = ROOT / "docs" / "compatibility.json"
+PAGE = ROOT / "docs" / "compatibility.md"
+SHOWN_PACKAGES = ("transformers", "torch", "peft", "trl", "accelerate", "datasets", "numpy")
+SHOWN_FAILURES = 20
+
+HEAD = """\
+# Which releases it works with
+
+Written by `python tools/compatibility.py` from what `make compat` noted; a test checks it. All tests
+were run with each release of transformers that is supported, and with the newest release of
+everything at once ("newest", the canary), which is asked for without upper bounds. What the code
+leans on in those libraries is in [hooks.md](hooks.md).
+
+With a newer transformers than the last one here the model loads and says in one line that nobody has
+tried it. To try it: `make compat COMPAT="tests(newest)"`.
+
+"""
+
+
+def read_report(path: Path) -> dict[str, Any]:
+    """Return how a run of pytest ended, from its report in JUnit's form."""
+    (suite,) = ElementTree.parse(path).getroot().iter("testsuite")
+    counts = {name: int(suite.get(name, 0)) for name in ("tests", "failures", "errors", "skipped")}
+    failed = counts["failures"] + counts["errors"]
+    cases = [case for case in suite if {"failure", "error"} & {child.tag for child in case}]
+    names = [f"{case.get('classname')}::{case.get('name')}" for case in cases]
+    return {
+        "passed": counts["tests"] - failed - counts["skipped"],
+        "failed": failed,
+        "skipped": counts["skipped"],
+        "seconds": round(float(suite.get("time", 0))),
+        "failures": names[:SHOWN_FAILURES],
+    }
+
+
+def read_versions() -> dict[str, str]:
+    """Return the versions of what chatting and training need, in this environment."""
+    needed = [Requirement(line) for line in importlib.metadata.requires("chatglm") or []]
+    names = [n.name for n in needed if n.marker is None or n.marker.evaluate({"extra": "train"})]
+    return {"python": platform.python_version()} | {n: importlib.metadata.version(n) for n in names}
+
+
+def read_processor() -> str:
+    """Return what the system says of its processor, and how many of them there are."""
+    name = platform.processor() or platform.machine()
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.is_file():
+        lines = cpuinfo.read_text(encoding="utf-8").splitlines()
+        fields = dict(line.split(":", 1) for line in lines if line.count(":") == 1)
+        found = {key.strip(): value.strip() for key, value in fields.items()}
+        kind = f"family {found.get('cpu family')} model {found.get('model')}"
+        name = f"{found.get('model name', name)} ({kind})"
+    return f"{name}, {os.cpu_count()} cores"
+
+
+def record(report: Path) -> None:
+    """Note the outcome of a run beside its report, with the versions of this environment."""
+    today = datetime.datetime.now(datetime.timezone.utc).date().isoformat()
+    note = {"date": today, "versions": read_versions(), "processor": read_processor()}
+    note |= read_report(report)
+    report.with_suffix(".json").write_text(json.dumps(note, indent=2), encoding="utf-8")
+    sys.stdout.write(f"{report.stem}: {describe(note)}\n")
+
+
+def describe(note: dict[str, Any]) -> str:
+    """Return how a run ended, in words."""
+    failed = f", **{note['failed']} failed**" if note["failed"] else ""
+    return f"{note['passed']} passed{failed}, {note['skipped']} skipped"
+
+
+def take_notes() -> dict[str, Any]:
+    """Return all notes, with those of new runs in the place of older ones, and keep them."""
+    notes = json.loads(NOTES.read_text(encoding="utf-8")) if NOTES.is_file() else {}
+    for path in sorted(REPORTS.glob("*.json")):
+        notes[path.stem] = json.loads(path.read_text(encoding="utf-8"))
+    NOTES.write_text(json.dumps(notes, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    return notes
+
+
+def build_page(notes: dict[str, Any]) -> str:
+    """Return the text of the page."""
+    columns = ("asked for", "date", "result", "time", "python", *SHOWN_PACKAGES)
+    rows = [columns, ["---"] * len(columns)]
+    order = sorted(notes, key=lambda name: [int(p) if p.isdigit() else 10**6 for p in _parts(name)])
+    for name in order:
+        note = notes[name]
+        versions = [note["versions"][package] for package in ("python", *SHOWN_PACKAGES)]
+        time = f"{note['seconds'] / 60:.1f} min"
+        rows.append([name, note["date"], describe(note), time, *versions])
+    page = HEAD + "".join(f"| {' | '.join(row)} |\n" for row in rows)
+    machines = sorted({note["processor"] for note in notes.values()})
+    page += f"\nRun two at a time on: {'; '.join(machines)}.\n"
+    for name in order:
+        if failures := notes[name]["failures"]:
+            page += f"\nFailed with {name}:\n\n" + "".join(f"- `{test}`\n" for test in failures)
+    return page
+
+
+def _parts(name: str) -> list[str]:
+    return name.split(".")
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Record a run, or write or check the page; return the exit code."""
+    parser = argparse.ArgumentParser(description="Write docs/compatibility.md.")
+    parser.add_argument("action", nargs="?", choices=["record"], help="note a run's outcome")
+    parser.add_argument("report", nargs="?", type=Path, help="what pytest wrote, in JUnit's form")
+    parser.add_argument("--check", action="store_true", help="only say whether it is up to date")
+    args = parser.parse_args(argv)
+    if args.action == "record":
+        if args.report is None:
+            parser.error("record needs the report's path")
+        record(args.report)
+        return 0
+    if not args.check:
+        PAGE.write_text(build_page(take_notes()), encoding="utf-8", newline="\n")
+        return 0
+    if PAGE.read_text(encoding="utf-8") == build_page(json.loads(NOTES.read_text("utf-8"))):
+        return 0
+    sys.stderr.write(f"{PAGE.name} is out of date: run `python tools/compatibility.py`\n")
+    return 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
