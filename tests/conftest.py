@@ -12,10 +12,12 @@ import re
 import shutil
 import sys
 import tempfile
+from collections.abc import Iterator
 from importlib.machinery import ModuleSpec
 from pathlib import Path
 from typing import Any
 
+import forking
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -73,6 +75,13 @@ MODEL_FILES = (
     "tokenization_chatglm.py",
 )
 TOKENIZER_FILES = ("ice_text.model", "tokenizer_config.json", "chat_template.jinja")
+# What nearly all commands import of the libraries, and takes seconds.
+LIBRARIES = (
+    "transformers:AutoModelForCausalLM",
+    "transformers:AutoTokenizer",
+    "transformers:Trainer",
+    "matplotlib.pyplot",
+)
 REPO_SIZES = {
     "vocab_size": 8192,
     "hidden_size": 32,
@@ -124,6 +133,17 @@ def tiny_repo(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for name in (*MODEL_FILES, *TOKENIZER_FILES, "generation_config.json"):
         shutil.copy(ROOT / name, folder)
     return folder
+
+
+@pytest.fixture(scope="session")
+def quick_python() -> Iterator[str]:
+    """A Python that runs a command without importing the libraries first: see `forking`."""
+    if not forking.IS_SUPPORTED:
+        yield sys.executable
+        return
+    server = forking.ForkServer(LIBRARIES)
+    yield server.executable
+    server.close()
 
 
 @pytest.fixture
