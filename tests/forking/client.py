@@ -5,6 +5,7 @@
 Owns the client's side. Imports little, since it is started for every command.
 """
 
+import contextlib
 import json
 import os
 import signal
@@ -50,10 +51,8 @@ def forward_signals(process: int) -> None:
     """Send what this process is sent to another one; SIGKILL reaches it through the socket."""
 
     def forward(number: int, frame: object) -> None:
-        try:
+        with contextlib.suppress(ProcessLookupError):  # it has ended, which this one will hear
             os.kill(process, number)
-        except ProcessLookupError:
-            pass  # it has ended, and this process is about to hear so
 
     for number in FORWARDED:
         if signal.getsignal(number) != signal.SIG_IGN:

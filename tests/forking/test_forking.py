@@ -10,8 +10,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import forking
 import pytest
+
+import forking
 
 pytestmark = pytest.mark.skipif(not forking.IS_SUPPORTED, reason="needs Linux's pidfd_open")
 IS_FORK = "sys.orig_argv[1].endswith('server.py')"
@@ -94,9 +95,13 @@ def test_signals_reach_the_fork(python: str) -> None:
             assert process.stdout is not None and process.stdout.readline() == "ready\n"
             process.send_signal(eval(name))
             assert process.wait(timeout=30) == 9
-    interrupted = (
-        "try:\n print('ready', flush=True)\n time.sleep(60)\nexcept KeyboardInterrupt: exit(130)"
-    )
+    interrupted = """
+try:
+    print('ready', flush=True)
+    time.sleep(60)
+except KeyboardInterrupt:
+    exit(130)
+"""
     with start(python, interrupted) as process:
         read_number(process)
         assert process.stdout is not None and process.stdout.readline() == "ready\n"
