@@ -147,6 +147,16 @@ def quick_python() -> Iterator[str]:
 
 
 @pytest.fixture
+def pictures(monkeypatch: pytest.MonkeyPatch) -> dict[Path, list[Any]]:
+    """Keep what curves would be drawn of, by path: drawing takes longer than a tiny training."""
+    kept: dict[Path, list[Any]] = {}
+    for module in ("progress", "run_log"):
+        name = f"chatglm.training.{module}.draw_curves"
+        monkeypatch.setattr(name, lambda history, path: kept.update({path: list(history)}))
+    return kept
+
+
+@pytest.fixture
 def without_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
     """Leave every product with packed weights to plain torch."""
     from chatglm_6b import quantization
