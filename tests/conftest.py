@@ -82,6 +82,24 @@ LIBRARIES = (
     "transformers:Trainer",
     "matplotlib.pyplot",
 )
+# A file is run by one process as a whole: with these begun last, the others would wait for it.
+LONGEST_FIRST = (
+    "training/test_sft.py",
+    "training/test_ppo.py",
+    "e2e/test_readme.py",
+    "e2e/test_training_docs.py",
+    "benchmarks/test_bench_generate.py",
+    "training/test_dpo.py",
+    "training/test_grpo.py",
+    "unit/test_fewer_passes.py",
+    "e2e/test_quantize_command.py",
+    "unit/test_quantization_cpu.py",
+    "unit/test_packing.py",
+    "e2e/test_cli.py",
+    "training/test_distributed.py",
+    "contract/test_decoding_steps.py",
+    "property/test_tokenizer_property.py",
+)
 REPO_SIZES = {
     "vocab_size": 8192,
     "hidden_size": 32,
@@ -89,6 +107,15 @@ REPO_SIZES = {
     "num_attention_heads": 2,
     "inner_hidden_size": 64,
 }
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Begin with the longest files."""
+    places = {ROOT / "tests" / name: place for place, name in enumerate(LONGEST_FIRST)}
+    missing = [str(path) for path in places if not path.is_file()]
+    if missing:
+        raise pytest.UsageError(f"LONGEST_FIRST in {__file__} names {missing}, which is not there")
+    items.sort(key=lambda item: places.get(item.path, len(places)))
 
 
 def build_model(
