@@ -140,6 +140,27 @@ def build_model(
     return model
 
 
+@pytest.fixture(scope="session")
+def quick_python() -> Iterator[str]:
+    """A Python that runs a command without importing the libraries first: see `forking`."""
+    if not forking.IS_SUPPORTED:
+        yield sys.executable
+        return
+    server = forking.ForkServer(LIBRARIES)
+    yield server.executable
+    server.close()
+
+
+@pytest.fixture
+def pictures(monkeypatch: pytest.MonkeyPatch) -> dict[Path, list[Any]]:
+    """Keep what curves would be drawn of, by path: drawing takes longer than a tiny training."""
+    kept: dict[Path, list[Any]] = {}
+    for module in ("progress", "run_log"):
+        name = f"chatglm.training.{module}.draw_curves"
+        monkeypatch.setattr(name, lambda history, path: kept.update({path: list(history)}))
+    return kept
+
+
 @pytest.fixture
 def tiny_config() -> Any:
     return build_model().config
@@ -160,27 +181,6 @@ def tiny_repo(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for name in (*MODEL_FILES, *TOKENIZER_FILES, "generation_config.json"):
         shutil.copy(ROOT / name, folder)
     return folder
-
-
-@pytest.fixture(scope="session")
-def quick_python() -> Iterator[str]:
-    """A Python that runs a command without importing the libraries first: see `forking`."""
-    if not forking.IS_SUPPORTED:
-        yield sys.executable
-        return
-    server = forking.ForkServer(LIBRARIES)
-    yield server.executable
-    server.close()
-
-
-@pytest.fixture
-def pictures(monkeypatch: pytest.MonkeyPatch) -> dict[Path, list[Any]]:
-    """Keep what curves would be drawn of, by path: drawing takes longer than a tiny training."""
-    kept: dict[Path, list[Any]] = {}
-    for module in ("progress", "run_log"):
-        name = f"chatglm.training.{module}.draw_curves"
-        monkeypatch.setattr(name, lambda history, path: kept.update({path: list(history)}))
-    return kept
 
 
 @pytest.fixture

@@ -55,8 +55,7 @@ def forward_signals(process: int) -> None:
             os.kill(process, number)
 
     for number in FORWARDED:
-        if signal.getsignal(number) != signal.SIG_IGN:
-            signal.signal(number, forward)
+        signal.signal(number, forward)
 
 
 def end_like(code: int) -> None:

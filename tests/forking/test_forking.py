@@ -96,6 +96,7 @@ def test_signals_reach_the_fork(python: str) -> None:
             process.send_signal(eval(name))
             assert process.wait(timeout=30) == 9
     interrupted = """
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's & ignores it
 try:
     print('ready', flush=True)
     time.sleep(60)
@@ -107,6 +108,17 @@ except KeyboardInterrupt:
         assert process.stdout is not None and process.stdout.readline() == "ready\n"
         process.send_signal(signal.SIGINT)
         assert process.wait(timeout=30) == 130
+
+
+@pytest.mark.parametrize("action", [signal.SIG_IGN, signal.default_int_handler])
+def test_interrupts_are_ignored_where_they_are_in_its_place(python: str, action: Any) -> None:
+    code = "import signal; print(signal.getsignal(signal.SIGINT) == signal.SIG_IGN)"
+    before = signal.signal(signal.SIGINT, action)
+    try:
+        found, expected = (run(program, "-c", code).stdout for program in (python, sys.executable))
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert found == expected == f"{action == signal.SIG_IGN}\n"
 
 
 def test_a_killed_process_takes_its_fork_along(python: str) -> None:
