@@ -188,8 +188,8 @@ def become(request: Request, streams: list[int], changed: dict[str, str]) -> Non
     os.chdir(request.folder)
     os.environ.clear()
     os.environ.update(request.environment | changed)
-    if request.ignores_interrupts:
-        signal.signal(signal.SIGINT, signal.SIG_IGN)
+    interrupted = signal.SIG_IGN if request.ignores_interrupts else signal.default_int_handler
+    signal.signal(signal.SIGINT, interrupted)
     seed()
 
 
