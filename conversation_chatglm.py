@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers.generation.logits_process import LogitsProcessorList
 from transformers.generation.stopping_criteria import StoppingCriteria, StoppingCriteriaList
 
-from .sampling_chatglm import InvalidScoreLogitsProcessor
+from .generation_chatglm import InvalidScoreLogitsProcessor
 
 History = list[tuple[str, str]]
 

@@ -1,4 +1,4 @@
-"""Runs all tests on every supported transformers release, and on the newest there is (`make compat`).
+"""Runs all tests on every supported transformers release, and on the newest (`make compat`).
 
 Each run leaves a report and the versions that it met in build/compat, which tools/compatibility.py
 makes docs/compatibility.md of.
@@ -16,11 +16,11 @@ REPORTS = ROOT / "build" / "compat"
 
 
 def read_releases() -> tuple[str, ...]:
-    """The releases that releases_chatglm.py names; importing it would need transformers."""
-    for node in ast.parse((ROOT / "releases_chatglm.py").read_text(encoding="utf-8")).body:
+    """The releases that environment_chatglm.py names; importing it would need transformers."""
+    for node in ast.parse((ROOT / "environment_chatglm.py").read_text(encoding="utf-8")).body:
         if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "TESTED_TRANSFORMERS":
             return ast.literal_eval(node.value)
-    raise ValueError("releases_chatglm.py assigns no TESTED_TRANSFORMERS")
+    raise ValueError("environment_chatglm.py assigns no TESTED_TRANSFORMERS")
 
 
 RELEASES = (*read_releases(), NEWEST)
@@ -61,7 +61,7 @@ def read_pins() -> list[str]:
 
 
 def without_bounds() -> list[str]:
-    """What users and tests install, without the upper bounds: `torch>=2.6,<2.15` as `torch>=2.6`."""
+    """What users and tests install, without upper bounds: `torch>=2.6,<2.15` as `torch>=2.6`."""
     project = nox.project.load_toml(ROOT / "pyproject.toml")["project"]
     extras = project["optional-dependencies"]
     requirements = [*project["dependencies"], *extras["train"], *extras["test"]]

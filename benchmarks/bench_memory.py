@@ -106,7 +106,7 @@ def shrink_index(layers: int) -> dict[str, list[str]]:
 
 def prepare_folder(folder: Path, layers: int) -> None:
     """Put the model's code and a configuration of so many blocks into a folder."""
-    for pattern in ("*_chatglm.py", "*_cpu.py", "*_cuda.py", "quantization.py"):
+    for pattern in ("*_chatglm.py", "quantization*.py"):
         for file in ROOT.glob(pattern):
             shutil.copy(file, folder)
     config = json.loads((PRESET / "config.json").read_text(encoding="utf-8"))

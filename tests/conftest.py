@@ -12,6 +12,7 @@ import re
 import shutil
 import sys
 import tempfile
+from collections.abc import Iterator
 from importlib.machinery import ModuleSpec
 from pathlib import Path
 from typing import Any
@@ -26,7 +27,8 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 for _variable in ("HF_MODULES_CACHE", "CHATGLM_KERNEL_CACHE"):
     os.environ[_variable] = tempfile.mkdtemp(prefix="chatglm-tests-")
     atexit.register(shutil.rmtree, os.environ[_variable], ignore_errors=True)
-os.environ.pop("CHATGLM_CPU_KERNELS", None)
+for _variable in ("CHATGLM_KERNELS", "CHATGLM_CPU_KERNELS"):
+    os.environ.pop(_variable, None)
 
 _spec = ModuleSpec("chatglm_6b", None, is_package=True)
 _spec.submodule_search_locations = [str(ROOT)]
@@ -48,28 +50,16 @@ TINY = {
     "eos_token_id": 305,
 }
 MODEL_FILES = (
-    "attention_cpu.py",
     "cache_chatglm.py",
     "configuration_chatglm.py",
     "conversation_chatglm.py",
-    "decoding_cpu.py",
+    "environment_chatglm.py",
     "generation_chatglm.py",
-    "kernels_cpu.py",
     "masking_chatglm.py",
-    "memory_cpu.py",
     "modeling_chatglm.py",
-    "packing_chatglm.py",
-    "prefix_chatglm.py",
-    "products_cpu.py",
-    "program_cpu.py",
     "quantization.py",
-    "quantization_cpu.py",
     "quantization_cuda.py",
     "quantizer_chatglm.py",
-    "releases_chatglm.py",
-    "rotary_chatglm.py",
-    "rounding_cpu.py",
-    "sampling_chatglm.py",
     "tokenization_chatglm.py",
 )
 TOKENIZER_FILES = ("ice_text.model", "tokenizer_config.json", "chat_template.jinja")
@@ -127,17 +117,18 @@ def tiny_repo(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def without_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Leave every product with packed weights to plain torch."""
-    from chatglm_6b import quantization
+def without_kernels() -> Iterator[None]:
+    """Leave everything to plain torch."""
+    from chatglm_6b.environment_chatglm import kernels_off
 
-    monkeypatch.setattr(quantization, "KERNEL_FINDERS", {})
+    with kernels_off():
+        yield
 
 
 def forget_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
     """Make CPU kernels be looked for, and compiled or read from the disk, as in a new process."""
     anew: dict[Any, Any] = {}
-    for module in [m for name, m in sys.modules.items() if re.match(r"chatglm_6b\.\w+_cpu$", name)]:
+    for module in [m for name, m in sys.modules.items() if re.match(r"chatglm\.cpu\.\w+$", name)]:
         for name, value in list(vars(module).items()):
             if hasattr(value, "cache_clear"):
                 fresh = anew.setdefault(value, functools.cache(value.__wrapped__))

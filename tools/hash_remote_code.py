@@ -24,10 +24,10 @@ HEAD = """\
 Written by `python tools/hash_remote_code.py`; a test checks it. These files of the folder, and no
 others, are copied into the cache of transformers and imported. They import each other, torch,
 transformers, sentencepiece, packaging and the standard library; importing them changes no global
-setting. On a CPU they also use llvmlite, where it is installed, to compile what they compute with,
-and keep the result in the user's cache (`CHATGLM_KERNEL_CACHE`). The hashes are of the files with
-LF line ends, as git stores them: compare with
-`sha256sum *_chatglm.py *_cpu.py *_cuda.py quantization.py`.
+setting. On a CPU they also use the installed package `chatglm.cpu`, where it is, which compiles
+what it computes with by llvmlite and keeps the result in the user's cache
+(`CHATGLM_KERNEL_CACHE`). The hashes are of the files with LF line ends, as git stores them: compare
+with `sha256sum *_chatglm.py quantization*.py`.
 
 """
 TABLE = """

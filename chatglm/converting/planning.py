@@ -24,7 +24,7 @@ MAX_SHARD_BYTES = 10**9
 # One file or an index of shards, by the kind of file.
 FILE_KINDS: dict[str, tuple[str, str]] = dict(zip(("safetensors", "bin"), WEIGHT_FILES))
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-CODE = ("*_chatglm.py", "*_cpu.py", "*_cuda.py", "quantization.py")
+CODE = ("*_chatglm.py", "quantization*.py")
 VOCABULARY = "ice_text.model"
 TEMPLATE = "chat_template.jinja"
 SETTINGS = ("generation_config.json", "tokenizer_config.json")
@@ -175,7 +175,7 @@ def read_source(folder: Path) -> Source:
             not known.
     """
     code = default_model_folder()
-    if not (code / "packing_chatglm.py").is_file():
+    if not (code / "quantizer_chatglm.py").is_file():
         raise ValueError(f"{code} has not the model's code: run this in a clone of the repository")
     own = read_json(folder / "config.json")
     _refuse_foreign(folder, own)

@@ -22,7 +22,7 @@ from conftest import ROOT
 from transformers.dynamic_module_utils import get_imports, get_relative_imports
 
 REQUIRED = {"torch", "transformers", "sentencepiece", "packaging"}
-PATTERNS = ("*_chatglm.py", "*_cpu.py", "*_cuda.py", "quantization.py")
+PATTERNS = ("*_chatglm.py", "quantization*.py")
 FLAT_FILES = sorted(path for pattern in PATTERNS for path in ROOT.glob(pattern))
 MODULES = {path.stem: path.read_text(encoding="utf-8") for path in FLAT_FILES}
 TREES = {name: ast.parse(text) for name, text in MODULES.items()}

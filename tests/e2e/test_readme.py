@@ -30,7 +30,7 @@ from chatglm import cli
 
 READMES = ("README.md", "README_zh.md")
 INDEX = "pytorch_model.bin.index.json"
-CODE = ("*_chatglm.py", "*_cpu.py", "*_cuda.py", "quantization.py")
+CODE = ("*_chatglm.py", "quantization*.py")
 DATA = ("*.jinja", "*config.json", "ice_text.model")
 THIN = {"hidden_size": 16, "num_attention_heads": 2, "inner_hidden_size": 32}
 TOKENS = ("vocab_size", *(f"{name}_token_id" for name in ("bos", "eos", "mask", "gmask", "pad")))

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 from chatglm_6b.conversation_chatglm import ChatMixin, StopOnText, check_history, cut_at_stops
-from chatglm_6b.sampling_chatglm import InvalidScoreLogitsProcessor
+from chatglm_6b.generation_chatglm import InvalidScoreLogitsProcessor
 from chatglm_6b.tokenization_chatglm import ChatGLMTokenizer
 from conftest import ROOT, SHARED, build_model
 from peft import LoraConfig, get_peft_model

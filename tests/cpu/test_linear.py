@@ -12,15 +12,15 @@ import os
 import re
 import subprocess
 import sys
+from contextlib import nullcontext
 from typing import Any, NamedTuple
 
 import pytest
 import torch
-from chatglm_6b import attention_cpu, kernels_cpu, products_cpu, quantization_cpu, rounding_cpu
-from chatglm_6b.kernels_cpu import Compiler, KernelWriter, Processor
 from chatglm_6b.quantization import (
     ACTIVATIONS,
     QuantizedLinear,
+    TorchKernels,
     dequantize_weight,
     freeze,
     quantized_linear,
@@ -28,9 +28,15 @@ from chatglm_6b.quantization import (
 from conftest import ROOT, forget_kernels
 from torch import Tensor, nn
 
+from chatglm.cpu import attention, fast_products, float_products, gemm, gemv, linear, rounding
+from chatglm.cpu import compiler as compiling
+from chatglm.cpu import runtime as running
+from chatglm.cpu.compiler import Compiler
+from chatglm.cpu.writer import KernelWriter, Processor
+
 pytest.importorskip("llvmlite")
 
-LANES = {dot: lanes for dot, _, lanes in kernels_cpu.DOTS}
+LANES = {dot: lanes for dot, _, lanes in compiling.DOTS}
 HOST = Compiler().processor
 CPU = torch.device("cpu")
 HALF, SINGLE = torch.float16, torch.float32
@@ -53,8 +59,8 @@ class Case(NamedTuple):
     @property
     def span(self) -> int:
         """Columns of an input row that are rounded together."""
-        is_panel = self.tokens >= quantization_cpu.PANEL_TOKENS and self.group_size is None
-        return quantization_cpu.PANEL_SPAN if is_panel else rounding_cpu.GROUP
+        is_panel = self.tokens >= linear.PANEL_TOKENS and self.group_size is None
+        return linear.PANEL_SPAN if is_panel else rounding.GROUP
 
 
 # Every pair of bits or scale dtype with a size of groups, and every way that tiles can end. The
@@ -89,14 +95,14 @@ def find_tools(dot: str) -> tuple[Compiler, Any]:
         processor = processor._replace(name="haswell", features="")  # no AVX-512 anywhere
     if dot == "generic" and HOST.dot != "neon":
         processor = processor._replace(name="x86-64", features="")
-    return Compiler(processor), functools.cache(kernels_cpu.find_kernel.__wrapped__)
+    return Compiler(processor), functools.cache(compiling.find_kernel.__wrapped__)
 
 
 def can_run(dot: str) -> bool:
     found = Compiler().binding.get_host_cpu_features()
     if dot == "avx-vnni" and found.get("avx512vnni"):
         return True  # the same instruction under another encoding
-    (needed,) = [needed for name, needed, _ in kernels_cpu.DOTS if name == dot]
+    (needed,) = [needed for name, needed, _ in compiling.DOTS if name == dot]
     return all(found.get(feature) for feature in needed)
 
 
@@ -118,7 +124,7 @@ def played(dot: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Let kernels be those of a processor with this way of multiplying bytes."""
     compiler, find_kernel = find_tools(dot)
     forget_kernels(monkeypatch)
-    for module in (kernels_cpu, quantization_cpu):
+    for module in (compiling, linear):
         monkeypatch.setattr(module, "find_compiler", lambda: compiler)
         monkeypatch.setattr(module, "find_kernel", find_kernel)
 
@@ -127,8 +133,8 @@ def multiply(
     states: Tensor, weight: Tensor, scale: Tensor, bits: int, activations: str = "int8"
 ) -> Tensor:
     """Multiply by a kernel of ours, and no other way."""
-    kernels = quantization_cpu.find_kernels(CPU)
-    assert isinstance(kernels, quantization_cpu.CpuKernels)
+    kernels = linear.find_kernels()
+    assert isinstance(kernels, linear.CpuKernels)
     product = kernels.multiply(states, weight, scale, bits, activations)
     assert product is not None
     return product
@@ -303,14 +309,14 @@ def test_zeros_and_the_smallest_and_largest_numbers(
         bound = rounding_error(states, matrix, 512) + 1e-5 * states.double().norm() * matrix.norm()
         bound += 1e-36 * matrix.abs().sum(1)  # smaller numbers may become zeros
         assert ((output - states.double() @ matrix.T).abs() <= bound).all(), size
-        if activations == "int8" and size < rounding_cpu.SMALLEST:
+        if activations == "int8" and size < rounding.SMALLEST:
             assert output.eq(0).all(), size
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
-@pytest.mark.parametrize("extra", [0, 1, quantization_cpu.PANEL_TOKENS + 1])
+@pytest.mark.parametrize("extra", [0, 1, linear.PANEL_TOKENS + 1])
 def test_a_long_prompt_is_multiplied_part_by_part(extra: int, dtype: torch.dtype) -> None:
-    size = quantization_cpu.PART_TOKENS
+    size = linear.PART_TOKENS
     few, weight, scale = make_operands(None, 64)
     states = few.repeat(2 * size // 64 + 1, 1)[: 2 * size + extra].to(dtype)
     states *= torch.linspace(0.5, 2, len(states), dtype=dtype).unsqueeze(1)
@@ -368,7 +374,7 @@ def test_operands_may_stand_anywhere(group_size: int | None, tokens: int, activa
 
 def test_what_kernels_cannot_read_is_torch_s() -> None:
     states, weight, scale = make_operands(None, 3)
-    kernels = quantization_cpu.find_kernels(CPU)
+    kernels = linear.find_kernels()
     turned = weight.T.contiguous().T
     for operands in (
         (states.double(), weight, scale),
@@ -392,12 +398,12 @@ def test_torch_s_defaults_do_not_matter() -> None:
     operands = make_operands(None, 3)
     many = make_operands(None, 9)
     expected = [multiply(*operands, 4), multiply(*operands, 4, "exact"), multiply(*many, 4)]
-    plain = quantization_cpu.multiply_plain(operands[0][:1], operands[0])
+    plain = linear.multiply_plain(operands[0][:1], operands[0])
     try:
         torch.set_default_dtype(torch.float64)
         with torch.device("meta"):
             actual = [multiply(*operands, 4), multiply(*operands, 4, "exact"), multiply(*many, 4)]
-            plain_too = quantization_cpu.multiply_plain(operands[0][:1], operands[0])
+            plain_too = linear.multiply_plain(operands[0][:1], operands[0])
     finally:
         torch.set_default_dtype(SINGLE)
     assert all(map(torch.equal, actual, expected))
@@ -421,7 +427,7 @@ def digest() -> str:
         weight, scale, _ = make_weights(case)
         output = multiply(torch.randn(tokens, 320), weight, scale, bits, activations)
         hashed.update(output.numpy().tobytes())
-    plain = quantization_cpu.multiply_plain(torch.randn(1, 320), torch.randn(4100, 320))
+    plain = linear.multiply_plain(torch.randn(1, 320), torch.randn(4100, 320))
     assert plain is not None
     hashed.update(plain.numpy().tobytes())
     return hashed.hexdigest()
@@ -429,13 +435,13 @@ def digest() -> str:
 
 def test_threads_runs_and_processes_give_the_same_bits(monkeypatch: pytest.MonkeyPatch) -> None:
     woken: set[int] = set()
-    run = kernels_cpu.run_on_threads
+    run = running.run_on_threads
 
     def note(address: int, argument: int, threads: int) -> None:
         woken.add(threads)
         run(address, argument, threads)
 
-    monkeypatch.setattr(kernels_cpu, "run_on_threads", note)
+    monkeypatch.setattr(running, "run_on_threads", note)
     before = torch.get_num_threads()
     try:
         digests = []
@@ -445,9 +451,9 @@ def test_threads_runs_and_processes_give_the_same_bits(monkeypatch: pytest.Monke
     finally:
         torch.set_num_threads(before)
     assert woken >= set(range(1, 9))
-    folders = [str(folder) for folder in (ROOT, ROOT / "tests", ROOT / "tests" / "unit")]
+    folders = [str(folder) for folder in (ROOT, ROOT / "tests", ROOT / "tests" / "cpu")]
     script = (
-        f"import sys; sys.path[:0] = {folders}; import conftest, test_quantization_cpu as tests; "
+        f"import sys; sys.path[:0] = {folders}; import conftest, test_linear as tests; "
         "print(tests.digest())"
     )
     other = subprocess.run(
@@ -522,7 +528,7 @@ def test_what_is_differentiated_is_the_exact_product(bits: int, tokens: int) -> 
 def test_what_torch_must_see_never_reaches_a_kernel(
     context: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    packed, plain = make_layer(4), quantization_cpu.Linear(COLUMNS, ROWS, bias=False)
+    packed, plain = make_layer(4), nn.Linear(COLUMNS, ROWS, bias=False)
     packed.bias = None
     states = torch.randn(2, COLUMNS)
     matrix = dequantize_weight(packed.weight, packed.weight_scale, 4, SINGLE)
@@ -531,12 +537,15 @@ def test_what_torch_must_see_never_reaches_a_kernel(
     def refuse(*_: Any, **__: Any) -> None:
         raise AssertionError("a kernel was run")
 
-    monkeypatch.setattr(kernels_cpu, "run_on_threads", refuse)
+    monkeypatch.setattr(running, "run_on_threads", refuse)
     dtype = SINGLE if context == "compile" else torch.bfloat16
     for layer, product in zip((packed, plain), expected):
         if context == "compile":
             layer = torch.compile(layer, fullgraph=True, backend="eager")
-        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, context == "autocast"):
+        is_autocast = context == "autocast"
+        products = fast_products() if is_autocast else nullcontext()
+        autocast = torch.autocast("cpu", torch.bfloat16, is_autocast)
+        with products, torch.no_grad(), autocast:
             output = layer(states)
         assert output.dtype == dtype
         tolerance = 1e-5 if dtype == SINGLE else 0.05
@@ -556,16 +565,16 @@ def test_plain_layers_multiply_few_tokens_by_a_kernel(
     matrix = weight.double()
     for tokens in (1, 2):
         states = torch.randn(tokens, columns).to(dtype)
-        output = quantization_cpu.multiply_plain(states, weight)
+        output = linear.multiply_plain(states, weight)
         assert output is not None and output.dtype == dtype
-        single = quantization_cpu.multiply_plain(states, weight)
+        single = linear.multiply_plain(states, weight)
         assert torch.equal(output, single)
         norms = states.double().norm(dim=1, keepdim=True) * matrix.norm(dim=1)
         true = states.double() @ matrix.T
         error = (output.double() - true).abs()
         assert (error <= 2e-6 * norms + torch.finfo(dtype).eps / 2 * true.abs() * 1.01).all()
     if dtype == torch.float32:
-        assert quantization_cpu.multiply_plain(torch.randn(3, columns), weight) is None
+        assert linear.multiply_plain(torch.randn(3, columns), weight) is None
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
@@ -575,10 +584,10 @@ def test_halves_that_the_cpu_cannot_multiply_are_widened(
 ) -> None:
     torch.manual_seed(2)
     weight, states = torch.randn(rows, 70).to(dtype), torch.randn(3, 5, 70).to(dtype)
-    monkeypatch.setattr(quantization_cpu, "_multiplies", lambda processor, dtype: True)
-    assert quantization_cpu.multiply_plain(states, weight) is None
-    monkeypatch.setattr(quantization_cpu, "_multiplies", lambda processor, dtype: False)
-    output = quantization_cpu.multiply_plain(states, weight)
+    monkeypatch.setattr(linear, "_multiplies", lambda processor, dtype: True)
+    assert linear.multiply_plain(states, weight) is None
+    monkeypatch.setattr(linear, "_multiplies", lambda processor, dtype: False)
+    output = linear.multiply_plain(states, weight)
     assert output is not None and output.shape == (3, 5, rows) and output.dtype == dtype
     true = states.double() @ weight.double().T
     error = (output.double() - true).abs()
@@ -600,7 +609,7 @@ def test_a_cpu_says_which_halves_it_multiplies(
     features: str, dtype: torch.dtype, expected: bool
 ) -> None:
     processor = Processor("any", features, "generic", 4)
-    assert quantization_cpu._multiplies(processor, dtype) is expected
+    assert linear._multiplies(processor, dtype) is expected
 
 
 @pytest.mark.parametrize("has_bias", [True, False])
@@ -608,25 +617,25 @@ def test_plain_layers_are_torch_s_but_for_a_few_tokens(
     has_bias: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     runs: list[int] = []
-    run = kernels_cpu.run_on_threads
+    run = running.run_on_threads
 
     def note(*arguments: int) -> None:
         runs.append(1)
         run(*arguments)
 
-    monkeypatch.setattr(kernels_cpu, "run_on_threads", note)
-    layer = quantization_cpu.Linear(COLUMNS, ROWS, has_bias)
+    monkeypatch.setattr(running, "run_on_threads", note)
+    layer = nn.Linear(COLUMNS, ROWS, has_bias)
     for shape, num_runs in (((1, 1), 1), ((2, 1), 1), ((1, 2), 1), ((3, 1), 0), ((1, 40), 0)):
         states = torch.randn(*shape, COLUMNS)
-        with torch.no_grad():
+        with torch.no_grad(), fast_products():
             output = layer(states)
         assert len(runs) == num_runs, shape
-        torch.testing.assert_close(output, nn.Linear.forward(layer, states))
-        assert not torch.is_grad_enabled() or layer(states).requires_grad
+        torch.testing.assert_close(output, layer(states))
+        with fast_products():
+            assert layer(states).requires_grad
         assert len(runs) == num_runs  # a graph is torch's
         runs.clear()
-    assert isinstance(layer, nn.Linear)
-    with torch.no_grad():
+    with torch.no_grad(), fast_products():
         double = layer.double()(torch.randn(1, COLUMNS, dtype=torch.float64))
     assert double.dtype == torch.float64 and not runs
 
@@ -636,15 +645,15 @@ def test_plain_layers_are_torch_s_but_for_a_few_tokens(
 
 def list_kernels(processor: Processor) -> list[tuple[Any, Any]]:
     """Return one kernel of every kind, with what it is compiled for on a processor."""
-    row = rounding_cpu.Layout(processor, 8, 1, False)
-    panel = rounding_cpu.Layout(processor, 4, 1, True)
-    panel = panel._replace(chunks=quantization_cpu.PANEL_SPAN // panel.span_columns)
+    row = rounding.Layout(processor, 8, 1, False)
+    panel = rounding.Layout(processor, 4, 1, True)
+    panel = panel._replace(chunks=linear.PANEL_SPAN // panel.span_columns)
     return [
-        (rounding_cpu.ROUNDING, row),
-        (products_cpu.DOTS, products_cpu.DotTile(row, 1, 1, "f16", 32)),
-        (products_cpu.PANELS, products_cpu.PanelTile(panel, 8, "f16")),
-        (products_cpu.EXACT, products_cpu.ExactTile("f16", 1)),
-        (attention_cpu.STEP_ATTENTION, attention_cpu.HeadShape(64, "f16", True, 2)),
+        (rounding.ROUNDING, row),
+        (gemv.DOTS, gemv.DotTile(row, 1, 1, "f16", 32)),
+        (gemm.PANELS, gemm.PanelTile(panel, 8, "f16")),
+        (float_products.EXACT, float_products.ExactTile("f16", 1)),
+        (attention.STEP_ATTENTION, attention.HeadShape(64, "f16", True, 2)),
     ]
 
 
@@ -664,7 +673,7 @@ def test_arm_gets_its_dot_products_and_no_calls(name: str, triple: str) -> None:
     for source, parameters in list_kernels(processor):
         text = assemble(compiler, source, parameters)
         assert not re.search(r"^\s+(bl|blr)\s", text, re.MULTILINE), parameters
-        has_dots = source in (products_cpu.DOTS, products_cpu.PANELS)
+        has_dots = source in (gemv.DOTS, gemm.PANELS)
         assert bool(re.search(r"^\s+sdot", text, re.MULTILINE)) == has_dots, parameters
 
 
@@ -687,7 +696,7 @@ def test_a_pc_s_kernels_call_nothing_that_may_be_absent(
         text = assemble(compiler, source, parameters)
         called = set(re.findall(r"(?:call\w*\s+|movabsq\s+\$)([a-z_]\w*)", text))
         assert called <= ({"rintf"} if dot == "generic" else set()), parameters
-        if source in (products_cpu.DOTS, products_cpu.PANELS):
+        if source in (gemv.DOTS, gemm.PANELS):
             assert instruction in text
         assert "zmm" not in text or dot == "vnni"
 
@@ -697,7 +706,7 @@ def test_torch_has_a_product_of_its_own_for_bfloat16(bits: int) -> None:
     weight = torch.randint(-128, 128, (64, 64 * bits // 8), dtype=torch.int8)
     scale = torch.rand(64) * 0.01
     states = torch.randn(2, 3, 64).bfloat16()
-    kernels = quantization_cpu.TorchKernels()
+    kernels = TorchKernels()
     actual = kernels.multiply(states, weight, scale, bits, "int8")
     assert actual is not None and actual.dtype == torch.bfloat16
     expected = states.float() @ dequantize_weight(weight, scale, bits, torch.float32).T

@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 import torch
-from chatglm_6b import releases_chatglm
-from chatglm_6b.releases_chatglm import (
+from chatglm_6b import environment_chatglm
+from chatglm_6b.environment_chatglm import (
     CACHE_NAME,
     CACHE_NAMES,
     TESTED_TRANSFORMERS,
@@ -26,7 +26,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPast
 def warned(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """What is warned about."""
     lines: list[str] = []
-    monkeypatch.setattr(releases_chatglm.logger, "warning_once", lines.append)
+    monkeypatch.setattr(environment_chatglm.logger, "warning_once", lines.append)
     return lines
 
 

@@ -5,15 +5,17 @@ import subprocess
 import sys
 
 import pytest
-from conftest import ROOT
+import torch
+from conftest import ROOT, build_model
 
 from chatglm.benching.memory import read_status
+from chatglm.cpu import memory
 
 GAPS = """
 import ctypes, sys
 sys.path.insert(0, {root!r})
 from chatglm.benching.memory import read_status
-from memory_cpu import release_gaps
+from chatglm.cpu.memory import trim_heap
 
 libc = ctypes.CDLL(None)
 libc.malloc.restype, libc.free.argtypes = ctypes.c_void_p, [ctypes.c_void_p]
@@ -23,7 +25,7 @@ for piece in pieces:
 for piece in pieces[:-1:2] + pieces[1:-1:2]:
     libc.free(piece)
 before = read_status("VmRSS")
-release_gaps()
+trim_heap()
 print(before - read_status("VmRSS"))
 """
 
@@ -40,15 +42,31 @@ def test_gaps_go_back_to_the_system() -> None:
 
 
 def test_a_system_without_glibc_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    from chatglm_6b import memory_cpu
-
     for failure in (OSError, TypeError):
 
         def refuse(name: None, failure: type[Exception] = failure) -> None:
             raise failure(name)
 
         monkeypatch.setattr(ctypes, "CDLL", refuse)
-        memory_cpu._find_trim.cache_clear()
-        memory_cpu.release_gaps()
-        assert memory_cpu._find_trim() is None
-    memory_cpu._find_trim.cache_clear()
+        memory._find_trim.cache_clear()
+        memory.trim_heap()
+        assert memory._find_trim() is None
+    memory._find_trim.cache_clear()
+
+
+@pytest.mark.parametrize("bits", [0, 4])
+def test_a_long_prompt_goes_through_part_by_part(
+    bits: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = build_model().quantize(bits)
+    ids = torch.tensor([[*range(5, 90), 301, 304, 7]])
+    with torch.no_grad():
+        whole = model(ids).logits
+    released: list[int] = []
+    monkeypatch.setattr(memory, "PART_TOKENS", 20)
+    monkeypatch.setattr(memory, "trim_heap", lambda: released.append(1))
+    with torch.no_grad():
+        torch.testing.assert_close(model(ids).logits, whole, rtol=0, atol=1e-5)
+    assert len(released) == model.config.num_layers
+    model(ids).logits.sum().backward()  # gradients see the whole
+    assert len(released) == model.config.num_layers

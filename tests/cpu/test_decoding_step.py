@@ -3,16 +3,19 @@
 import copy
 import threading
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
-from chatglm_6b import attention_cpu, cache_chatglm, decoding_cpu, modeling_chatglm
-from chatglm_6b.attention_cpu import Past, attend
-from chatglm_6b.cache_chatglm import ChatGLMCache
+from chatglm_6b import cache_chatglm, modeling_chatglm
+from chatglm_6b.cache_chatglm import ChatGLMCache, KeyValues
 from chatglm_6b.configuration_chatglm import ChatGLMConfig
 from conftest import TINY
 from torch import Tensor
+
+import chatglm.cpu
+from chatglm.cpu import attention, decoding_step
 
 pytest.importorskip("llvmlite")
 
@@ -62,13 +65,13 @@ def decode(model: Any, cache: Any = None) -> Tensor:
 def runs(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     """The programs that have been run."""
     found: list[Any] = []
-    run = decoding_cpu.StepProgram.run
+    run = decoding_step.StepProgram.run
 
     def note(self: Any, *args: Any) -> Tensor:
         found.append(self)
         return run(self, *args)
 
-    monkeypatch.setattr(decoding_cpu.StepProgram, "run", note)
+    monkeypatch.setattr(decoding_step.StepProgram, "run", note)
     return found
 
 
@@ -78,16 +81,29 @@ def without_program(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Tensor]:
 
     def decode_plainly(model: Any, cache: Any = None, with_kernel: bool = False) -> Tensor:
         with monkeypatch.context() as patch:
-            patch.setattr(modeling_chatglm, "decode_step", lambda *args: None)
+            patch.setattr(chatglm.cpu, "decode_step", leave)
             if not with_kernel:
-                patch.setattr(modeling_chatglm, "takes_step", lambda *args: False)
-                patch.setattr(modeling_chatglm, "attend", lambda *args: None)
+                patch.setattr(chatglm.cpu, "attend", leave)
             return decode(model, cache)
 
     return decode_plainly
 
 
-def attend_in_float64(query: Tensor, past: Past, mask: Tensor | None, scaling: float) -> Tensor:
+def leave(*args: Any, **kwargs: Any) -> None:
+    """Answer as the engine does for operands that it does not take."""
+
+
+def attend(query: Tensor, past: KeyValues, mask: Tensor | None, scaling: float) -> Tensor | None:
+    """What the kernel makes of a layer's states, or None."""
+    config = SimpleNamespace(_attn_implementation="sdpa")
+    module = SimpleNamespace(config=config, scaling=scaling)
+    found = attention.attend(module, query, past, mask, False)
+    return None if found is None else found[0]
+
+
+def attend_in_float64(
+    query: Tensor, past: KeyValues, mask: Tensor | None, scaling: float
+) -> Tensor:
     """The formula."""
     key, value = (states.double() for states in past.as_floats(torch.float32))
     scores = query.double() @ key.transpose(-1, -2) * scaling
@@ -105,7 +121,7 @@ def test_attention_is_the_formula(
 ) -> None:
     query = torch.randn(rows, heads, tokens, head_dim).to(dtype)
     room = torch.randn(2, rows, heads, keys + 9, head_dim).to(dtype)
-    past = Past(room[0, :, :, :keys], room[1, :, :, :keys])
+    past = KeyValues(room[0, :, :, :keys], room[1, :, :, :keys])
     hidden = torch.rand(rows, 1, tokens, keys) < 0.3
     for mask in (None, torch.zeros(hidden.shape).masked_fill(hidden, torch.finfo(dtype).min)):
         actual = attend(query, past, mask, 0.3)
@@ -117,7 +133,7 @@ def test_attention_is_the_formula(
 def test_integers_are_attended_to_without_being_unpacked() -> None:
     layer = cache_chatglm.QuantizedReservedLayer()
     layer.update(*torch.randn(2, 2, 3, 40, 16))
-    past = Past(layer.key_integers, layer.value_integers, layer.key_scales, layer.value_scales)
+    past = KeyValues(layer.key_integers, layer.value_integers, layer.key_scales, layer.value_scales)
     query = torch.randn(2, 3, 1, 16)
     actual = attend(query, past, None, 0.25)
     assert actual is not None
@@ -128,7 +144,7 @@ def test_integers_are_attended_to_without_being_unpacked() -> None:
 def test_scores_of_any_size_and_no_number_are_kept() -> None:
     keys = torch.full((1, 1, 3, 16), 40.0)
     keys[0, 0, 1] = -40.0
-    query, past = torch.full((1, 1, 1, 16), 40.0), Past(keys, torch.randn(1, 1, 3, 16))
+    query, past = torch.full((1, 1, 1, 16), 40.0), KeyValues(keys, torch.randn(1, 1, 3, 16))
     actual = attend(query, past, None, 1.0)
     assert actual is not None
     torch.testing.assert_close(actual.double(), attend_in_float64(query, past, None, 1.0))
@@ -138,7 +154,7 @@ def test_scores_of_any_size_and_no_number_are_kept() -> None:
 
 
 def test_a_row_that_sees_nothing_attends_evenly() -> None:
-    past = Past(*torch.randn(2, 1, 2, 5, 16))
+    past = KeyValues(*torch.randn(2, 1, 2, 5, 16))
     mask = torch.full((1, 1, 1, 5), torch.finfo(torch.float32).min)
     actual = attend(torch.randn(1, 2, 1, 16), past, mask, 0.25)
     assert actual is not None
@@ -146,7 +162,7 @@ def test_a_row_that_sees_nothing_attends_evenly() -> None:
 
 
 def test_attention_is_left_to_torch_where_it_is_differentiated_or_long() -> None:
-    past = Past(*torch.randn(2, 1, 2, 5, 16))
+    past = KeyValues(*torch.randn(2, 1, 2, 5, 16))
     assert attend(torch.randn(1, 2, 1, 16, requires_grad=True), past, None, 1.0) is None
     assert attend(torch.randn(1, 2, 9, 16), past, None, 1.0) is None
     assert attend(torch.randn(1, 2, 1, 16).double(), past, None, 1.0) is None
@@ -308,15 +324,17 @@ def test_generate_uses_programs_and_gives_the_ids_of_the_modules(
         rows = slice(0, 1) if "prompt_lookup_num_tokens" in options else slice(None)
         inputs["attention_mask"] = attention_mask[rows]
         results = []
-        for step in (modeling_chatglm.decode_step, lambda *args: None):
-            monkeypatch.setattr(modeling_chatglm, "decode_step", step)
+        for step in (chatglm.cpu.decode_step, leave):
+            monkeypatch.setattr(chatglm.cpu, "decode_step", step)
             torch.manual_seed(3)
             results.append(model.generate(ids[rows], **inputs))
-        monkeypatch.undo()
+        monkeypatch.setattr(chatglm.cpu, "decode_step", decoding_step.decode_step)
         assert torch.equal(*results), options
+        assert runs, options
+        runs.clear()
 
 
 def test_attention_needs_heads_one_after_another() -> None:
     states = torch.randn(1, 5, 2, 16).transpose(1, 2)  # the columns of a head are apart
-    assert attend(torch.randn(1, 2, 1, 16), Past(states, states), None, 1.0) is None
-    assert attention_cpu.MOST_TOKENS == 8
+    assert attend(torch.randn(1, 2, 1, 16), KeyValues(states, states), None, 1.0) is None
+    assert attention.MOST_TOKENS == 8

@@ -14,8 +14,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .kernels_cpu import Call, Kernel, KernelSource, KernelWriter, count_threads, find_kernel
-from .quantization_cpu import TYPE_NAMES, are_matrices, is_plain, wants_graph
+from chatglm.cpu.compiler import find_kernel
+from chatglm.cpu.linear import TYPE_NAMES, is_plain, wants_graph
+from chatglm.cpu.runtime import Call, Kernel, count_threads
+from chatglm.cpu.writer import KernelSource, KernelWriter
 
 MOST_TOKENS = 8  # beyond, the keys are better multiplied as matrices
 STEP = 16  # scores that are made exponentials at once
@@ -272,36 +274,23 @@ ATTENTION = KernelSource((*SHARED, "query"), write_attention)
 STEP_ATTENTION = KernelSource((*SHARED, "mixed", "cos", "sin", "scaling"), write_step)
 
 
-class Past(NamedTuple):
-    """Keys and values as they stand: `(B, N, K, D)`, integers with scales `(B, N, K)`."""
-
-    key: Tensor
-    value: Tensor
-    key_scale: Tensor | None = None
-    value_scale: Tensor | None = None
-
-    def as_floats(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """Return keys and values, `(B, N, K, D)` each, as numbers of a float dtype."""
-        if self.key_scale is None or self.value_scale is None:
-            return self.key, self.value
-        key = self.key * self.key_scale.unsqueeze(-1)
-        return key.to(dtype), (self.value * self.value_scale.unsqueeze(-1)).to(dtype)
-
-
 def attend(
-    query: Tensor, past: Past, attention_mask: Tensor | None, scaling: float
-) -> Tensor | None:
+    module: Any, query: Tensor, past: Any, attention_mask: Tensor | None, output_attentions: bool
+) -> tuple[Tensor, None] | None:
     """Attend with the kernel, or return None if these operands are not for it.
 
     Args:
+        module: whose attention it is, with its configuration and the factor on the scores.
         query: `(B, N, S, D)`, at most 8 new tokens.
-        past: what they attend to, themselves included.
+        past: the model's `KeyValues`: `(B, N, K, D)`, or integers with scales `(B, N, K)`.
         attention_mask: `(B, 1, S, K)`, added to the scores, or None.
-        scaling: the factor on the scores.
+        output_attentions: whether the weights are wanted, which the kernel does not keep.
 
     Returns:
-        The attended values, `(B, S, N, D)`.
+        The attended values, `(B, S, N, D)`, and no weights.
     """
+    if output_attentions or module.config._attn_implementation != "sdpa":
+        return None
     kind = "i8" if past.key.dtype == torch.int8 else TYPE_NAMES.get(past.key.dtype)
     has_mask = attention_mask is not None
     if kind is None or query.shape[2] > MOST_TOKENS or not _are_ready(query, past):
@@ -311,12 +300,12 @@ def attend(
     kernel = find_kernel(ATTENTION, HeadShape(query.shape[-1], kind, has_mask))
     if kernel is None:
         return None
-    scaled = (query.float() * scaling).contiguous()
-    operands = {"query": scaled.data_ptr()}
-    return _run(kernel, past, query.shape[2], attention_mask, operands).to(query.dtype)
+    scaled = (query.float() * module.scaling).contiguous()
+    attended = _run(kernel, past, query.shape[2], attention_mask, scaled)
+    return attended.to(query.dtype), None
 
 
-def _are_ready(query: Tensor, past: Past) -> bool:
+def _are_ready(query: Tensor, past: Any) -> bool:
     """Tell whether the kernel can read the operands, and torch need not see it."""
     tensors = [tensor for tensor in past if tensor is not None]
     if wants_graph(query, *tensors) or query.dtype not in TYPE_NAMES or query.numel() == 0:
@@ -327,72 +316,12 @@ def _are_ready(query: Tensor, past: Past) -> bool:
     return all(tensor.is_contiguous() for part in tensors for tensor in (part[0, 0],))
 
 
-def attend_step(
-    mixed: Tensor,
-    position_embeddings: tuple[Tensor, Tensor],
-    past: Past,
-    attention_mask: Tensor | None,
-    scaling: float,
-) -> Tensor:
-    """Attend with new tokens that are still to be rotated and written to the cache.
-
-    Args:
-        mixed: queries, keys and values of the new tokens, `(B, S, N, 3 * D)`, as `takes_step` says.
-        position_embeddings: cosines and sines, `(B, 1, P, S, D / P)`.
-        past: `(B, N, K, D)`; the last S columns are written here.
-        attention_mask, scaling: as in `attend`.
-
-    Returns:
-        The attended values, `(B, S, N, D)`.
-    """
-    cos, sin = (angles.contiguous() for angles in position_embeddings)
-    kind = TYPE_NAMES[past.key.dtype]
-    has_mask = attention_mask is not None
-    shape = HeadShape(past.key.shape[3], kind, has_mask, cos.shape[2], kind)
-    kernel = find_kernel(STEP_ATTENTION, shape)
-    assert kernel is not None, "takes_step has compiled it"
-    operands = {
-        "mixed": mixed.data_ptr(),
-        "cos": cos.data_ptr(),
-        "sin": sin.data_ptr(),
-        "scaling": _keep_number(scaling).data_ptr(),
-    }
-    return _run(kernel, past, mixed.shape[1], attention_mask, operands).to(mixed.dtype)
-
-
-def takes_step(mixed: Tensor, keys: Tensor, values: Tensor, axes: int, has_mask: bool) -> bool:
-    """Tell whether `attend_step` can be used.
-
-    Args:
-        mixed: queries, keys and values of the new tokens, `(B, S, N, 3 * D)`.
-        keys, values: `(B, N, K, D)`, those before them.
-        axes: P.
-        has_mask: whether there is a mask.
-    """
-    kind = TYPE_NAMES.get(keys.dtype)
-    if mixed.shape[1] > MOST_TOKENS or mixed.dtype != keys.dtype or kind is None:
-        return False
-    if wants_graph(mixed, keys, values) or not are_matrices(mixed):
-        return False
-    if values.dtype != keys.dtype or not is_plain(keys) or not is_plain(values):
-        return False
-    if mixed.shape[0] != keys.shape[0] or axes > 2 or keys.shape[3] % (2 * axes):
-        return False
-    shape = HeadShape(keys.shape[3], kind, has_mask, axes, kind)
-    return find_kernel(STEP_ATTENTION, shape) is not None
-
-
-@functools.cache
-def _keep_number(number: float) -> Tensor:
-    return torch.tensor([number], dtype=torch.float32)
-
-
 def _run(
     kernel: Kernel,
-    past: Past,
+    past: Any,
     tokens: int,
     attention_mask: Tensor | None,
-    operands: dict[str, int],
+    scaled: Tensor,
 ) -> Tensor:
     """Run a kernel for so many new tokens, `(B, S, N, D)`."""
     batch, heads, keys, head_dim = past.key.shape
@@ -412,7 +341,7 @@ def _run(
         scores=scores.data_ptr(),
         scores_bytes=4 * padded,
         output=output.data_ptr(),
-        **operands,
+        query=scaled.data_ptr(),
     )
     return output
 
@@ -422,7 +351,7 @@ def _prepare(kernel: Kernel, batch: int, heads: int, threads: int) -> Call:
     return kernel.prepare(threads, blocks=batch * heads, heads=heads)
 
 
-def _places(past: Past) -> dict[str, int]:
+def _places(past: Any) -> dict[str, int]:
     """Return where each operand stands, and how far apart its rows and heads are, in bytes."""
     places = {}
     for name, tensor in past._asdict().items():
@@ -434,4 +363,4 @@ def _places(past: Past) -> dict[str, int]:
     return places
 
 
-__all__ = ["Past", "attend", "attend_step", "takes_step"]
+__all__ = ["attend"]

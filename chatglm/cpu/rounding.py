@@ -23,7 +23,7 @@ chunk) or to several runs of 32 that share a scale.
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-from .kernels_cpu import KernelSource, KernelWriter, Processor
+from chatglm.cpu.writer import KernelSource, KernelWriter, Processor
 
 GROUP = 32  # columns whose levels are worked out at once
 SMALLEST = 1e-36  # a group of smaller numbers becomes zeros: 127 / largest must be finite

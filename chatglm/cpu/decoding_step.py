@@ -17,15 +17,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from .attention_cpu import STEP, STEP_ATTENTION, HeadShape
-from .kernels_cpu import Call, find_compiler, find_kernel
-from .program_cpu import BIAS, GELU, NORM, Program, Width, can_run
-from .quantization import QuantizedLinear
-from .quantization_cpu import (
+from chatglm.cpu.attention import STEP, STEP_ATTENTION, HeadShape
+from chatglm.cpu.compiler import find_compiler, find_kernel
+from chatglm.cpu.elementwise import BIAS, GELU, NORM, Width
+from chatglm.cpu.linear import (
     PANEL_TOKENS,
     TYPE_NAMES,
     ExactProduct,
-    Linear,
     RoundedProduct,
     Sizes,
     Weights,
@@ -34,6 +32,8 @@ from .quantization_cpu import (
     plan_product,
     wants_graph,
 )
+from chatglm.cpu.runtime import Call
+from chatglm.cpu.step_graph import StepGraph, can_run
 
 GELU_PART = 1024  # numbers that a thread takes at a time
 PROGRAMS: weakref.WeakKeyDictionary[nn.Module, dict[Any, "StepProgram"]] = (
@@ -61,36 +61,62 @@ class StepShape(NamedTuple):
 
 
 def decode_step(
-    layers: Any,
+    stack: Any,
     hidden_states: Tensor,
-    position_embeddings: tuple[Tensor, Tensor],
     attention_mask: Tensor | None,
-    reserved_layers: Sequence[Any],
-) -> Tensor | None:
+    position_embeddings: tuple[Tensor, Tensor],
+    prefixes: Sequence[Tensor | None],
+    past_key_values: Any,
+    output_hidden_states: bool = False,
+    output_attentions: bool = False,
+    **kwargs: Any,
+) -> tuple[Tensor, tuple[()], tuple[()]] | None:
     """Run all blocks for a few new tokens; None where the modules have to do it.
 
     Args:
-        layers: the blocks, a `ModuleList`.
+        stack: the blocks, a `ModuleList`.
         hidden_states: the embedded tokens, `(B, S, H)`.
-        position_embeddings: cosines and sines, `(B, 1, P, S, D / P)`.
         attention_mask: `(B, 1, S, K)`, added to the scores, or None.
-        reserved_layers: of the cache, one a block; they are extended.
+        position_embeddings: cosines and sines, `(B, 1, P, S, D / P)`.
+        prefixes: one a block; there must be none.
+        past_key_values: a cache, whose layers are extended.
+        output_hidden_states, output_attentions: whether somebody looks at what is between.
 
     Returns:
-        What comes out of the last block, `(B, S, H)`.
+        What comes out of the last block, `(B, S, H)`, and nothing of what is between.
     """
+    is_looked_at = output_hidden_states or output_attentions or any(x is not None for x in prefixes)
+    if is_looked_at or not len(stack) or stack[0].attention.config._attn_implementation != "sdpa":
+        return None
     batch, tokens, _ = hidden_states.shape
     kind = TYPE_NAMES.get(hidden_states.dtype)
-    if kind is None or batch * tokens >= PANEL_TOKENS or len(layers) != len(reserved_layers):
+    reserved_layers = list_reserved_layers(past_key_values, len(stack))
+    if kind is None or batch * tokens >= PANEL_TOKENS or reserved_layers is None:
         return None
-    if wants_graph(hidden_states, layers[0].input_layernorm.weight) or not can_run():
+    if wants_graph(hidden_states, stack[0].input_layernorm.weight) or not can_run():
         return None
     axes, threads = position_embeddings[0].shape[2], torch.get_num_threads()
     shape = StepShape(batch, tokens, axes, kind, attention_mask is not None, threads)
-    program = _find_program(layers, shape)
+    program = _find_program(stack, shape)
     if program is None or not program.takes(hidden_states, reserved_layers):
         return None
-    return program.run(hidden_states, position_embeddings, attention_mask, reserved_layers)
+    last = program.run(hidden_states, position_embeddings, attention_mask, reserved_layers)
+    return last, (), ()
+
+
+def list_reserved_layers(cache: Any, count: int) -> list[Any] | None:
+    """Return the first layers of a cache if all of them can be extended in place, or None.
+
+    Each copy of the model's files has a class of its own: the name tells.
+    """
+    layers = getattr(cache, "layers", ())[:count]
+    are_reserved = all(
+        type(layer).__name__ == "ReservedLayer"
+        and layer.keys is not None
+        and layer.get_seq_length() > 0
+        for layer in layers
+    )
+    return list(layers) if are_reserved and len(layers) == count else None
 
 
 def _find_program(layers: Any, shape: StepShape) -> "StepProgram | None":
@@ -150,7 +176,7 @@ class Parts:
         if any(_is_watched(module) for module in self._modules):
             return False
         linear = [module for layer in self.layers for module in _list_linears(layer)]
-        if any(type(module) not in (QuantizedLinear, Linear) for module in linear):
+        if not all(is_packed(module) or type(module) is nn.Linear for module in linear):
             return False
         norms = [n for x in self.layers for n in (x.input_layernorm, x.post_attention_layernorm)]
         tensors = [p for module in (*linear, *norms) for p in module._parameters.values()]
@@ -159,6 +185,11 @@ class Parts:
         plain = [n.weight for n in norms] + [m.bias for m in linear]
         is_even = all(tensor.shape[0] % STEP == 0 for tensor in plain)
         return is_even and all(TYPE_NAMES.get(tensor.dtype) == kind for tensor in plain)
+
+
+def is_packed(module: nn.Module) -> bool:
+    """Tell whether a layer is the model's packed one, of whichever copy of its files."""
+    return type(module).__name__ == "QuantizedLinear"
 
 
 def _is_watched(module: nn.Module) -> bool:
@@ -194,7 +225,7 @@ class StepProgram:
         self._add_norm(parts.layers[-1].input_layernorm, self._residual)
         self._scores = torch.empty(0, dtype=torch.float32, device="cpu")
         self._lock = threading.Lock()  # there is one set of buffers
-        self._program = Program(self._calls, shape.threads, self._kept)
+        self._program = StepGraph(self._calls, shape.threads, self._kept)
 
     def _lay_out_buffers(self, layer: Any) -> None:
         """Make room for what the stages hand on."""
@@ -379,7 +410,7 @@ def _describe(layer: Any, tokens: int, threads: int) -> tuple[Sizes, str]:
     compiler = find_compiler()
     assert compiler is not None, "can_run has asked it"
     row_bytes = layer.weight.stride(0) * layer.weight.element_size()
-    if not isinstance(layer, QuantizedLinear):
+    if not is_packed(layer):
         weights = Weights(compiler.processor, TYPE_NAMES[layer.weight.dtype])
         sizes = (tokens, layer.out_features, layer.in_features, row_bytes, threads)
         return Sizes(weights, *sizes), "exact"

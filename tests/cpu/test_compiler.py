@@ -11,12 +11,17 @@ from typing import Any
 
 import pytest
 import torch
-from chatglm_6b import kernels_cpu, quantization_cpu
-from chatglm_6b.kernels_cpu import Compiler, Kernel, KernelSource, KernelWriter, Processor
+from chatglm_6b.environment_chatglm import kernels_off
 from chatglm_6b.quantization import QuantizedLinear, dequantize_weight
 from conftest import ROOT, forget_kernels
 from torch import nn
 from transformers.utils import logging as transformers_logging
+
+from chatglm.cpu import compiler as compiling
+from chatglm.cpu import fast_products, kernel_cache, linear, runtime
+from chatglm.cpu.compiler import Compiler
+from chatglm.cpu.runtime import Kernel
+from chatglm.cpu.writer import KernelSource, KernelWriter, Processor
 
 llvmlite = pytest.importorskip("llvmlite")
 
@@ -65,19 +70,19 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def translated(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """The names of the kernels that have been compiled."""
     names: list[str] = []
-    translate = kernels_cpu.translate_kernel
+    translate = compiling.translate_kernel
 
     def note(compiler: Any, source: Any, name: str, parameters: Any) -> bytes:
         names.append(name)
         return translate(compiler, source, name, parameters)
 
-    monkeypatch.setattr(kernels_cpu, "translate_kernel", note)
+    monkeypatch.setattr(compiling, "translate_kernel", note)
     return names
 
 
 def count(step: int, threads: int = 1, blocks: int = 100) -> torch.Tensor:
     """Run the counting kernel once, and return what it added to each block."""
-    kernel = kernels_cpu.find_kernel(COUNTING, step)
+    kernel = compiling.find_kernel(COUNTING, step)
     assert kernel is not None
     return run_counting(kernel, threads, blocks)
 
@@ -133,7 +138,7 @@ def test_a_folder_that_cannot_be_written_only_costs_time(
     folder: Path, translated: list[str], caplog: pytest.LogCaptureFixture
 ) -> None:
     folder.parent.write_text("in the way")
-    with caplog.at_level(logging.INFO, kernels_cpu.__name__):
+    with caplog.at_level(logging.INFO, kernel_cache.__name__):
         assert count(3).eq(3).all()
     assert [record.message.split(":")[0] for record in caplog.records] == [
         f"Compiled kernels are not kept in {folder}"
@@ -148,10 +153,10 @@ def test_what_was_not_finished_is_never_seen(
     """A file gets its name when it is whole: who is stopped before leaves no kernel behind."""
 
     def stop(file: Path, target: Path) -> None:
-        assert kernels_cpu.read_cached(target.stem) is None
+        assert kernel_cache.read_cached(target.stem) is None
         assert not target.exists() and file.parent.parent == target.parent
         file.rename(file.with_suffix(".o"))
-        assert kernels_cpu.read_cached(f"{file.parent.name}/{file.stem}")
+        assert kernel_cache.read_cached(f"{file.parent.name}/{file.stem}")
         raise error
 
     with monkeypatch.context() as patch:
@@ -175,7 +180,7 @@ def test_no_cache_is_kept_when_it_is_off(
         forget_kernels(monkeypatch)
         assert count(3).eq(3).all()
     assert len(translated) == 2
-    assert not folder.exists() and kernels_cpu.find_cache_folder() is None
+    assert not folder.exists() and kernel_cache.find_cache_folder() is None
 
 
 def test_the_cache_lies_where_the_user_s_caches_do(
@@ -183,39 +188,39 @@ def test_the_cache_lies_where_the_user_s_caches_do(
 ) -> None:
     monkeypatch.delenv("CHATGLM_KERNEL_CACHE")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    assert kernels_cpu.find_cache_folder() == tmp_path / "chatglm" / "kernels"
+    assert kernel_cache.find_cache_folder() == tmp_path / "chatglm" / "kernels"
     monkeypatch.delenv("XDG_CACHE_HOME")
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
     monkeypatch.setenv("USERPROFILE", str(tmp_path / "home"))
-    assert kernels_cpu.find_cache_folder() == tmp_path / "home" / ".cache" / "chatglm" / "kernels"
+    assert kernel_cache.find_cache_folder() == tmp_path / "home" / ".cache" / "chatglm" / "kernels"
 
 
 def test_all_that_the_code_depends_on_is_in_the_name(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    compiler = Compiler()
-    other = Compiler(compiler.processor._replace(lanes=2))
-    name = kernels_cpu._name_kernel
+    own = Compiler()
+    other = Compiler(own.processor._replace(lanes=2))
+    name = compiling._name_kernel
     names = [
-        name(compiler, COUNTING, (3,)),
-        name(compiler, COUNTING, (4,)),
-        name(compiler, WIDENING, (3,)),
+        name(own, COUNTING, (3,)),
+        name(own, COUNTING, (4,)),
+        name(own, WIDENING, (3,)),
         name(other, COUNTING, (3,)),
     ]
-    assert names[0] == name(compiler, COUNTING, (3,))
+    assert names[0] == name(own, COUNTING, (3,))
     with monkeypatch.context() as patch:
         patch.setattr(llvmlite, "__version__", "99.0")
-        names.append(name(compiler, COUNTING, (3,)))
-    sources = sorted(ROOT.glob("*_cpu.py"))
-    assert len(sources) > 2
+        names.append(name(own, COUNTING, (3,)))
+    sources = sorted(ROOT.glob("chatglm/cpu/*.py"))
+    assert len(sources) > 10
     for file in sources:
         shutil.copy(file, tmp_path)
-    monkeypatch.setattr(kernels_cpu, "__file__", str(tmp_path / "kernels_cpu.py"))
-    assert name(compiler, COUNTING, (3,)) == names[0]
+    monkeypatch.setattr(compiling, "__file__", str(tmp_path / "compiler.py"))
+    assert name(own, COUNTING, (3,)) == names[0]
     for file in sources:
         with (tmp_path / file.name).open("a") as copy:
             copy.write("# changed\n")
-        names.append(name(compiler, COUNTING, (3,)))
+        names.append(name(own, COUNTING, (3,)))
     assert len(set(names)) == len(names)
 
 
@@ -231,9 +236,11 @@ def assert_torch_computes() -> None:
         matrix = dequantize_weight(layer.weight, layer.weight_scale, bits, torch.float32)
         expected = nn.functional.linear(states, matrix) + layer.bias
         assert torch.equal(layer(states), expected)
-    plain = quantization_cpu.Linear(64, 10)
+    plain = nn.Linear(64, 10)
     with torch.no_grad():
-        assert torch.equal(plain(states), nn.functional.linear(states, plain.weight, plain.bias))
+        expected = nn.functional.linear(states, plain.weight, plain.bias)
+        with fast_products():
+            assert torch.equal(plain(states), expected)
 
 
 def break_import(monkeypatch: pytest.MonkeyPatch) -> str:
@@ -271,7 +278,7 @@ def test_without_llvm_torch_computes_and_the_log_says_so_once(
 ) -> None:
     problem = trouble(monkeypatch)
     assert_torch_computes()
-    assert kernels_cpu.find_kernel(COUNTING, 3) is None
+    assert compiling.find_kernel(COUNTING, 3) is None
     (record,) = caplog.records
     assert record.levelno == logging.WARNING
     assert problem in record.message and "`pip install llvmlite`" in record.message
@@ -281,9 +288,23 @@ def test_without_llvm_torch_computes_and_the_log_says_so_once(
 def test_kernels_can_be_switched_off_without_a_word(
     folder: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setenv("CHATGLM_CPU_KERNELS", "off")
-    assert_torch_computes()
-    assert kernels_cpu.find_kernel(COUNTING, 3) is None
+    states = torch.randn(2, 64)
+    layer = QuantizedLinear.from_linear(nn.Linear(64, 10), 4)
+    by_kernel = layer(states)
+    matrix = dequantize_weight(layer.weight, layer.weight_scale, 4, torch.float32)
+    expected = nn.functional.linear(states, matrix) + layer.bias
+    assert not torch.equal(by_kernel, expected)
+    with kernels_off():
+        assert torch.equal(layer(states), expected)
+        with kernels_off():
+            pass
+        assert torch.equal(layer(states), expected)
+    assert torch.equal(layer(states), by_kernel)
+    for variable in ("CHATGLM_KERNELS", "CHATGLM_CPU_KERNELS"):
+        with monkeypatch.context() as patch:
+            patch.setenv(variable, "off")
+            assert torch.equal(layer(states), expected)
+    assert torch.equal(layer(states), by_kernel)
     assert not caplog.records
 
 
@@ -297,17 +318,17 @@ MAX_THREADS = 8
 def test_every_block_is_done_once(
     threads: int, has_openmp: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    runtime = kernels_cpu.find_runtime()
-    if has_openmp and runtime is None:
+    found_runtime = runtime.find_runtime()
+    if has_openmp and found_runtime is None:
         pytest.skip("torch's OpenMP runtime cannot be reached here")
     forks: list[int] = []
 
     def note(address: int, argument: int, count: int, flags: int) -> None:
         forks.append(count)
-        runtime.fork(address, argument, count, flags)
+        found_runtime.fork(address, argument, count, flags)
 
-    found = runtime._replace(fork=note) if has_openmp else None
-    monkeypatch.setattr(kernels_cpu, "find_runtime", lambda: found)
+    found = found_runtime._replace(fork=note) if has_openmp else None
+    monkeypatch.setattr(runtime, "find_runtime", lambda: found)
     for blocks in (0, 1, 20_000):
         assert count(3, threads, blocks).eq(3).all()
     assert forks == ([threads] * 3 if has_openmp and threads > 1 else [])
@@ -316,8 +337,8 @@ def test_every_block_is_done_once(
 @pytest.mark.parametrize("has_openmp", [True, False])
 def test_several_threads_may_ask_at_once(has_openmp: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     if not has_openmp:
-        monkeypatch.setattr(kernels_cpu, "find_runtime", lambda: None)
-    kernel = kernels_cpu.find_kernel(COUNTING, 3)
+        monkeypatch.setattr(runtime, "find_runtime", lambda: None)
+    kernel = compiling.find_kernel(COUNTING, 3)
     assert kernel is not None
     with ThreadPoolExecutor(4) as pool:
         outputs = list(pool.map(lambda _: run_counting(kernel, 3, 500), range(100)))
@@ -326,10 +347,10 @@ def test_several_threads_may_ask_at_once(has_openmp: bool, monkeypatch: pytest.M
 
 def test_no_more_threads_are_woken_than_there_is_work_for(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch, "get_num_threads", lambda: 6)
-    assert kernels_cpu.count_threads(100, 2**30) == 6
-    assert kernels_cpu.count_threads(4, 2**30) == 4
-    assert kernels_cpu.count_threads(100, 3 * kernels_cpu.WORTH_A_THREAD) == 3
-    assert kernels_cpu.count_threads(0, 0) == 1
+    assert runtime.count_threads(100, 2**30) == 6
+    assert runtime.count_threads(4, 2**30) == 4
+    assert runtime.count_threads(100, 3 * runtime.WORTH_A_THREAD) == 3
+    assert runtime.count_threads(0, 0) == 1
 
 
 # Numbers
@@ -355,8 +376,8 @@ def convert(numbers: torch.Tensor, dtype: torch.dtype, is_generic: bool) -> torc
     if is_generic:
         compiler = Compiler(compiler.processor._replace(dot="generic"))
     source = NARROWING if numbers.dtype == torch.float32 else WIDENING
-    kind = quantization_cpu.TYPE_NAMES[dtype if source is NARROWING else numbers.dtype]
-    code = kernels_cpu.translate_kernel(compiler, source, "convert", (kind,))
+    kind = linear.TYPE_NAMES[dtype if source is NARROWING else numbers.dtype]
+    code = compiling.translate_kernel(compiler, source, "convert", (kind,))
     call = Kernel(compiler.load(code, "convert"), source.slots).prepare(
         1, blocks=numbers.numel() // 8
     )
@@ -375,7 +396,7 @@ def assert_same(output: torch.Tensor, expected: torch.Tensor) -> None:
 def test_the_processor_is_this_one() -> None:
     processor = Compiler().processor
     assert processor.triple is None
-    assert (processor.dot, processor.lanes) in {(dot, n) for dot, _, n in kernels_cpu.DOTS}
+    assert (processor.dot, processor.lanes) in {(dot, n) for dot, _, n in compiling.DOTS}
     found = dict.fromkeys(["avx2", "fma", "avxvnni"], True)
     compiler: Any = object.__new__(Compiler)
 

@@ -1,25 +1,33 @@
 """Products with packed and plain weights on a CPU: which kernel computes which, and how.
 
-Owns the choice. What the kernels do is `products_cpu`'s; what plain torch does instead,
-`quantization`'s. Weights are read as they are stored: nothing is repacked or kept twice.
+Owns the choice. What the kernels do is told in `gemv`, `gemm` and `float_products`; what plain
+torch does instead is the model's. Weights are read as they are stored: nothing is repacked or kept
+twice.
 
 `int8` products round the input to 8 bits in groups, and sum integers; `exact` ones multiply in
-float32. Both are deterministic: a result does not depend on the number of threads. Without a
-compiler for the kernels torch's own 8-bit product is used where it has a fast one (bfloat16).
+float32. Both are deterministic: a result does not depend on the number of threads.
 
 Shapes: `T` tokens (all rows of the input), `O` output features, `I` input features, `C` stored
 columns of a packed matrix, `G` groups of a row.
 """
 
 import functools
-from typing import NamedTuple, Protocol
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
-from .kernels_cpu import Call, Processor, count_threads, find_compiler, find_kernel
-from .products_cpu import DOTS, EXACT, PANELS, DotTile, ExactTile, PanelTile
-from .rounding_cpu import ROUNDING, Layout
+from chatglm.cpu.compiler import find_compiler, find_kernel
+from chatglm.cpu.float_products import EXACT, ExactTile
+from chatglm.cpu.gemm import PANELS, PanelTile
+from chatglm.cpu.gemv import DOTS, DotTile
+from chatglm.cpu.rounding import ROUNDING, Layout
+from chatglm.cpu.runtime import Call, count_threads
+from chatglm.cpu.writer import Processor
 
 PANEL_TOKENS = 8  # from so many tokens on, weights are unpacked first
 PANEL_SPAN = 512  # columns that share a scale there
@@ -275,36 +283,10 @@ class CpuKernels(NamedTuple):
         return None
 
 
-class TorchKernels:
-    """What torch has for packed weights on a CPU, where ours cannot be compiled.
-
-    It is a product of bfloat16 numbers with 8-bit weights; 4-bit ones are unpacked to 8 bits.
-    """
-
-    def multiply(
-        self, input: Tensor, weight: Tensor, weight_scale: Tensor, bits: int, activations: str
-    ) -> Tensor | None:
-        """Return `input @ W.T` for bfloat16 inputs and a scale per row; None for others."""
-        if input.dtype != torch.bfloat16 or weight_scale.dim() != 1 or activations == "exact":
-            return None
-        rows = input.reshape(-1, input.shape[-1]).contiguous()
-        if bits == 4:
-            weight = torch.stack((weight >> 4, ((weight & 15) ^ 8) - 8), dim=-1).flatten(1)
-        ones = torch.ones_like(weight_scale, dtype=torch.bfloat16)
-        product = torch.ops.aten._weight_int8pack_mm(rows, weight, ones)
-        return (product * weight_scale).to(input.dtype).view(*input.shape[:-1], -1)
-
-    def dequantize(
-        self, weight: Tensor, weight_scale: Tensor, bits: int, dtype: torch.dtype
-    ) -> Tensor | None:
-        """Leave whole matrices to plain torch."""
-        return None
-
-
-def find_kernels(device: torch.device) -> CpuKernels | TorchKernels:
-    """Return the kernels of this CPU, or torch's if they cannot be made (the log says why)."""
+def find_kernels() -> CpuKernels | None:
+    """Return the kernels of this CPU; None if they cannot be made, and the log says why."""
     compiler = find_compiler()
-    return TorchKernels() if compiler is None else CpuKernels(compiler.processor)
+    return None if compiler is None else CpuKernels(compiler.processor)
 
 
 def multiply_plain(input: Tensor, weight: Tensor) -> Tensor | None:
@@ -405,15 +387,39 @@ def wants_graph(*tensors: Tensor) -> bool:
     return torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
 
 
-class Linear(nn.Linear):
-    """A plain linear layer that computes what torch is slow at on a CPU by other means."""
+class FastProducts(TorchFunctionMode):
+    """Computes `torch.nn.functional.linear` by other means where torch is slow at it."""
 
-    def forward(self, input: Tensor) -> Tensor:
-        """Map `(..., in_features)` to `(..., out_features)`."""
-        product = None if wants_graph(input, self.weight) else multiply_plain(input, self.weight)
-        if product is None:
-            return super().forward(input)
-        return product if self.bias is None else product.add_(self.bias)
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        """Multiply with a plain weight; every other function of torch is run as it is."""
+        kwargs = kwargs or {}
+        product = multiply_by(*args, **kwargs) if func is nn.functional.linear else None
+        return func(*args, **kwargs) if product is None else product
 
 
-__all__ = ["Linear", "find_kernels", "multiply_plain"]
+def multiply_by(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor | None:
+    """Return `input @ weight.T + bias` as `multiply_plain` does, or None."""
+    product = None if wants_graph(input, weight) else multiply_plain(input, weight)
+    return product if product is None or bias is None else product.add_(bias)
+
+
+_here = threading.local()
+
+
+@contextmanager
+def fast_products() -> Iterator[None]:
+    """Use `FastProducts` in this thread meanwhile, once however often this is entered."""
+    if getattr(_here, "is_active", False):
+        yield
+        return
+    _here.is_active = True
+    try:
+        with FastProducts():
+            yield
+    finally:
+        _here.is_active = False
+
+
+__all__ = ["fast_products", "find_kernels", "multiply_plain"]

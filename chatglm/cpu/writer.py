@@ -1,37 +1,13 @@
-"""Kernels for the CPU it runs on: written in Python, compiled by LLVM, run on torch's threads.
+"""Writes the LLVM code of a kernel, statement by statement.
 
-Owns the tools: what this CPU can do, a writer of LLVM code, the compiler and its cache on disk, and
-the launch. Knows nothing of models or formats; the kernels stand in `quantization_cpu` and
-`attention_cpu`. The compiler is the package `llvmlite`; without it there are no kernels, and who
-asks for one is told so by None.
-
-A kernel is `void kernel(int64 *slots)`. Slots hold pointers and numbers; slot 0 is a counter from
-which every thread claims blocks of the work until none is left. So a kernel needs no index of its
-thread, any number of threads may run it, and what a block computes does not depend on who does it.
+Owns the writer: values, memory, loops and number formats as the processor has them. Knows nothing
+of what a kernel computes, and does not compile it.
 """
 
-import ctypes
 import functools
-import hashlib
-import importlib
-import os
-import sys
-import tempfile
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any, NamedTuple
-
-import torch
-from transformers.utils import logging
-
-logger = logging.get_logger(__name__)
-
-CACHE_VARIABLE = "CHATGLM_KERNEL_CACHE"  # names a folder; "off" for none
-SWITCH_VARIABLE = "CHATGLM_CPU_KERNELS"  # "off" for plain torch
-OLDEST_LLVMLITE = (0, 45)
-WORTH_A_THREAD = 2**15  # bytes; less is read sooner than another thread is woken
 
 
 class Processor(NamedTuple):
@@ -52,85 +28,16 @@ class Processor(NamedTuple):
     triple: str | None = None
 
 
-# In the order of preference: what a CPU must offer, and how wide its dot products are.
-DOTS = (
-    ("vnni", ("avx512vnni", "avx512bw", "avx512vl"), 16),
-    ("avx-vnni", ("avxvnni", "avx2"), 8),
-    ("avx2", ("avx2", "fma"), 8),
-    ("neon", ("dotprod",), 8),  # by twos: a vector of bytes must hold a group of columns
-    ("generic", (), 8),
-)
-
-
-class Compiler:
-    """LLVM for one processor.
-
-    Args:
-        processor: by default the one this runs on.
-    """
-
-    def __init__(self, processor: Processor | None = None) -> None:
-        self.ir: Any = importlib.import_module("llvmlite.ir")
-        self.binding: Any = importlib.import_module("llvmlite.binding")
-        self.binding.initialize_native_target()
-        self.binding.initialize_native_asmprinter()
-        self.processor = processor or self._find_processor()
-        self.machine = self._make_machine()
-
-    @functools.cached_property
-    def engine(self) -> Any:
-        """What owns the code of all kernels, and a machine of its own."""
-        return self.binding.create_mcjit_compiler(
-            self.binding.parse_assembly(""), self._make_machine()
-        )
-
-    def _make_machine(self) -> Any:
-        triple = self.processor.triple
-        if triple is not None:
-            self.binding.initialize_all_targets()
-            self.binding.initialize_all_asmprinters()
-        target = self.binding.Target.from_triple(triple or self.binding.get_default_triple())
-        return target.create_target_machine(
-            cpu=self.processor.name, features=self.processor.features, opt=3, jit=True
-        )
-
-    def _find_processor(self) -> Processor:
-        found = self.binding.get_host_cpu_features()
-        dot, lanes = next((d, n) for d, needed, n in DOTS if all(found.get(f) for f in needed))
-        return Processor(self.binding.get_host_cpu_name(), found.flatten(), dot, lanes)
-
-    def load(self, code: bytes, name: str) -> int:
-        """Return the address of the kernel of this name in an object file."""
-        self.engine.add_object_file(self.binding.object_file.ObjectFileRef.from_data(code))
-        self.engine.finalize_object()
-        return self.engine.get_function_address(name)
-
-    def translate(self, text: str) -> bytes:
-        """Return the object file of a module, optimized."""
-        return self.machine.emit_object(self.optimize(text))
-
-    def optimize(self, text: str) -> Any:
-        """Return a module as LLVM would have it for this processor."""
-        binding = self.binding
-        module = binding.parse_assembly(text)
-        module.verify()
-        options = binding.create_pipeline_tuning_options(speed_level=3)
-        options.loop_unrolling = False  # what should be unrolled is written so
-        builder = binding.create_pass_builder(self.machine, options)
-        builder.getModulePassManager().run(module, builder)
-        return module
-
-
 class KernelWriter:
     """Writes the LLVM code of one kernel.
 
     Args:
-        compiler: for its processor.
+        compiler: a `Compiler`, for its processor.
         name: of the kernel.
         slots: names of the slots behind the counter.
     """
 
-    def __init__(self, compiler: Compiler, name: str, slots: Sequence[str]) -> None:
+    def __init__(self, compiler: Any, name: str, slots: Sequence[str]) -> None:
         self.ir, self.processor = compiler.ir, compiler.processor
         ir = self.ir
         self.i8, self.i16, self.i32, self.i64 = (ir.IntType(n) for n in (8, 16, 32, 64))
@@ -432,212 +339,3 @@ class KernelSource(NamedTuple):
 
     slots: tuple[str, ...]
     write: Callable[..., None]
-
-
-class Kernel(NamedTuple):
-    """A compiled kernel."""
-
-    address: int
-    slots: tuple[str, ...]
-
-    def prepare(self, threads: int, **values: int) -> "Call":
-        """Return a call on so many threads, with the values that are the same every time."""
-        return Call(self, threads, values)
-
-
-class Call:
-    """A kernel with some of its slots filled, made once and run for every token.
-
-    Args:
-        kernel: what to run.
-        threads: at least 1.
-        values: numbers by the names of slots.
-    """
-
-    def __init__(self, kernel: Kernel, threads: int, values: dict[str, int]) -> None:
-        self.kernel, self.address, self.threads = kernel, kernel.address, threads
-        self.places = {name: place + 1 for place, name in enumerate(kernel.slots)}
-        self._numbers = [0, *(values.get(name, 0) for name in kernel.slots)]
-        self._array = ctypes.c_int64 * len(self._numbers)
-
-    def lay_out(self, **values: int) -> Any:
-        """Return the slots as an array, with more values in them."""
-        numbers = self._numbers.copy()
-        for name, value in values.items():
-            numbers[self.places[name]] = value
-        return self._array(*numbers)
-
-    def bind(self, **values: int) -> "Call":
-        """Return the same call with more values."""
-        numbers = dict(zip(self.kernel.slots, self._numbers[1:]))
-        return Call(self.kernel, self.threads, numbers | values)
-
-    def run(self, **values: int) -> None:
-        """Run with the values of the other slots, pointers mostly; return when all is done."""
-        slots = self.lay_out(**values)
-        run_on_threads(self.address, ctypes.addressof(slots), self.threads)
-
-
-def run_on_threads(address: int, argument: int, threads: int) -> None:
-    """Call native code with one argument on several threads at once.
-
-    Torch's own OpenMP threads do it where they can be reached (GNU's runtime, or LLVM's under its
-    names); elsewhere Python threads, which a native call does not keep waiting.
-    """
-    if threads == 1:
-        _make_function(address)(argument)
-        return
-    runtime = find_runtime()
-    if runtime is not None:
-        runtime.fork(address, argument, threads, 0)
-        return
-    function = _make_function(address)
-    others = [_python_threads().submit(function, argument) for _ in range(threads - 1)]
-    function(argument)
-    for other in others:
-        other.result()
-
-
-@functools.cache
-def _make_function(address: int) -> Callable[[int], None]:
-    return ctypes.CFUNCTYPE(None, ctypes.c_void_p)(address)
-
-
-class Runtime(NamedTuple):
-    """The OpenMP runtime that torch has loaded.
-
-    Attributes:
-        fork: its `GOMP_parallel`.
-        team_size: the address of its `omp_get_num_threads`.
-        yield_processor: the address of the system's `sched_yield`.
-    """
-
-    fork: Any
-    team_size: int
-    yield_processor: int
-
-
-@functools.cache
-def find_runtime() -> Runtime | None:
-    """Return the OpenMP runtime of this process, or None where it cannot be reached."""
-    if sys.platform == "win32":
-        return None
-    library = ctypes.CDLL(None)
-    names = ("GOMP_parallel", "omp_get_num_threads", "sched_yield")
-    fork, team_size, yielding = (getattr(library, name, None) for name in names)
-    if fork is None or team_size is None or yielding is None:
-        return None
-    fork.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint]
-    fork.restype = None
-    addresses = [
-        ctypes.cast(function, ctypes.c_void_p).value or 0 for function in (team_size, yielding)
-    ]
-    return Runtime(fork, *addresses)
-
-
-@functools.cache
-def _python_threads() -> ThreadPoolExecutor:
-    return ThreadPoolExecutor(thread_name_prefix="chatglm-kernel")
-
-
-@functools.cache
-def find_compiler() -> Compiler | None:
-    """Return the compiler for this CPU; None, with one line in the log, if there is none."""
-    if os.environ.get(SWITCH_VARIABLE) == "off":
-        return None
-    try:
-        version = importlib.import_module("llvmlite").__version__
-        if tuple(int(part) for part in version.split(".")[:2]) >= OLDEST_LLVMLITE:
-            return Compiler()
-        problem = f"llvmlite {version} is older than {'.'.join(map(str, OLDEST_LLVMLITE))}"
-    except (ImportError, OSError, RuntimeError, ValueError) as error:
-        problem = str(error)
-    _explain(problem)
-    return None
-
-
-def _explain(problem: str) -> None:
-    """Say once why the CPU kernels are not used."""
-    logger.warning_once(
-        f"ChatGLM's CPU kernels are not used, torch's slower operations are: {problem}. "
-        "`pip install llvmlite` brings what they need."
-    )
-
-
-@functools.cache
-def find_kernel(source: KernelSource, *parameters: Any) -> Kernel | None:
-    """Return a kernel compiled for this CPU and these parameters; None if that is not possible."""
-    compiler = find_compiler()
-    if compiler is None:
-        return None
-    try:
-        name = _name_kernel(compiler, source, parameters)
-        code = read_cached(name)
-        if code is None:
-            code = translate_kernel(compiler, source, name, parameters)
-            write_cached(name, code)
-        return Kernel(compiler.load(code, name), source.slots)
-    except (RuntimeError, OSError) as error:
-        _explain(f"a kernel could not be compiled ({error})")
-        return None
-
-
-def translate_kernel(
-    compiler: Compiler, source: KernelSource, name: str, parameters: tuple[Any, ...]
-) -> bytes:
-    """Return the object file of a kernel."""
-    writer = KernelWriter(compiler, name, source.slots)
-    source.write(writer, *parameters)
-    return compiler.translate(writer.finish())
-
-
-def _name_kernel(compiler: Compiler, source: KernelSource, parameters: tuple[Any, ...]) -> str:
-    """Return a name that tells apart all that a kernel's code depends on."""
-    files = sorted(Path(__file__).parent.glob("*_cpu.py"))
-    parts = [hashlib.sha256(file.read_bytes()).hexdigest() for file in files]
-    version = importlib.import_module("llvmlite").__version__
-    parts += [version, repr(compiler.processor), repr(parameters)]
-    digest = hashlib.sha256("|".join(parts).encode()).hexdigest()
-    return f"{source.write.__name__}_{digest[:24]}"
-
-
-def find_cache_folder() -> Path | None:
-    """Return the folder of compiled kernels, or None if there shall be none."""
-    named = os.environ.get(CACHE_VARIABLE)
-    if named == "off":
-        return None
-    if named:
-        return Path(named)
-    root = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
-    return Path(root) / "chatglm" / "kernels"
-
-
-def read_cached(name: str) -> bytes | None:
-    """Return a kernel's object file from the disk; None if it is absent or damaged."""
-    folder = find_cache_folder()
-    try:
-        stored = b"" if folder is None else (folder / f"{name}.o").read_bytes()
-    except OSError:
-        return None
-    checksum, code = stored[:32], stored[32:]
-    return code if code and hashlib.sha256(code).digest() == checksum else None
-
-
-def write_cached(name: str, code: bytes) -> None:
-    """Keep a kernel's object file behind its checksum; a disk that refuses only costs time."""
-    folder = find_cache_folder()
-    if folder is None:
-        return
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=folder) as workplace:
-            file = Path(workplace) / name
-            file.write_bytes(hashlib.sha256(code).digest() + code)
-            os.replace(file, folder / f"{name}.o")
-    except OSError as error:
-        logger.info("Compiled kernels are not kept in %s: %s.", folder, error)
-
-
-def count_threads(blocks: int, size: int) -> int:
-    """Return how many of torch's threads to use for so many blocks that read `size` bytes."""
-    return max(1, min(torch.get_num_threads(), blocks, size // WORTH_A_THREAD))
