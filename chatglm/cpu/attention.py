@@ -295,7 +295,7 @@ def attend(
     has_mask = attention_mask is not None
     if kind is None or query.shape[2] > MOST_TOKENS or not _are_ready(query, past):
         return None
-    if has_mask and attention_mask.shape[-1] != past.key.shape[2]:
+    if not fits_mask(attention_mask, query.shape[0], query.shape[2], past.key.shape[2]):
         return None
     kernel = find_kernel(ATTENTION, HeadShape(query.shape[-1], kind, has_mask))
     if kernel is None:
@@ -310,10 +310,37 @@ def _are_ready(query: Tensor, past: Any) -> bool:
     tensors = [tensor for tensor in past if tensor is not None]
     if wants_graph(query, *tensors) or query.dtype not in TYPE_NAMES or query.numel() == 0:
         return False
+    if not _fit_together(query, past):
+        return False
     if query.device.type != "cpu" or not all(map(is_plain, (query, *tensors))):
         return False
     # Each head's keys must follow one another.
     return all(tensor.is_contiguous() for part in tensors for tensor in (part[0, 0],))
+
+
+def _fit_together(query: Tensor, past: Any) -> bool:
+    """Tell whether all shapes and types are those that the kernel walks through."""
+    batch, heads, _, head_dim = query.shape
+    shape = (batch, heads, past.key.shape[2], head_dim)
+    if past.key.shape != shape or past.value.shape != shape or past.key.dtype != past.value.dtype:
+        return False
+    scales = (past.key_scale, past.value_scale)
+    if past.key.dtype != torch.int8:
+        return scales == (None, None)
+    return all(s is not None and s.shape == shape[:3] and s.dtype == torch.float32 for s in scales)
+
+
+def fits_mask(mask: Tensor | None, batch: int, tokens: int, keys: int) -> bool:
+    """Tell whether a mask can be expanded to `(B, 1, S, K)`, or there is none.
+
+    Others are the model's own code's, whose result or error is torch's.
+    """
+    if mask is None:
+        return True
+    if mask.dim() != 4 or not is_plain(mask):
+        return False
+    sizes = ((1, batch), (1,), (1, tokens), (keys,))
+    return all(size in allowed for size, allowed in zip(mask.shape, sizes))
 
 
 def _run(

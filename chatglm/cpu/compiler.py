@@ -98,7 +98,8 @@ def find_compiler() -> Compiler | None:
         if tuple(int(part) for part in version.split(".")[:2]) >= OLDEST_LLVMLITE:
             return Compiler()
         problem = f"llvmlite {version} is older than {'.'.join(map(str, OLDEST_LLVMLITE))}"
-    except (ImportError, OSError, RuntimeError, ValueError) as error:
+    # An llvmlite that is too new may lack what is called here, or call it otherwise.
+    except (ImportError, OSError, RuntimeError, ValueError, AttributeError, TypeError) as error:
         problem = str(error)
     _explain(problem)
     return None
@@ -125,7 +126,7 @@ def find_kernel(source: KernelSource, *parameters: Any) -> Kernel | None:
             code = translate_kernel(compiler, source, name, parameters)
             write_cached(name, code)
         return Kernel(compiler.load(code, name), source.slots)
-    except (RuntimeError, OSError) as error:
+    except (RuntimeError, OSError, AttributeError, TypeError) as error:
         _explain(f"a kernel could not be compiled ({error})")
         return None
 

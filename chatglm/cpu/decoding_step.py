@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from chatglm.cpu.attention import STEP, STEP_ATTENTION, HeadShape
+from chatglm.cpu.attention import STEP, STEP_ATTENTION, HeadShape, fits_mask
 from chatglm.cpu.compiler import find_compiler, find_kernel
 from chatglm.cpu.elementwise import BIAS, GELU, NORM, Width
 from chatglm.cpu.linear import (
@@ -99,6 +99,11 @@ def decode_step(
     shape = StepShape(batch, tokens, axes, kind, attention_mask is not None, threads)
     program = _find_program(stack, shape)
     if program is None or not program.takes(hidden_states, reserved_layers):
+        return None
+    keys = reserved_layers[0].keys.shape[2] + tokens
+    if not fits_mask(attention_mask, batch, tokens, keys):
+        return None
+    if any(angles.shape != program.angles_shape for angles in position_embeddings):
         return None
     last = program.run(hidden_states, position_embeddings, attention_mask, reserved_layers)
     return last, (), ()
@@ -345,14 +350,23 @@ class StepProgram:
         )
 
     def takes(self, hidden_states: Tensor, reserved_layers: Sequence[Any]) -> bool:
-        """Tell whether a cache fits: plain memory of the model's own type, a row for each of B."""
-        return all(
-            states.dtype == hidden_states.dtype
-            and is_plain(states)
-            and states.shape[0] == self.shape.batch
+        """Tell whether a cache fits: plain memory of the model's own type and shapes.
+
+        Every layer has the same number of columns then, which one mask is for.
+        """
+        columns = reserved_layers[0].keys.shape[2]
+        shape = (self.shape.batch, self.heads, columns, self.head_dim)
+        return hidden_states.shape[2] == self._hidden and all(
+            states.dtype == hidden_states.dtype and is_plain(states) and states.shape == shape
             for layer in reserved_layers
             for states in (layer.keys, layer.values)
         )
+
+    @property
+    def angles_shape(self) -> tuple[int, ...]:
+        """`(B, 1, P, S, D / P)`, of cosines and of sines."""
+        batch, tokens, axes = self.shape.batch, self.shape.tokens, self.shape.axes
+        return (batch, 1, axes, tokens, self.head_dim // axes)
 
     def run(
         self,
@@ -375,7 +389,11 @@ class StepProgram:
         self.embedded.copy_(hidden_states.view(self._tokens, -1))
         for place, angles in zip(self.angles, position_embeddings):
             place.copy_(angles.reshape(place.shape))
-        mask = None if attention_mask is None else attention_mask.float().contiguous()
+        mask = None
+        if attention_mask is not None:
+            keys = reserved_layers[0].keys.shape[2] + self.shape.tokens
+            mask = attention_mask.expand(self.shape.batch, 1, self.shape.tokens, keys)
+            mask = mask.float().contiguous()
         for stage, layer in zip(self._attentions, reserved_layers):
             keys, values = layer.extend(self.shape.tokens)
             self._reserve_scores(keys.shape[2])
