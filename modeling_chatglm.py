@@ -274,8 +274,6 @@ class ChatGLMPreTrainedModel(QuantizationMixin, QuantizedLoadingMixin, PreTraine
     _skip_keys_device_placement = list(CACHE_NAMES)
     _keys_to_ignore_on_load_unexpected = [r"rotary_emb\.inv_freq"]
     _supports_sdpa = True
-    _supports_attention_backend = True
-    _can_compile_fullgraph = True
 
     @classmethod
     def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:
