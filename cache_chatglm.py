@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers.cache_utils import DynamicCache, DynamicLayer
+from transformers import DynamicCache, DynamicLayer
 
 ROOM_STEP = 64  # columns; every head's integers and scales then begin on a cache line
 ROOM_SHARE = 8  # an eighth of what is in use: a column is moved about 8 times while a cache grows
