@@ -31,6 +31,8 @@ logger = logging.get_logger(__name__)
 CACHE_VARIABLE = "CHATGLM_KERNEL_CACHE"  # names a folder; "off" for none
 SWITCH_VARIABLE = "CHATGLM_CPU_KERNELS"  # "off" for plain torch
 OLDEST_LLVMLITE = (0, 45)
+# What LLVM raises, what the system does, and what another release of llvmlite would.
+COMPILER_ERRORS = (RuntimeError, OSError, ValueError, AttributeError, TypeError)
 WORTH_A_THREAD = 2**15  # bytes; less is read sooner than another thread is woken
 
 
@@ -550,7 +552,7 @@ def find_compiler() -> Compiler | None:
         if tuple(int(part) for part in version.split(".")[:2]) >= OLDEST_LLVMLITE:
             return Compiler()
         problem = f"llvmlite {version} is older than {'.'.join(map(str, OLDEST_LLVMLITE))}"
-    except (ImportError, OSError, RuntimeError, ValueError) as error:
+    except (ImportError, *COMPILER_ERRORS) as error:
         problem = str(error)
     _explain(problem)
     return None
@@ -577,7 +579,7 @@ def find_kernel(source: KernelSource, *parameters: Any) -> Kernel | None:
             code = translate_kernel(compiler, source, name, parameters)
             write_cached(name, code)
         return Kernel(compiler.load(code, name), source.slots)
-    except (RuntimeError, OSError) as error:
+    except COMPILER_ERRORS as error:
         _explain(f"a kernel could not be compiled ({error})")
         return None
 
