@@ -17,6 +17,7 @@ from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
 from torch import Tensor, nn
 from transformers import Trainer, TrainingArguments, set_seed
+from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import EvalPrediction, get_last_checkpoint
 
 from chatglm.training.batches import LengthSampler, find_learned
@@ -164,7 +165,7 @@ def find_checkpoint(folder: Path) -> Path | None:
     """Return the newest checkpoint that is whole: a killed run may leave half of one."""
     broken = []
     while (last := get_last_checkpoint(str(folder))) is not None:
-        state = Path(last) / "trainer_state.json"
+        state = Path(last) / TRAINER_STATE_NAME
         try:
             json.loads(state.read_text(encoding="utf-8"))
             break
