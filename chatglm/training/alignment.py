@@ -148,14 +148,16 @@ class AlignmentTrainer(CheckedSteps):
     It sends no figures about itself anywhere and writes no card of its own.
     """
 
-    accelerator: Any
-    state: Any
+    def compute_loss(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+        """Return the loss of a batch, and count its tokens if it is trained on."""
+        if model.training:
+            self._num_tokens += self.count_tokens(inputs)
+        trainer: Any = super()
+        return trainer.compute_loss(model, inputs, *args, **kwargs)
 
-    @property
-    def tokens_seen(self) -> int:
-        """The tokens that were trained on since the start, a process's share of them."""
-        trainer: Any = self
-        return trainer._total_train_tokens // self.accelerator.num_processes
+    def count_tokens(self, inputs: dict[str, Any]) -> int:
+        """Return how many tokens a batch has, pads left out."""
+        return int(inputs["attention_mask"].sum())
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         """Write nothing: settings.yaml says how the model was made."""
