@@ -485,9 +485,7 @@ class QuantizedEmbedding(PackedMatrix):
 
     def to_embedding(self, dtype: torch.dtype) -> nn.Embedding:
         """Return a plain embedding with the values that this one gives."""
-        embedding = nn.Embedding(
-            self.num_embeddings, self.embedding_dim, _weight=self.unpack(dtype)
-        )
+        embedding = nn.Embedding.from_pretrained(self.unpack(dtype), freeze=False)
         return embedding.train(self.training)
 
     def forward(self, input_ids: Tensor) -> Tensor:
