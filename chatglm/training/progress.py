@@ -34,6 +34,7 @@ class FigureBar(TrainerCallback):
     def __init__(self) -> None:
         self.steps: Any = None
         self.held_out: Any = None
+        self.figures: dict[str, str] = {}
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Begin at the step that the training begins at."""
@@ -47,10 +48,10 @@ class FigureBar(TrainerCallback):
             self.steps.update(state.global_step - self.steps.n)
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
-        """Show the newest figures."""
+        """Show the newest value of every figure, whichever a line of the log has."""
         if self.steps is not None and logs:
-            figures = {key: _shorten(logs[key]) for key in self.shown if key in logs}
-            self.steps.set_postfix(figures)
+            self.figures |= {key: _shorten(logs[key]) for key in self.shown if key in logs}
+            self.steps.set_postfix(self.figures)
 
     def on_prediction_step(
         self, args: Any, state: Any, control: Any, eval_dataloader: Any = None, **kwargs: Any
