@@ -208,8 +208,10 @@ def test_a_model_that_is_spread_keeps_blocks_whole(hook: str, folder: Path, tmp_
     )
     places = model.hf_device_map
     assert {"cpu", "disk"} <= set(places.values()), places
-    assert not [name for name in places if name.count(".") > 2], f"{hook} is not read: {places}"
-    assert set(CACHE_NAMES) <= set(model._hf_hook.skip_keys), f"{hook} is not read"
+    if hook.endswith("_no_split_modules"):
+        assert not [name for name in places if name.count(".") > 2], f"{hook} is not read: {places}"
+    else:
+        assert set(CACHE_NAMES) <= set(model._hf_hook.skip_keys), f"{hook} is not read"
     cache = ChatGLMCache()
     with torch.no_grad():
         output = model(IDS, past_key_values=cache, use_cache=True)
