@@ -16,20 +16,22 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from transformers.cache_utils import DynamicCache, DynamicLayer
+from transformers import DynamicCache, DynamicLayer
 
 ROOM_STEP = 64  # columns; every head's integers and scales then begin on a cache line
 ROOM_SHARE = 8  # an eighth of what is in use: a column is moved about 8 times while a cache grows
 
 MAX_INTEGER = 127
 
-# torch promises no such count. Without it a cache is only slower, as nothing proves room free.
+# torch promises neither this count nor `_cdata`. Without them a cache is only slower: nothing
+# proves room free.
 _count_users = getattr(torch._C, "_storage_Use_Count", None)
 
 
 def _count_holders(tensor: Tensor) -> int:
     """Count the tensors that share a tensor's memory, and the object that asks."""
-    return 0 if _count_users is None else _count_users(tensor.untyped_storage()._cdata)
+    address = getattr(tensor.untyped_storage(), "_cdata", None)
+    return 0 if _count_users is None or address is None else _count_users(address)
 
 
 ALONE = max(_count_holders(torch.empty(1)), 1)

@@ -16,15 +16,16 @@ from typing import Any
 import torch
 import transformers
 from torch import LongTensor, Tensor
-from transformers.cache_utils import DynamicCache
-from transformers.generation.logits_process import (
+from transformers import (
+    DynamicCache,
+    GenerationMixin,
     LogitsProcessor,
     LogitsProcessorList,
+    StoppingCriteria,
+    StoppingCriteriaList,
     TopPLogitsWarper,
 )
-from transformers.generation.stopping_criteria import StoppingCriteria, StoppingCriteriaList
 from transformers.generation.streamers import BaseStreamer
-from transformers.generation.utils import GenerationMixin
 
 from .cache_chatglm import ChatGLMCache
 from .environment_chatglm import CACHE_NAME, TESTED_TRANSFORMERS, choose_cache, rename_cache

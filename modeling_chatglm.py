@@ -16,9 +16,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
-from transformers.cache_utils import Cache
-from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers import Cache, GradientCheckpointingLayer, PreTrainedModel
 from transformers.modeling_outputs import (
     BaseModelOutputWithPast,
     CausalLMOutputWithPast,
@@ -358,8 +356,6 @@ class ChatGLMPreTrainedModel(QuantizationMixin, QuantizedLoadingMixin, PreTraine
     _skip_keys_device_placement = list(CACHE_NAMES)
     _keys_to_ignore_on_load_unexpected = [r"rotary_emb\.inv_freq"]
     _supports_sdpa = True
-    _supports_attention_backend = True
-    _can_compile_fullgraph = True
 
     def get_input_embeddings(self) -> Any:
         return self.base_model.word_embeddings

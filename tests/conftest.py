@@ -6,12 +6,14 @@ Also builds what tests need a model for: a tiny random one, and a folder of remo
 import atexit
 import functools
 import importlib.util
+import inspect
 import json
 import os
 import re
 import shutil
 import sys
 import tempfile
+from collections import Counter
 from collections.abc import Iterator
 from importlib.machinery import ModuleSpec
 from pathlib import Path
@@ -133,6 +135,21 @@ def forget_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
             if hasattr(value, "cache_clear"):
                 fresh = anew.setdefault(value, functools.cache(value.__wrapped__))
                 monkeypatch.setattr(module, name, fresh)
+
+
+def count_calls(
+    monkeypatch: pytest.MonkeyPatch, owner: Any, name: str, calls: Counter[str]
+) -> None:
+    """Count the calls of a class's method, which goes on to do what it does."""
+    method = inspect.getattr_static(owner, name)
+    function = getattr(method, "__func__", method)
+
+    def count(*args: Any, **kwargs: Any) -> Any:
+        calls[name] += 1
+        return function(*args, **kwargs)
+
+    is_of_class = isinstance(method, classmethod)
+    monkeypatch.setattr(owner, name, classmethod(count) if is_of_class else count)
 
 
 def pad_rows(rows: list[list[int]], side: str) -> list[list[int]]:

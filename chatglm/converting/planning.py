@@ -21,6 +21,8 @@ from chatglm.converting.staging import describe_files
 from chatglm.loading import WEIGHT_FILES, default_model_folder
 
 MAX_SHARD_BYTES = 10**9
+# What official weights carry and no model has: it is computed.
+UNUSED_TENSORS = re.compile(r"rotary_emb\.inv_freq")
 # One file or an index of shards, by the kind of file.
 FILE_KINDS: dict[str, tuple[str, str]] = dict(zip(("safetensors", "bin"), WEIGHT_FILES))
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -270,9 +272,7 @@ def match_tensors(folder: Path, plain: nn.Module) -> dict[str, list[StoredTensor
     _check_dtypes(folder, [tensor for tensors in found.values() for tensor in tensors])
     _refuse(folder, "the weights lack", [name for name in found if not found[name]])
     known = {name for names in groups for name in names}
-    ignored = [re.compile(p) for p in cast(Any, plain)._keys_to_ignore_on_load_unexpected]
-    left_over = stored.keys() - known
-    left_over -= {name for name in left_over for pattern in ignored if pattern.search(name)}
+    left_over = {name for name in stored.keys() - known if not UNUSED_TENSORS.search(name)}
     _refuse(folder, "the model has no place for", left_over)
     misfits = [
         f"{tensor.name} as {shapes[name]}, and not {tensor.shape}"

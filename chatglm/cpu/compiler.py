@@ -20,6 +20,8 @@ from chatglm.cpu.writer import KernelSource, KernelWriter, Processor
 logger = logging.get_logger(__name__)
 
 OLDEST_LLVMLITE = (0, 45)
+# What LLVM raises, what the system does, and what another release of llvmlite would.
+COMPILER_ERRORS = (RuntimeError, OSError, ValueError, AttributeError, TypeError)
 
 # In the order of preference: what a CPU must offer, and how wide its dot products are.
 DOTS = (
@@ -98,8 +100,7 @@ def find_compiler() -> Compiler | None:
         if tuple(int(part) for part in version.split(".")[:2]) >= OLDEST_LLVMLITE:
             return Compiler()
         problem = f"llvmlite {version} is older than {'.'.join(map(str, OLDEST_LLVMLITE))}"
-    # An llvmlite that is too new may lack what is called here, or call it otherwise.
-    except (ImportError, OSError, RuntimeError, ValueError, AttributeError, TypeError) as error:
+    except (ImportError, *COMPILER_ERRORS) as error:
         problem = str(error)
     _explain(problem)
     return None
@@ -126,7 +127,7 @@ def find_kernel(source: KernelSource, *parameters: Any) -> Kernel | None:
             code = translate_kernel(compiler, source, name, parameters)
             write_cached(name, code)
         return Kernel(compiler.load(code, name), source.slots)
-    except (RuntimeError, OSError, AttributeError, TypeError) as error:
+    except COMPILER_ERRORS as error:
         _explain(f"a kernel could not be compiled ({error})")
         return None
 

@@ -23,7 +23,6 @@ from chatglm.training.trainer import DEFAULTS, CheckedSteps, build_arguments
 
 ROWS_FOLDER = "rows"
 ROWS_AT_ONCE = 1000
-OWN_ADAPTER, REFERENCE_ADAPTER = "default", "ref"
 
 _CAUSAL = (
     "it reads every token causally, but the tokens of ChatGLM's question see one another in both "
@@ -148,14 +147,16 @@ class AlignmentTrainer(CheckedSteps):
     It sends no figures about itself anywhere and writes no card of its own.
     """
 
-    accelerator: Any
-    state: Any
+    def compute_loss(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+        """Return the loss of a batch, and count its tokens if it is trained on."""
+        if model.training:
+            self._num_tokens += self.count_tokens(inputs)
+        trainer: Any = super()
+        return trainer.compute_loss(model, inputs, *args, **kwargs)
 
-    @property
-    def tokens_seen(self) -> int:
-        """The tokens that were trained on since the start, a process's share of them."""
-        trainer: Any = self
-        return trainer._total_train_tokens // self.accelerator.num_processes
+    def count_tokens(self, inputs: dict[str, Any]) -> int:
+        """Return how many tokens a batch has, pads left out."""
+        return int(inputs["attention_mask"].sum())
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         """Write nothing: settings.yaml says how the model was made."""
@@ -180,26 +181,37 @@ def build_trainer(trainer_class: Any, model: Any, settings: Settings, **parts: A
     Raises:
         KeyProblem: for keys that do not go together.
     """
+    own = list_adapters(model)
     try:
         trainer = trainer_class(model=model, **parts)
     except NotImplementedError as error:
         raise KeyProblem(f"the configuration cannot be used: {error}") from error
-    _settle_reference(model, is_new=not settings.adapter)
+    _settle_reference(model, own, is_new=not settings.adapter)
     return trainer
 
 
-def _settle_reference(model: Any, is_new: bool) -> None:
+def list_adapters(model: Any) -> list[str]:
+    """Return the names of a model's adapters."""
+    return list(getattr(model, "peft_config", {}))
+
+
+def _settle_reference(model: Any, own: list[str], is_new: bool) -> None:
     """Keep trl's frozen copy of the adapters only where it is needed, and out of what is saved.
 
     New adapters change nothing yet: without them the model is the reference. Those of a folder are
     part of it. A checkpoint with two adapters could not be gone on from.
+
+    Args:
+        model: with the adapters.
+        own: the names of those that it had before trl copied any.
+        is_new: whether they are new.
     """
-    if REFERENCE_ADAPTER not in getattr(model, "peft_config", {}):
-        return
+    copies = [name for name in list_adapters(model) if name not in own]
     if is_new:
-        model.delete_adapter(REFERENCE_ADAPTER)
-    else:
-        save = functools.partial(model.save_pretrained, selected_adapters=[OWN_ADAPTER])
+        for name in copies:
+            model.delete_adapter(name)
+    elif copies:
+        save = functools.partial(model.save_pretrained, selected_adapters=own)
         model.save_pretrained = save
 
 

@@ -194,10 +194,9 @@ class TrlReward:
 class GroupTrainer(AlignmentTrainer, GRPOTrainer):
     """trl's trainer of group relative optimization on rendered questions."""
 
-    @property
-    def tokens_seen(self) -> int:
-        """The tokens of questions and answers since the start, a process's share of them."""
-        return int(self.state.num_input_tokens_seen) // self.accelerator.num_processes
+    def count_tokens(self, inputs: dict[str, Any]) -> int:
+        """Return how many tokens questions and answers have, pads left out."""
+        return int(inputs["prompt_mask"].sum() + inputs["completion_mask"].sum())
 
     def _get_train_sampler(self, *args: Any) -> Any:
         """Return trl's sampler, its order made to follow from the epoch, whoever has seen it.

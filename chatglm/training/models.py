@@ -200,6 +200,16 @@ def save_trained(
         _complete(find_base(settings), folder)
 
 
+def enable_checkpointing(core: Any) -> None:
+    """Have the blocks of a model computed again for their gradients, instead of kept.
+
+    transformers has another name for it since 5.23, and will drop this one.
+    """
+    names = ("activation_checkpointing_enable", "gradient_checkpointing_enable")
+    enable = next(getattr(core, name) for name in names if hasattr(core, name))
+    enable({"use_reentrant": False})  # the other way needs inputs with gradients
+
+
 def name_as_before(model: Any) -> None:
     """Take back FSDP2's name of a model's class, under which its code would not be found."""
     from torch.distributed.fsdp import FSDPModule

@@ -30,7 +30,7 @@ from torch import Tensor, nn
 from transformers import enable_full_determinism, get_scheduler, set_seed
 
 from chatglm.training.batches import Examples
-from chatglm.training.models import find_core, load_tokenizer, save_trained
+from chatglm.training.models import enable_checkpointing, find_core, load_tokenizer, save_trained
 from chatglm.training.ppo_checkpoints import (
     RunState,
     load_policies,
@@ -234,8 +234,7 @@ class PpoTrainer:
         arguments = self.arguments
         silence_dropout(policy)
         if arguments.gradient_checkpointing:
-            options = {"use_reentrant": False}  # the other way needs inputs with gradients
-            find_core(policy).gradient_checkpointing_enable(gradient_checkpointing_kwargs=options)
+            enable_checkpointing(find_core(policy))
         actor = ActorCritic(policy)
         rates = (arguments.learning_rate, self.settings.value_learning_rate)
         optimizer = torch.optim.AdamW(

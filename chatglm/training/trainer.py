@@ -17,6 +17,7 @@ from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
 from torch import Tensor, nn
 from transformers import Trainer, TrainingArguments, set_seed
+from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import EvalPrediction, get_last_checkpoint
 
 from chatglm.training.batches import LengthSampler, find_learned
@@ -164,7 +165,7 @@ def find_checkpoint(folder: Path) -> Path | None:
     """Return the newest checkpoint that is whole: a killed run may leave half of one."""
     broken = []
     while (last := get_last_checkpoint(str(folder))) is not None:
-        state = Path(last) / "trainer_state.json"
+        state = Path(last) / TRAINER_STATE_NAME
         try:
             json.loads(state.read_text(encoding="utf-8"))
             break
@@ -224,11 +225,12 @@ class CheckedSteps:
     train_dataset: Any
     groups_rows = False
     meter: Meter | None = None
+    _num_tokens = 0
 
     @property
     def tokens_seen(self) -> int:
         """The tokens that this process was trained on since the start; 0 if nobody counts."""
-        return 0
+        return self._num_tokens
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         """Log what a step gave, and what it took."""
@@ -277,8 +279,6 @@ class ChatTrainer(CheckedSteps, Trainer):
     where something is learned.
     """
 
-    _num_tokens = 0
-
     def compute_loss(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any):
         """Return the loss of a batch, with the outputs if they are asked for."""
         inputs["use_cache"] = False
@@ -287,11 +287,6 @@ class ChatTrainer(CheckedSteps, Trainer):
         if self.label_smoother is None:  # which wants the logits of all places
             inputs["logits_to_keep"] = find_learned(inputs["labels"])
         return super().compute_loss(model, inputs, *args, **kwargs)
-
-    @property
-    def tokens_seen(self) -> int:
-        """The tokens that this process was trained on since the start."""
-        return self._num_tokens
 
     @property
     def pad_id(self) -> int:
