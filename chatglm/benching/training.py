@@ -21,8 +21,8 @@ import torch
 from torch import Tensor, nn
 
 from chatglm.benching.command import list_versions, read_device_peak
-from chatglm.training.batches import find_learned
-from chatglm.training.rendering import IGNORED_LABEL
+from chatglm.training.data.batches import find_learned
+from chatglm.training.data.rendering import IGNORED_LABEL
 
 RANK = 8  # of the adapters, at the joint projection of queries, keys and values
 LEARNING_RATE = 1e-4

@@ -15,9 +15,9 @@ from typing import Any
 
 from transformers import TrainingArguments
 
-from chatglm.training.batches import Examples
-from chatglm.training.records import open_records, read_pairs
-from chatglm.training.rendering import Renderer
+from chatglm.training.data.batches import Examples
+from chatglm.training.data.records import open_records, read_pairs
+from chatglm.training.data.rendering import Renderer
 from chatglm.training.settings import KeyProblem, Settings
 from chatglm.training.trainer import DEFAULTS, CheckedSteps, build_arguments
 

@@ -14,7 +14,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from chatglm.training.records import Record
+from chatglm.training.data.records import Record
 from chatglm.training.subjects import CATEGORIES, CHINESE_NAMES
 
 SPLITS = ("dev", "val", "test")

@@ -21,9 +21,9 @@ from chatglm.training.alignment import (
     read_pair_rows,
     write_rows,
 )
-from chatglm.training.batches import Examples
+from chatglm.training.data.batches import Examples
+from chatglm.training.data.rendering import Renderer
 from chatglm.training.models import find_core, load_policy
-from chatglm.training.rendering import Renderer
 from chatglm.training.settings import RowSettings
 from chatglm.training.trainer import find_half, run_stage
 

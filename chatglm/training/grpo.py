@@ -22,8 +22,8 @@ from chatglm.training.alignment import (
     importing_trl,
     write_rows,
 )
+from chatglm.training.data.rendering import SHORTEST_PROMPT, Renderer
 from chatglm.training.models import find_core
-from chatglm.training.rendering import SHORTEST_PROMPT, Renderer
 from chatglm.training.rewards import Reward, RewardModel, Sampled, load_function, load_reward_model
 from chatglm.training.rollouts import Prompts
 from chatglm.training.settings import KeyProblem, Settings

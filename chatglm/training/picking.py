@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from chatglm.training.choices import LETTERS, Asker, Question, Subject
-from chatglm.training.rendering import Example, Renderer
+from chatglm.training.data.rendering import Example, Renderer
 from chatglm.training.scoring import Judge
 
 ANSWERS = ("letter", "text", "text_mean")

@@ -29,7 +29,8 @@ from accelerate.utils import ProjectConfiguration
 from torch import Tensor, nn
 from transformers import enable_full_determinism, get_scheduler, set_seed
 
-from chatglm.training.batches import Examples
+from chatglm.training.data.batches import Examples
+from chatglm.training.data.rendering import Renderer
 from chatglm.training.models import find_core, load_tokenizer, save_trained
 from chatglm.training.ppo_checkpoints import (
     RunState,
@@ -53,7 +54,6 @@ from chatglm.training.ppo_math import (
 )
 from chatglm.training.ppo_settings import PpoArguments, PpoSettings, read_arguments
 from chatglm.training.progress import Samples
-from chatglm.training.rendering import Renderer
 from chatglm.training.rewards import Reward, RewardModel, Sampled, load_function, load_reward_model
 from chatglm.training.rollouts import (
     Prompt,

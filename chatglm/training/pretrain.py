@@ -15,10 +15,10 @@ from typing import Any
 from torch.utils.data import Dataset
 from transformers import TrainerCallback, TrainingArguments
 
-from chatglm.training.batches import PaddingCollator
+from chatglm.training.data.batches import PaddingCollator
+from chatglm.training.data.records import RecordFiles, open_records, read_texts
+from chatglm.training.data.rendering import Example, Renderer
 from chatglm.training.models import find_core
-from chatglm.training.records import RecordFiles, open_records, read_texts
-from chatglm.training.rendering import Example, Renderer
 from chatglm.training.settings import RowSettings, require
 from chatglm.training.trainer import (
     ChatTrainer,

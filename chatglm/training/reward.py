@@ -28,9 +28,9 @@ from chatglm.training.alignment import (
     read_pair_rows,
     write_rows,
 )
-from chatglm.training.batches import Examples, pad_rows
+from chatglm.training.data.batches import Examples, pad_rows
+from chatglm.training.data.rendering import Renderer
 from chatglm.training.models import find_prompt_format, load_scorer, load_tokenizer
-from chatglm.training.rendering import Renderer
 from chatglm.training.settings import KeyProblem, RowSettings
 from chatglm.training.trainer import find_half, prepare_output, run_trainer
 

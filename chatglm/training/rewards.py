@@ -22,7 +22,7 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
 
 from chatglm.loading import check_model_folder
-from chatglm.training.batches import pad_rows
+from chatglm.training.data.batches import pad_rows
 from chatglm.training.models import ADAPTER_FILE
 
 SCORER = "ForSequenceClassification"  # what the names of classes with scores end in

@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 from transformers import GenerationConfig
 
-from chatglm.training.batches import Examples, pad_rows
-from chatglm.training.records import Record, open_records, read_prompts
-from chatglm.training.rendering import Renderer
+from chatglm.training.data.batches import Examples, pad_rows
+from chatglm.training.data.records import Record, open_records, read_prompts
+from chatglm.training.data.rendering import Renderer
 from chatglm.training.rewards import Sampled
 from chatglm.training.settings import Settings
 from chatglm.training.value_head import ActorCritic, Answers, Judgement

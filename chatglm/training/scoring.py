@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from chatglm.training.batches import Examples, pad_rows
-from chatglm.training.rendering import IGNORED_LABEL, Example
+from chatglm.training.data.batches import Examples, pad_rows
+from chatglm.training.data.rendering import IGNORED_LABEL, Example
 from chatglm.training.trainer import count_token_losses
 
 

@@ -12,10 +12,10 @@ from typing import Any
 
 from transformers import TrainingArguments
 
-from chatglm.training.batches import Examples, Packed, PackingCollator, PaddingCollator
+from chatglm.training.data.batches import Examples, Packed, PackingCollator, PaddingCollator
+from chatglm.training.data.records import open_records, read_answers
+from chatglm.training.data.rendering import Renderer
 from chatglm.training.models import find_core
-from chatglm.training.records import open_records, read_answers
-from chatglm.training.rendering import Renderer
 from chatglm.training.settings import RowSettings, Settings
 from chatglm.training.trainer import (
     ChatTrainer,

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from transformers import Trainer, TrainingArguments, set_seed
 from transformers.trainer_utils import EvalPrediction, get_last_checkpoint
 
-from chatglm.training.batches import LengthSampler, find_learned
+from chatglm.training.data.batches import LengthSampler, find_learned
 from chatglm.training.models import (
     load_policy,
     load_tokenizer,

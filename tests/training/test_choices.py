@@ -20,8 +20,8 @@ from chatglm.training.choices import (
     read_questions,
     read_subjects,
 )
+from chatglm.training.data.rendering import Example, Renderer, RowProblem
 from chatglm.training.picking import Picker, Prompt, find_letters
-from chatglm.training.rendering import Example, Renderer, RowProblem
 from chatglm.training.scoring import Judge
 from chatglm.training.subjects import CATEGORIES, CHINESE_NAMES
 

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset, Sampler
 
-from chatglm.training.records import Record, RecordFiles, RowProblem
-from chatglm.training.rendering import IGNORED_LABEL, Example
+from chatglm.training.data.records import Record, RecordFiles, RowProblem
+from chatglm.training.data.rendering import IGNORED_LABEL, Example
 
 Row = dict[str, list[int]]
 POOL_BATCHES = 50  # sorted at once: enough to waste little, few enough to mix rows

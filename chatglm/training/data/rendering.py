@@ -7,7 +7,7 @@ batches or models beyond that.
 
 from typing import Any, NamedTuple
 
-from chatglm.training.records import Record, Rounds, RowProblem
+from chatglm.training.data.records import Record, Rounds, RowProblem
 
 IGNORED_LABEL = -100
 SHORTEST_PROMPT = 8  # tokens that an answer has to leave, its markers among them
