@@ -27,7 +27,7 @@ STAGES = {
     "eval": "measure perplexity, choices, or the text of answers",
 }
 MODULES = {name: f"chatglm.training.{name}" for name in STAGES} | {
-    "eval": "chatglm.training.evaluation"
+    "eval": "chatglm.evaluating.evaluation"
 }
 
 

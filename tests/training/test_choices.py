@@ -11,7 +11,7 @@ from chatglm_6b.tokenization_chatglm import ChatGLMTokenizer
 from conftest import SHARED
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from chatglm.training.choices import (
+from chatglm.evaluating.multiple_choice import (
     Asker,
     Question,
     Subject,
@@ -20,10 +20,10 @@ from chatglm.training.choices import (
     read_questions,
     read_subjects,
 )
+from chatglm.evaluating.picking import Picker, Prompt, find_letters
+from chatglm.evaluating.scoring import Judge
+from chatglm.evaluating.subjects import CATEGORIES, CHINESE_NAMES
 from chatglm.training.data.rendering import Example, Renderer, RowProblem
-from chatglm.training.picking import Picker, Prompt, find_letters
-from chatglm.training.scoring import Judge
-from chatglm.training.subjects import CATEGORIES, CHINESE_NAMES
 
 CEVAL_HEADER = ["id", "question", "A", "B", "C", "D", "answer", "explanation"]
 CEVAL_ROWS = [

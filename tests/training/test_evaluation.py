@@ -15,11 +15,11 @@ from conftest import ROOT
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from chatglm.training import evaluation
+from chatglm.evaluating import evaluation
+from chatglm.evaluating.evaluation import ARGUMENTS, SETTINGS, main
+from chatglm.evaluating.scoring import Judge
 from chatglm.training.command import describe_stage
-from chatglm.training.evaluation import ARGUMENTS, SETTINGS, main
 from chatglm.training.ptuning import PtuningSettings, save_prefix
-from chatglm.training.scoring import Judge
 from chatglm.training.settings import KeyProblem, read_settings
 
 # peft asks transformers 5.23 by an old name.

@@ -18,16 +18,22 @@ import numpy as np
 from transformers import set_seed
 from transformers.trainer_utils import EvalPrediction
 
+from chatglm.evaluating import metrics
+from chatglm.evaluating.multiple_choice import (
+    SPLITS,
+    WORDINGS,
+    mark_subject,
+    mark_test,
+    read_subjects,
+)
+from chatglm.evaluating.picking import ANSWERS, Picker
+from chatglm.evaluating.scoring import Judge
 from chatglm.loading import choose_device, choose_dtype
-from chatglm.training import metrics
-from chatglm.training.choices import SPLITS, WORDINGS, mark_subject, mark_test, read_subjects
 from chatglm.training.data.batches import Examples
 from chatglm.training.data.records import RecordFiles, open_records, read_answers
 from chatglm.training.data.rendering import Renderer
 from chatglm.training.models import ADAPTER_FILE, find_core, load_policy, load_tokenizer
-from chatglm.training.picking import ANSWERS, Picker
 from chatglm.training.prefixes import load_with_prefix
-from chatglm.training.scoring import Judge
 from chatglm.training.settings import Settings, require
 from chatglm.training.trainer import prepare_output, summarize_losses
 

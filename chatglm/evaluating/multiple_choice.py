@@ -14,8 +14,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from chatglm.evaluating.subjects import CATEGORIES, CHINESE_NAMES
 from chatglm.training.data.records import Record
-from chatglm.training.subjects import CATEGORIES, CHINESE_NAMES
 
 SPLITS = ("dev", "val", "test")
 SHOTS_SPLIT = "dev"

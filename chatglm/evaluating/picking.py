@@ -7,9 +7,9 @@ for a space may stand there first. Does not know files or marks.
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from chatglm.training.choices import LETTERS, Asker, Question, Subject
+from chatglm.evaluating.multiple_choice import LETTERS, Asker, Question, Subject
+from chatglm.evaluating.scoring import Judge
 from chatglm.training.data.rendering import Example, Renderer
-from chatglm.training.scoring import Judge
 
 ANSWERS = ("letter", "text", "text_mean")
 
