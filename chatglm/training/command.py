@@ -26,8 +26,9 @@ STAGES = {
     "grpo": "practise in groups of answers, without a value model",
     "eval": "measure perplexity, choices, or the text of answers",
 }
-MODULES = {name: f"chatglm.training.{name}" for name in STAGES} | {
-    "eval": "chatglm.evaluating.evaluation"
+MODULES = {name: f"chatglm.training.stages.{name}" for name in STAGES} | {
+    "ppo": "chatglm.training.ppo",
+    "eval": "chatglm.evaluating.evaluation",
 }
 
 

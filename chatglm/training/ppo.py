@@ -68,7 +68,7 @@ from chatglm.training.rollouts import (
 )
 from chatglm.training.run_log import RunLog
 from chatglm.training.settings import KeyProblem, require
-from chatglm.training.sft import read_examples
+from chatglm.training.stages.sft import read_examples
 from chatglm.training.trainer import check_loss, find_half, prepare_output
 from chatglm.training.value_head import ActorCritic, Answers, Judgement, Reference, list_trained
 

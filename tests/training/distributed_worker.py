@@ -24,10 +24,10 @@ from torch.distributed.fsdp import fully_shard
 from torch.optim import AdamW
 from transformers import AutoModelForCausalLM, TrainerCallback
 
-from chatglm.training import sft
 from chatglm.training.command import make_parser
 from chatglm.training.models import save_trained
 from chatglm.training.settings import Settings
+from chatglm.training.stages import sft
 
 STEPS = 5
 RATE = 1e-4  # a larger one makes more of the last digits of small gradients

@@ -20,9 +20,9 @@ from conftest import ROOT
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from chatglm.training import sft
 from chatglm.training.progress import build_callbacks
 from chatglm.training.settings import KeyProblem, Settings, read_settings
+from chatglm.training.stages import sft
 
 WORKER = Path(__file__).with_name("distributed_worker.py")
 CONFIGS = ROOT / "configs"

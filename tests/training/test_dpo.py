@@ -24,10 +24,10 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from chatglm.cli import main
-from chatglm.training.alignment import build_trl_arguments
-from chatglm.training.dpo import ARGUMENTS, AnswerTrainer, DpoSettings, build_dpo_trainer
 from chatglm.training.models import load_policy, load_tokenizer
 from chatglm.training.settings import KeyProblem
+from chatglm.training.stages.dpo import ARGUMENTS, AnswerTrainer, DpoSettings, build_dpo_trainer
+from chatglm.training.stages.trl_stages import build_trl_arguments
 
 # trl and peft ask for an attribute by the name it had before.
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is dep:FutureWarning")

@@ -19,8 +19,8 @@ from chatglm.evaluating import evaluation
 from chatglm.evaluating.evaluation import ARGUMENTS, SETTINGS, main
 from chatglm.evaluating.scoring import Judge
 from chatglm.training.command import describe_stage
-from chatglm.training.ptuning import PtuningSettings, save_prefix
 from chatglm.training.settings import KeyProblem, read_settings
+from chatglm.training.stages.ptuning import PtuningSettings, save_prefix
 
 # peft asks transformers 5.23 by an old name.
 pytestmark = pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated")

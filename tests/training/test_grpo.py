@@ -21,10 +21,10 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
 from chatglm.cli import main
-from chatglm.training.alignment import REFUSED, build_trl_arguments
-from chatglm.training.grpo import ARGUMENTS, GroupTrainer, GrpoSettings, build_grpo_trainer
 from chatglm.training.models import load_policy, load_tokenizer
 from chatglm.training.settings import KeyProblem
+from chatglm.training.stages.grpo import ARGUMENTS, GroupTrainer, GrpoSettings, build_grpo_trainer
+from chatglm.training.stages.trl_stages import REFUSED, build_trl_arguments
 
 # trl and peft ask for an attribute by the name it had before.
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is dep:FutureWarning")

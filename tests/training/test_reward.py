@@ -25,9 +25,10 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
 from chatglm.cli import main
-from chatglm.training.alignment import build_trl_arguments
 from chatglm.training.models import load_scorer, load_tokenizer
-from chatglm.training.reward import (
+from chatglm.training.rewards import load_reward_model
+from chatglm.training.settings import KeyProblem
+from chatglm.training.stages.reward import (
     ARGUMENTS,
     PairTrainer,
     RewardSettings,
@@ -35,8 +36,7 @@ from chatglm.training.reward import (
     share_of_wins,
     summarize_pairs,
 )
-from chatglm.training.rewards import load_reward_model
-from chatglm.training.settings import KeyProblem
+from chatglm.training.stages.trl_stages import build_trl_arguments
 
 # trl and peft ask for an attribute by the name it had before.
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is dep:FutureWarning")
@@ -241,9 +241,9 @@ def test_without_trl_one_line_says_what_to_install(
 ) -> None:
     monkeypatch.setitem(sys.modules, "trl", None)
     for name in ("reward", "dpo", "grpo"):
-        monkeypatch.delitem(sys.modules, f"chatglm.training.{name}", raising=False)
+        monkeypatch.delitem(sys.modules, f"chatglm.training.stages.{name}", raising=False)
         assert main(["train", name, "--output", "out"]) == 2
         (line,) = capsys.readouterr().err.splitlines()
         assert 'pip install --editable ".[train]"' in line
     monkeypatch.undo()
-    importlib.import_module("chatglm.training.reward")
+    importlib.import_module("chatglm.training.stages.reward")

@@ -20,7 +20,11 @@ import torch
 from torch import Tensor
 from transformers.trainer_utils import EvalPrediction
 
-from chatglm.training.alignment import (
+from chatglm.training.data.batches import Examples, pad_rows
+from chatglm.training.data.rendering import Renderer
+from chatglm.training.models import find_prompt_format, load_scorer, load_tokenizer
+from chatglm.training.settings import KeyProblem, RowSettings
+from chatglm.training.stages.trl_stages import (
     AlignmentTrainer,
     build_trainer,
     build_trl_arguments,
@@ -28,10 +32,6 @@ from chatglm.training.alignment import (
     read_pair_rows,
     write_rows,
 )
-from chatglm.training.data.batches import Examples, pad_rows
-from chatglm.training.data.rendering import Renderer
-from chatglm.training.models import find_prompt_format, load_scorer, load_tokenizer
-from chatglm.training.settings import KeyProblem, RowSettings
 from chatglm.training.trainer import find_half, prepare_output, run_trainer
 
 with importing_trl():

@@ -14,7 +14,12 @@ from typing import Any
 
 from torch import Tensor
 
-from chatglm.training.alignment import (
+from chatglm.training.data.rendering import SHORTEST_PROMPT, Renderer
+from chatglm.training.models import find_core
+from chatglm.training.rewards import Reward, RewardModel, Sampled, load_function, load_reward_model
+from chatglm.training.rollouts import Prompts
+from chatglm.training.settings import KeyProblem, Settings
+from chatglm.training.stages.trl_stages import (
     AlignmentTrainer,
     build_trainer,
     build_trl_arguments,
@@ -22,11 +27,6 @@ from chatglm.training.alignment import (
     importing_trl,
     write_rows,
 )
-from chatglm.training.data.rendering import SHORTEST_PROMPT, Renderer
-from chatglm.training.models import find_core
-from chatglm.training.rewards import Reward, RewardModel, Sampled, load_function, load_reward_model
-from chatglm.training.rollouts import Prompts
-from chatglm.training.settings import KeyProblem, Settings
 from chatglm.training.trainer import find_half, run_stage
 
 with importing_trl():

@@ -12,7 +12,11 @@ frozen model; `loss_type` has the variants.
 from dataclasses import dataclass
 from typing import Any
 
-from chatglm.training.alignment import (
+from chatglm.training.data.batches import Examples
+from chatglm.training.data.rendering import Renderer
+from chatglm.training.models import find_core, load_policy
+from chatglm.training.settings import RowSettings
+from chatglm.training.stages.trl_stages import (
     AlignmentTrainer,
     build_trainer,
     build_trl_arguments,
@@ -21,10 +25,6 @@ from chatglm.training.alignment import (
     read_pair_rows,
     write_rows,
 )
-from chatglm.training.data.batches import Examples
-from chatglm.training.data.rendering import Renderer
-from chatglm.training.models import find_core, load_policy
-from chatglm.training.settings import RowSettings
 from chatglm.training.trainer import find_half, run_stage
 
 with importing_trl():

@@ -19,8 +19,8 @@ from transformers import TrainingArguments
 
 from chatglm.training.models import find_base, load_policy, load_tokenizer
 from chatglm.training.settings import KeyProblem, require
-from chatglm.training.sft import SftSettings
-from chatglm.training.sft import build_trainer as build_sft_trainer
+from chatglm.training.stages.sft import SftSettings
+from chatglm.training.stages.sft import build_trainer as build_sft_trainer
 from chatglm.training.trainer import (
     build_arguments,
     find_half,
