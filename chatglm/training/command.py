@@ -27,7 +27,7 @@ STAGES = {
     "eval": "measure perplexity, choices, or the text of answers",
 }
 MODULES = {name: f"chatglm.training.stages.{name}" for name in STAGES} | {
-    "ppo": "chatglm.training.ppo",
+    "ppo": "chatglm.training.ppo.trainer",
     "eval": "chatglm.evaluating.evaluation",
 }
 

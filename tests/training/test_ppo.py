@@ -23,9 +23,10 @@ from transformers import (
     TrainingArguments,
 )
 
-from chatglm.training import ppo, run_log
-from chatglm.training.ppo_math import clip_policy_loss, clip_value_loss, find_ratios
-from chatglm.training.rollouts import (
+from chatglm.training import run_log
+from chatglm.training.ppo import trainer as ppo
+from chatglm.training.ppo.math import clip_policy_loss, clip_value_loss, find_ratios
+from chatglm.training.ppo.rollouts import (
     Sampler,
     build_answers,
     cut_answer,
@@ -34,9 +35,9 @@ from chatglm.training.rollouts import (
     list_answers,
     pick_rows,
 )
+from chatglm.training.ppo.value_head import ActorCritic, list_trained
 from chatglm.training.run_log import cut_lines
 from chatglm.training.settings import KeyProblem, read_settings
-from chatglm.training.value_head import ActorCritic, list_trained
 
 # peft asks for transformers' old names.
 pytestmark = pytest.mark.filterwarnings("ignore:.*gradient_checkpointing.* is deprecated")
@@ -385,7 +386,8 @@ TRAINED = "model.safetensors", "adapter_model.safetensors", "value_head.safetens
 KILLED_RUN = """
 import os, signal, sys
 import torch
-from chatglm.training import ppo, run_log
+from chatglm.training import run_log
+from chatglm.training.ppo import trainer as ppo
 from chatglm.training.settings import read_settings
 
 run_log.draw_curves = lambda history, path: None
@@ -737,10 +739,10 @@ import sys
 from pathlib import Path
 import torch
 from accelerate.utils import gather_object
-from chatglm.training import ppo
+from chatglm.training.ppo import trainer as ppo
 from chatglm.training.settings import read_settings
 from chatglm.training.trainer import prepare_output
-from chatglm.training.value_head import Answers, list_trained
+from chatglm.training.ppo.value_head import Answers, list_trained
 
 place, words = Path(sys.argv[1]), sys.argv[2:]
 settings, given = read_settings(ppo.SETTINGS, ppo.ARGUMENTS, words)

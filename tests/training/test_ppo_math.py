@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from chatglm.training.ppo_math import (
+from chatglm.training.ppo.math import (
     KlController,
     clip_policy_loss,
     clip_scores,

@@ -26,7 +26,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 
 from chatglm.cli import main
 from chatglm.training.models import load_scorer, load_tokenizer
-from chatglm.training.rewards import load_reward_model
+from chatglm.training.ppo.rewards import load_reward_model
 from chatglm.training.settings import KeyProblem
 from chatglm.training.stages.reward import (
     ARGUMENTS,

@@ -14,8 +14,15 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset, Sampler
 
-from chatglm.training.data.records import Record, RecordFiles, RowProblem
-from chatglm.training.data.rendering import IGNORED_LABEL, Example
+from chatglm.training.data.records import (
+    Record,
+    RecordFiles,
+    RowProblem,
+    open_records,
+    read_answers,
+)
+from chatglm.training.data.rendering import IGNORED_LABEL, Example, Renderer
+from chatglm.training.settings import Settings
 
 Row = dict[str, list[int]]
 POOL_BATCHES = 50  # sorted at once: enough to waste little, few enough to mix rows
@@ -72,6 +79,15 @@ def _count_tokens(made: Any) -> int:
     if isinstance(made, Example):
         return len(made.prompt_ids) + len(made.answer_ids)
     return max(map(_count_tokens, made)) if isinstance(made[0], Example) else len(made)
+
+
+def read_examples(paths: Sequence[str], settings: Settings, renderer: Renderer) -> Examples:
+    """Return the rendered answers of some files.
+
+    Raises:
+        ValueError: for files and rows that cannot be used.
+    """
+    return Examples(open_records(paths, read_answers, settings), renderer.render)
 
 
 class Packed(Dataset):
@@ -238,4 +254,5 @@ __all__ = [
     "find_learned",
     "pack_lengths",
     "pad_rows",
+    "read_examples",
 ]

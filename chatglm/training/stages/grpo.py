@@ -16,8 +16,14 @@ from torch import Tensor
 
 from chatglm.training.data.rendering import SHORTEST_PROMPT, Renderer
 from chatglm.training.models import find_core
-from chatglm.training.rewards import Reward, RewardModel, Sampled, load_function, load_reward_model
-from chatglm.training.rollouts import Prompts
+from chatglm.training.ppo.rewards import (
+    Reward,
+    RewardModel,
+    Sampled,
+    load_function,
+    load_reward_model,
+)
+from chatglm.training.ppo.rollouts import Prompts
 from chatglm.training.settings import KeyProblem, Settings
 from chatglm.training.stages.trl_stages import (
     AlignmentTrainer,

@@ -12,11 +12,15 @@ from typing import Any
 
 from transformers import TrainingArguments
 
-from chatglm.training.data.batches import Examples, Packed, PackingCollator, PaddingCollator
-from chatglm.training.data.records import open_records, read_answers
+from chatglm.training.data.batches import (
+    Packed,
+    PackingCollator,
+    PaddingCollator,
+    read_examples,
+)
 from chatglm.training.data.rendering import Renderer
 from chatglm.training.models import find_core
-from chatglm.training.settings import RowSettings, Settings
+from chatglm.training.settings import RowSettings
 from chatglm.training.trainer import (
     ChatTrainer,
     build_arguments,
@@ -71,9 +75,3 @@ def build_trainer(
         train, held_out = (d and Packed(d, renderer.max_length) for d in (train, held_out))
         collator = PackingCollator(renderer.pad_id, core.locate_documents)
     return build_chat_trainer(model, tokenizer, arguments, (train, held_out), collator)
-
-
-def read_examples(paths: list[str], settings: Settings, renderer: Renderer) -> Examples:
-    """Return the rows of files that hold answers."""
-    records = open_records(paths, read_answers, settings)
-    return Examples(records, renderer.render)

@@ -5,7 +5,7 @@
 
 A step: answers are sampled, scored, and held against the reference, which is the policy as it was
 in the beginning; each token gets an advantage; some epochs of mini-batches make what was better
-than expected likelier (`ppo_math` has the equations). Everything random in a step follows from the
+than expected likelier (`math` has the equations). Everything random in a step follows from the
 seed and its number, so a run that was killed goes on as if it had not been; on a GPU bit for bit
 only with `full_determinism`.
 
@@ -29,17 +29,17 @@ from accelerate.utils import ProjectConfiguration
 from torch import Tensor, nn
 from transformers import enable_full_determinism, get_scheduler, set_seed
 
-from chatglm.training.data.batches import Examples
+from chatglm.training.data.batches import Examples, read_examples
 from chatglm.training.data.rendering import Renderer
 from chatglm.training.models import find_core, load_tokenizer, save_trained
-from chatglm.training.ppo_checkpoints import (
+from chatglm.training.ppo.checkpoints import (
     RunState,
     load_policies,
     read_optimizer,
     read_state,
     write_checkpoint,
 )
-from chatglm.training.ppo_math import (
+from chatglm.training.ppo.math import (
     KlController,
     clip_policy_loss,
     clip_scores,
@@ -52,10 +52,14 @@ from chatglm.training.ppo_math import (
     place_rewards,
     whiten,
 )
-from chatglm.training.ppo_settings import PpoArguments, PpoSettings, read_arguments
-from chatglm.training.progress import Samples
-from chatglm.training.rewards import Reward, RewardModel, Sampled, load_function, load_reward_model
-from chatglm.training.rollouts import (
+from chatglm.training.ppo.rewards import (
+    Reward,
+    RewardModel,
+    Sampled,
+    load_function,
+    load_reward_model,
+)
+from chatglm.training.ppo.rollouts import (
     Prompt,
     Prompts,
     Sampler,
@@ -66,11 +70,12 @@ from chatglm.training.rollouts import (
     judge_answers,
     pick_rows,
 )
+from chatglm.training.ppo.settings import PpoArguments, PpoSettings, read_arguments
+from chatglm.training.ppo.value_head import ActorCritic, Answers, Judgement, Reference, list_trained
+from chatglm.training.progress import Samples
 from chatglm.training.run_log import RunLog
 from chatglm.training.settings import KeyProblem, require
-from chatglm.training.stages.sft import read_examples
 from chatglm.training.trainer import check_loss, find_half, prepare_output
-from chatglm.training.value_head import ActorCritic, Answers, Judgement, Reference, list_trained
 
 # What is drawn from a seed apart from the steps, which have the numbers from 0 on.
 EVALUATION_SEED = 2**32 - 1

@@ -21,8 +21,8 @@ import torch
 from torch import Tensor
 
 from chatglm.training.models import load_policy, save_trained
+from chatglm.training.ppo.value_head import ActorCritic, copy_trained
 from chatglm.training.settings import Settings
-from chatglm.training.value_head import ActorCritic, copy_trained
 
 OPTIMIZER_FILE, STATE_FILE = "optimizer.pt", "trainer_state.json"
 NAME = re.compile(r"checkpoint-(\d+)")

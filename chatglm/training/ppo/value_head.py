@@ -25,7 +25,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from chatglm.training.models import find_core
-from chatglm.training.ppo_math import measure_entropy, select_log_probs
+from chatglm.training.ppo.math import measure_entropy, select_log_probs
 
 HEAD_FILE = "value_head.safetensors"
 

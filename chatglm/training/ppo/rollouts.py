@@ -17,9 +17,9 @@ from transformers import GenerationConfig
 from chatglm.training.data.batches import Examples, pad_rows
 from chatglm.training.data.records import Record, open_records, read_prompts
 from chatglm.training.data.rendering import Renderer
-from chatglm.training.rewards import Sampled
+from chatglm.training.ppo.rewards import Sampled
+from chatglm.training.ppo.value_head import ActorCritic, Answers, Judgement
 from chatglm.training.settings import Settings
-from chatglm.training.value_head import ActorCritic, Answers, Judgement
 
 
 class Prompt(NamedTuple):
