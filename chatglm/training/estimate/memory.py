@@ -2,7 +2,7 @@
 
 All follows from a model's sizes and a stage's keys. What is counted is a step of the language model
 on rows of the full length. A pair of answers is two rows; PPO's other models and the cache of its
-rollouts come on top. Does not know files or command lines (`planning`).
+rollouts come on top. Does not know files or command lines (`report`).
 
 Shapes: `B` rows, `S` tokens of a row, `K` keys (a P-Tuning prefix before the row), `H` hidden, `I`
 inner, `N` heads, `D` head dim, `L` layers, `V` vocabulary.
