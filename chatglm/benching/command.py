@@ -11,8 +11,6 @@ a folder becomes a model (`chatglm.loading`).
 
 import argparse
 import json
-import os
-import platform
 import statistics
 import sys
 import time
@@ -133,7 +131,9 @@ def measure(args: argparse.Namespace) -> Report:
         count_position_bytes,
         count_step_bytes,
         draw_prompt,
+        list_versions,
         never_end,
+        read_device_peak,
         time_answer,
     )
     from chatglm.loading import default_model_folder, load_model
@@ -166,29 +166,6 @@ def measure(args: argparse.Namespace) -> Report:
         peak_bytes=read_device_peak(model.device),
         versions=list_versions(),
     )
-
-
-def read_device_peak(device: Any) -> int:
-    """Return the most bytes that were in use on a GPU, or by the process; 0 if not known."""
-    import torch
-
-    from chatglm.benching.memory import read_peak
-
-    is_gpu = device.type == "cuda"
-    return torch.cuda.max_memory_allocated(device) if is_gpu else read_peak()
-
-
-def list_versions() -> dict[str, str]:
-    """Return what the figures depend on."""
-    import torch
-    import transformers
-
-    return {
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-        "processor": f"{os.cpu_count()} x {platform.processor() or platform.machine()}",
-    }
 
 
 def format_report(report: Report) -> str:

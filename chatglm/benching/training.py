@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from chatglm.benching.command import list_versions, read_device_peak
+from chatglm.benching.measuring import list_versions, read_device_peak
 from chatglm.training.data.batches import find_learned
 from chatglm.training.data.rendering import IGNORED_LABEL
 

@@ -62,7 +62,7 @@ def read_memory() -> int:
     """Return the most bytes that were in use: of the GPU, or of the process."""
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated()
-    from chatglm.benching.memory import read_peak
+    from chatglm.process_memory import read_peak
 
     return read_peak()
 

@@ -7,12 +7,12 @@ import sys
 import pytest
 from conftest import ROOT
 
-from chatglm.benching.memory import read_status
+from chatglm.process_memory import read_status
 
 GAPS = """
 import ctypes, sys
 sys.path.insert(0, {root!r})
-from chatglm.benching.memory import read_status
+from chatglm.process_memory import read_status
 from memory_cpu import release_gaps
 
 libc = ctypes.CDLL(None)
