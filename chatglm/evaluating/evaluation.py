@@ -35,6 +35,7 @@ from chatglm.training.data.rendering import Renderer
 from chatglm.training.models import ADAPTER_FILE, find_core, load_policy, load_tokenizer
 from chatglm.training.prefixes import load_with_prefix
 from chatglm.training.settings import Settings, require
+from chatglm.training.stage import Stage
 from chatglm.training.trainer import prepare_output, summarize_losses
 
 RESULT_FILE = "eval.json"
@@ -248,8 +249,6 @@ class Choices:
 
 
 TASKS = {"perplexity": Perplexity, "choices": Choices, "generation": Generation}
-SETTINGS = EvalSettings
-ARGUMENTS = EvalArguments
 
 
 def main(settings: EvalSettings, given: dict[str, Any]) -> dict[str, Any]:
@@ -316,4 +315,7 @@ def load_evaluated(settings: EvalSettings) -> Any:
     return model.to(device).eval()
 
 
-__all__ = ["EvalArguments", "EvalSettings", "load_evaluated", "main"]
+STAGE = Stage("eval", EvalSettings, EvalArguments, main)
+
+
+__all__ = ["STAGE", "EvalArguments", "EvalSettings", "load_evaluated", "main"]

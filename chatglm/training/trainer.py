@@ -20,12 +20,7 @@ from transformers import Trainer, TrainingArguments, set_seed
 from transformers.trainer_utils import EvalPrediction, get_last_checkpoint
 
 from chatglm.training.data.batches import LengthSampler, find_learned
-from chatglm.training.models import (
-    load_policy,
-    load_tokenizer,
-    name_as_before,
-    save_trained,
-)
+from chatglm.training.models import name_as_before, save_trained
 from chatglm.training.progress import Meter, build_callbacks
 from chatglm.training.settings import (
     SETTINGS_FILE,
@@ -345,44 +340,16 @@ def check_loss(loss: Tensor, step: int, folder: Path) -> None:
     )
 
 
-def run_stage(
-    build: Callable[..., Any],
-    settings: Settings,
-    given: Mapping[str, Any],
-    arguments: Any,
+def train_and_evaluate(
+    trainer: Any, settings: Settings, checkpoint: Path | None
 ) -> dict[str, float]:
-    """Open the output folder, load, train and write; returns the last figures.
-
-    Args:
-        build: makes the trainer, of model, tokenizer, settings and arguments.
-        settings, given: of the stage, and the library's keys that were set.
-        arguments: what became of those.
-
-    Raises:
-        ValueError: for settings, rows or a folder that cannot be used.
-    """
-    checkpoint = prepare_output(settings, given)
-    model, tokenizer = load_policy(settings, find_half(arguments)), load_tokenizer(settings)
-    return run_trainer(build(model, tokenizer, settings, arguments), settings, checkpoint)
-
-
-def run_trainer(trainer: Any, settings: Settings, checkpoint: Path | None) -> dict[str, float]:
-    """Train, evaluate, and write the model; returns the last figures.
+    """Train, and return the figures of the held-out rows.
 
     Args:
         trainer: with everything it needs.
         settings: of the stage.
         checkpoint: to go on from.
     """
-    figures = train_and_evaluate(trainer, settings, checkpoint)
-    write_outputs(trainer, settings)
-    return figures
-
-
-def train_and_evaluate(
-    trainer: Any, settings: Settings, checkpoint: Path | None
-) -> dict[str, float]:
-    """Train, and return the figures of the held-out rows; arguments as of `run_trainer`."""
     for callback in build_callbacks(settings, trainer):
         trainer.add_callback(callback)
     trainer.groups_rows = isinstance(settings, RowSettings) and settings.group_by_length
@@ -400,4 +367,11 @@ def write_outputs(trainer: Trainer, settings: Settings) -> None:
         save_trained(model, settings, Path(settings.output), weights)
 
 
-__all__ = ["ChatTrainer", "build_arguments", "find_half", "prepare_output", "run_trainer"]
+__all__ = [
+    "ChatTrainer",
+    "build_arguments",
+    "find_half",
+    "prepare_output",
+    "train_and_evaluate",
+    "write_outputs",
+]

@@ -8,6 +8,7 @@
 Several of them may follow one another, with `then` between them.
 """
 
+import dataclasses
 import importlib
 import json
 import os
@@ -50,14 +51,14 @@ class Death(TrainerCallback):
 
 def die(step: str, *words: str) -> None:
     """Train until a step and die."""
-    build = sft.build_trainer
+    build = sft.STAGE.build_trainer
 
     def build_mortal(*arguments: Any) -> Any:
         trainer = build(*arguments)
         trainer.add_callback(Death(int(step)))
         return trainer
 
-    sft.build_trainer = build_mortal
+    sft.STAGE = dataclasses.replace(sft.STAGE, build_trainer=build_mortal)
     args = make_parser().parse_args(["sft", *words])
     args.run(args)
 

@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from chatglm.evaluating import evaluation
-from chatglm.evaluating.evaluation import ARGUMENTS, SETTINGS, main
+from chatglm.evaluating.evaluation import STAGE
 from chatglm.evaluating.scoring import Judge
 from chatglm.training.command import describe_stage
 from chatglm.training.settings import KeyProblem, read_settings
@@ -53,7 +53,9 @@ def evaluate(tiny_repo: Path, tmp_path: Path) -> Callable[..., dict[str, Any]]:
 
     def run(*words: str, model: Path = tiny_repo, output: str = "out") -> dict[str, Any]:
         given = ["--model", str(model), "--output", str(tmp_path / output), "--device", "cpu"]
-        return main(*read_settings(SETTINGS, ARGUMENTS, [*given, "--dtype", "float32", *words]))
+        return STAGE.run(
+            *read_settings(STAGE.settings, STAGE.arguments, [*given, "--dtype", "float32", *words])
+        )
 
     return run
 
@@ -383,4 +385,4 @@ def test_no_data_and_a_full_folder_are_refused(tmp_path: Path, data: str, evalua
 
 def test_help_lists_every_key() -> None:
     text = describe_stage("eval")
-    assert all(f"--{field.name} " in text for field in dataclasses.fields(SETTINGS))
+    assert all(f"--{field.name} " in text for field in dataclasses.fields(STAGE.settings))

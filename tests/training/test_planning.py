@@ -1,6 +1,5 @@
 """The arithmetic of memory and work, beside what small models take; and every file of configs/."""
 
-import importlib
 import itertools
 import json
 import re
@@ -15,7 +14,7 @@ from conftest import ROOT, build_model
 from torch.profiler import ProfilerActivity
 from torch.utils.flop_counter import FlopCounterMode
 
-from chatglm.training.command import MODULES
+from chatglm.training.command import find_stage
 from chatglm.training.estimate import memory as estimate
 from chatglm.training.estimate.memory import Job, Shape, plan_memory
 from chatglm.training.estimate.report import main, read_job, read_shape
@@ -268,8 +267,8 @@ def test_stage_files_are_read_and_their_memory_is_planned(path: Path) -> None:
     stage_name = path.stem.partition("_")[0]
     if stage_name in ("reward", "dpo", "grpo"):
         pytest.importorskip("trl", reason="this stage is built on trl")
-    stage = importlib.import_module(MODULES[stage_name])
-    settings, _ = read_settings(stage.SETTINGS, stage.ARGUMENTS, ["--config", str(path)])
+    stage = find_stage(stage_name)
+    settings, _ = read_settings(stage.settings, stage.arguments, ["--config", str(path)])
     assert settings.output.startswith("out/")
     found = MEMORY_LINE.search(path.read_text(encoding="utf-8"))
     if found is None:

@@ -112,13 +112,13 @@ def make_words(repo: Path, folder: Path, output: str = "out", **keys: Any) -> li
 def run(repo: Path, folder: Path, output: str = "out", **keys: Any) -> dict[str, Any]:
     forget_accelerator()
     words = make_words(repo, folder, output, **keys)
-    return ppo.main(*read_settings(ppo.SETTINGS, ppo.ARGUMENTS, words))
+    return ppo.main(*read_settings(ppo.PpoSettings, ppo.PpoArguments, words))
 
 
 def build_trainer(repo: Path, folder: Path, output: str = "out", **keys: Any) -> ppo.PpoTrainer:
     """What a run works with, before its first step."""
     words = make_words(repo, folder, output, **keys)
-    settings, given = read_settings(ppo.SETTINGS, ppo.ARGUMENTS, words)
+    settings, given = read_settings(ppo.PpoSettings, ppo.PpoArguments, words)
     arguments = ppo.read_arguments(given)
     forget_accelerator()
     torch.manual_seed(0)
@@ -404,7 +404,7 @@ def die(*arguments):
     return function(*arguments)
 
 setattr(owner, name, die)
-ppo.main(*read_settings(ppo.SETTINGS, ppo.ARGUMENTS, words))
+ppo.main(*read_settings(ppo.PpoSettings, ppo.PpoArguments, words))
 """
 
 
@@ -745,7 +745,7 @@ from chatglm.training.trainer import prepare_output
 from chatglm.training.ppo.value_head import Answers, list_trained
 
 place, words = Path(sys.argv[1]), sys.argv[2:]
-settings, given = read_settings(ppo.SETTINGS, ppo.ARGUMENTS, words)
+settings, given = read_settings(ppo.PpoSettings, ppo.PpoArguments, words)
 arguments = ppo.read_arguments(given)
 accelerator = ppo.build_accelerator(settings, arguments)
 trainer = ppo.PpoTrainer(settings, arguments, accelerator, prepare_output(settings, given))

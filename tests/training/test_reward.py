@@ -29,7 +29,7 @@ from chatglm.training.models import load_scorer, load_tokenizer
 from chatglm.training.ppo.rewards import load_reward_model
 from chatglm.training.settings import KeyProblem
 from chatglm.training.stages.reward import (
-    ARGUMENTS,
+    STAGE,
     PairTrainer,
     RewardSettings,
     build_reward_trainer,
@@ -57,7 +57,9 @@ def held_out(tmp_path: Path) -> Path:
 def build(repo: Path, folder: Path, pairs: list[dict[str, Any]]) -> PairTrainer:
     data = write_rows(folder / "some.jsonl", pairs)
     settings = RewardSettings(model=str(repo), output=str(folder / "out"), train_data=[str(data)])
-    arguments = build_trl_arguments(ARGUMENTS, settings, {"report_to": "none"}, max_length=None)
+    arguments = build_trl_arguments(
+        STAGE.arguments, settings, {"report_to": "none"}, max_length=None
+    )
     torch.manual_seed(0)
     model = load_scorer(settings)
     return build_reward_trainer(model, load_tokenizer(settings), settings, arguments)

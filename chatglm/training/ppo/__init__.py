@@ -1,1 +1,1 @@
-"""The stage `ppo`: a policy and a value head, rollouts, rewards, advantages, and the loop itself."""
+"""The stage `ppo`: a policy and a value head, rollouts, rewards, advantages, and the loop."""

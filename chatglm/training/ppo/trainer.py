@@ -75,6 +75,7 @@ from chatglm.training.ppo.value_head import ActorCritic, Answers, Judgement, Ref
 from chatglm.training.progress import Samples
 from chatglm.training.run_log import RunLog
 from chatglm.training.settings import KeyProblem, require
+from chatglm.training.stage import Stage
 from chatglm.training.trainer import check_loss, find_half, prepare_output
 
 # What is drawn from a seed apart from the steps, which have the numbers from 0 on.
@@ -82,10 +83,6 @@ EVALUATION_SEED = 2**32 - 1
 TEXTS_SEED_SHIFT = 1
 MOST_CUT = 0.5  # of the scores of a step, beyond which there is hardly anything to learn from
 WHOLE_MODELS = ("NO", "MULTI_CPU", "MULTI_GPU", "MULTI_NPU", "MULTI_XPU", "MULTI_HPU", "MULTI_MLU")
-
-
-SETTINGS = PpoSettings
-ARGUMENTS = PpoArguments
 
 
 class Experience(NamedTuple):
@@ -587,3 +584,6 @@ class PpoTrainer:
         if self.accelerator.is_main_process:
             save_trained(self.actor.policy, self.settings, self.folder)
             self.actor.save_head(self.folder)
+
+
+STAGE = Stage("ppo", PpoSettings, PpoArguments, main)

@@ -22,8 +22,9 @@ from transformers.trainer_utils import EvalPrediction
 
 from chatglm.training.data.batches import Examples, pad_rows
 from chatglm.training.data.rendering import Renderer
-from chatglm.training.models import find_prompt_format, load_scorer, load_tokenizer
+from chatglm.training.models import find_prompt_format, load_scorer
 from chatglm.training.settings import KeyProblem, RowSettings
+from chatglm.training.stage import TrainerStage
 from chatglm.training.stages.trl_stages import (
     AlignmentTrainer,
     build_trainer,
@@ -32,7 +33,7 @@ from chatglm.training.stages.trl_stages import (
     read_pair_rows,
     write_rows,
 )
-from chatglm.training.trainer import find_half, prepare_output, run_trainer
+from chatglm.training.trainer import write_outputs
 
 with importing_trl():
     from trl import RewardConfig, RewardTrainer  # pyright: ignore[reportPrivateImportUsage]
@@ -46,33 +47,17 @@ FULL_RATE, LORA_RATE = 1e-5, 1e-4
 class RewardSettings(RowSettings):
     """What the training of a reward model can be told: nothing but what every stage can."""
 
+    def check(self) -> None:
+        """Refuse questions to a model that gives scores.
 
-SETTINGS = RewardSettings
-ARGUMENTS = RewardConfig
-
-
-def main(settings: RewardSettings, given: dict[str, Any]) -> dict[str, float]:
-    """Train, and return the figures of the held-out pairs.
-
-    Args:
-        settings: ours.
-        given: the keys of `RewardConfig` that were set.
-
-    Raises:
-        ValueError: for settings, rows or a folder that cannot be used.
-    """
-    if settings.sample_prompts:
-        raise KeyProblem("sample_prompts cannot be answered by a reward model: leave the key out")
-    rate = LORA_RATE if settings.uses_lora else FULL_RATE
-    arguments = build_trl_arguments(ARGUMENTS, settings, given, max_length=None, learning_rate=rate)
-    checkpoint = prepare_output(settings, given)
-    trainer = build_reward_trainer(
-        load_scorer(settings, find_half(arguments)), load_tokenizer(settings), settings, arguments
-    )
-    figures = run_trainer(trainer, settings, checkpoint)
-    if trainer.is_world_process_zero():
-        trainer.write_pairs(Path(settings.output))
-    return figures
+        Raises:
+            KeyProblem: as every stage's, or for `sample_prompts`.
+        """
+        super().check()
+        if self.sample_prompts:
+            raise KeyProblem(
+                "sample_prompts cannot be answered by a reward model: leave the key out"
+            )
 
 
 def build_reward_trainer(
@@ -224,3 +209,23 @@ def share_of_wins(values: np.ndarray) -> float:
     """Return how often the first of two values `(N, 2)` is the greater one; a tie is half a win."""
     first, second = values[:, 0], values[:, 1]
     return float(((first > second) + 0.5 * (first == second)).mean())
+
+
+def write_scorer(trainer: Any, settings: RewardSettings) -> None:
+    """Write the reward model, and the figures of held-out pairs beside it."""
+    write_outputs(trainer, settings)
+    if trainer.is_world_process_zero():
+        trainer.write_pairs(Path(settings.output))
+
+
+STAGE = TrainerStage(
+    "reward",
+    RewardSettings,
+    RewardConfig,
+    build_reward_trainer,
+    build_arguments=build_trl_arguments,
+    defaults={"max_length": None, "learning_rate": FULL_RATE},
+    lora_defaults={"learning_rate": LORA_RATE},
+    load_model=load_scorer,
+    write=write_scorer,
+)

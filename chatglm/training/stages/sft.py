@@ -21,12 +21,8 @@ from chatglm.training.data.batches import (
 from chatglm.training.data.rendering import Renderer
 from chatglm.training.models import find_core
 from chatglm.training.settings import RowSettings
-from chatglm.training.trainer import (
-    ChatTrainer,
-    build_arguments,
-    build_chat_trainer,
-    run_stage,
-)
+from chatglm.training.stage import TrainerStage
+from chatglm.training.trainer import ChatTrainer, build_chat_trainer
 
 PAD_MULTIPLE = 8
 
@@ -40,24 +36,6 @@ class SftSettings(RowSettings):
     """
 
     packing: bool = False
-
-
-SETTINGS = SftSettings
-ARGUMENTS = TrainingArguments
-
-
-def main(settings: SftSettings, given: dict[str, Any]) -> dict[str, float]:
-    """Train, and return the figures of the held-out rows.
-
-    Args:
-        settings: ours.
-        given: the keys of `TrainingArguments` that were set.
-
-    Raises:
-        ValueError: for settings, rows or a folder that cannot be used.
-    """
-    arguments = build_arguments(ARGUMENTS, settings, given)
-    return run_stage(build_trainer, settings, given, arguments)
 
 
 def build_trainer(
@@ -75,3 +53,6 @@ def build_trainer(
         train, held_out = (d and Packed(d, renderer.max_length) for d in (train, held_out))
         collator = PackingCollator(renderer.pad_id, core.locate_documents)
     return build_chat_trainer(model, tokenizer, arguments, (train, held_out), collator)
+
+
+STAGE = TrainerStage("sft", SftSettings, TrainingArguments, build_trainer)
