@@ -11,7 +11,7 @@ from chatglm.training.models import load_policy, load_tokenizer
 from chatglm.training.settings import Settings
 from chatglm.training.trainer import (
     build_arguments,
-    find_half,
+    get_compute_dtype,
     prepare_output,
     train_and_evaluate,
     write_outputs,
@@ -73,7 +73,10 @@ class TrainerStage:
         defaults = {**self.defaults, **(self.lora_defaults if settings.uses_lora else {})}
         arguments = self.build_arguments(self.arguments, settings, given, **defaults)
         checkpoint = prepare_output(settings, given)
-        model, tokenizer = self.load_model(settings, find_half(arguments)), load_tokenizer(settings)
+        model, tokenizer = (
+            self.load_model(settings, get_compute_dtype(arguments)),
+            load_tokenizer(settings),
+        )
         trainer = self.build_trainer(model, tokenizer, settings, arguments)
         figures = train_and_evaluate(trainer, settings, checkpoint)
         self.write(trainer, settings)

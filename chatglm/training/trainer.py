@@ -96,8 +96,8 @@ def build_arguments(
     return arguments
 
 
-def find_half(arguments: Any) -> torch.dtype | None:
-    """Return the half number format that a training computes in: `bf16` or `fp16` say it."""
+def get_compute_dtype(arguments: Any) -> torch.dtype | None:
+    """Return what `bf16` or `fp16` say that a training computes in; None for float32."""
     if arguments.bf16:
         return torch.bfloat16
     return torch.float16 if arguments.fp16 else None
@@ -370,7 +370,7 @@ def write_outputs(trainer: Trainer, settings: Settings) -> None:
 __all__ = [
     "ChatTrainer",
     "build_arguments",
-    "find_half",
+    "get_compute_dtype",
     "prepare_output",
     "train_and_evaluate",
     "write_outputs",

@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from chatglm.evaluating import evaluation
 from chatglm.evaluating.evaluation import STAGE
-from chatglm.evaluating.scoring import Judge
+from chatglm.evaluating.scoring import BatchedModel
 from chatglm.training.command import describe_stage
 from chatglm.training.settings import KeyProblem, read_settings
 from chatglm.training.stages.ptuning import PtuningSettings, save_prefix
@@ -261,7 +261,7 @@ def test_empty_and_right_answers_are_scored(
     ids = [tokenizer(row["response"], add_special_tokens=False)["input_ids"] for row in ROWS]
     end, pad = tokenizer.eos_token_id, tokenizer.pad_token_id
     answers = [[end, pad], [end], [*ids[2], end, pad], [*ids[3], end], [*ids[4], end]]
-    monkeypatch.setattr(Judge, "generate", lambda *args: answers)
+    monkeypatch.setattr(BatchedModel, "generate", lambda *args: answers)
     figures = evaluate("--eval_data", data, "--task", "generation")
     assert figures["empty"] == 2
     # Orders that a short text has none of are smoothed: two of 巴黎, one of 蓝色。
@@ -313,7 +313,7 @@ def test_a_test_is_marked_and_its_answers_are_written(
     """The likeliest letter behind each prompt is B, whatever the model."""
     scores = torch.tensor([0.1, 0.9, 0.2, 0.3])
     monkeypatch.setattr(
-        Judge, "score_next", lambda self, prompts, ids: scores.expand(len(prompts), 4)
+        BatchedModel, "score_next", lambda self, prompts, ids: scores.expand(len(prompts), 4)
     )
     words = ["--task", "choices", "--eval_data", str(exam)]
     figures = evaluate(*words)

@@ -223,7 +223,7 @@ def test_parts_are_shared_by_the_gpus_that_cut_them() -> None:
     numbers = shape.parameters
     ddp, zero2, zero3, fsdp2 = (plans[name] for name in estimate.SHARDINGS)
     assert (ddp.weights, ddp.gradients, ddp.optimizer) == (4 * numbers, 4 * numbers, 8 * numbers)
-    assert ddp.buffers == 4 * numbers and ddp.casts > 2 * shape.block_numbers
+    assert ddp.buffers == 4 * numbers and ddp.casts > 2 * shape.block_parameters
     assert (zero2.weights, zero2.gradients) == (2 * numbers, 2 * numbers // 8)
     assert zero2.optimizer == 12 * numbers // 8
     assert zero3.weights == 2 * numbers // 8 and zero3.buffers > zero2.buffers

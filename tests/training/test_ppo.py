@@ -25,13 +25,13 @@ from transformers import (
 
 from chatglm.training import run_log
 from chatglm.training.ppo import trainer as ppo
-from chatglm.training.ppo.math import clip_policy_loss, clip_value_loss, find_ratios
+from chatglm.training.ppo.math import clip_policy_loss, clip_value_loss, compute_ratios
 from chatglm.training.ppo.rollouts import (
     Sampler,
     build_answers,
     cut_answer,
+    evaluate_answers,
     find_ended,
-    judge_answers,
     list_answers,
     pick_rows,
 )
@@ -176,7 +176,7 @@ def learn(actor: ActorCritic, prompts: Any, answers: Any) -> tuple[Any, Tensor]:
     columns = torch.arange(mask.shape[1]).expand_as(mask)
     advantages = torch.where(mask, (columns % 3 - 0.8), torch.nan)  # a column's own, pads none
     old = torch.where(mask, judged.log_probs.detach() - 0.1 * (columns % 2), torch.nan)
-    ratios = find_ratios(judged.log_probs, old, mask)
+    ratios = compute_ratios(judged.log_probs, old, mask)
     losses = clip_policy_loss(ratios, advantages, mask, 0.2)[0]
     losses = losses + clip_value_loss(judged.values, advantages, advantages + 1, mask, 0.2)
     return (judged, mask), losses.sum()
@@ -202,7 +202,7 @@ def test_a_padded_batch_is_its_rows_alone(actor: ActorCritic, rows: Any) -> None
 
 
 def test_log_probs_are_those_of_the_models_own_logits(actor: ActorCritic, rows: Any) -> None:
-    judged = judge_answers(actor, build_answers(*rows, 3, "cpu"), 2, temperature=0.7)
+    judged = evaluate_answers(actor, build_answers(*rows, 3, "cpu"), 2, temperature=0.7)
     for number, (prompt, answer) in enumerate(zip(*rows)):
         ids = torch.tensor([prompt + answer])
         with torch.no_grad():
@@ -231,7 +231,7 @@ def test_answers_are_drawn_with_the_probabilities_that_are_recomputed(
 
     actor.policy.generate = generate_with_scores
     answers = sampler(rows[0])
-    judged = judge_answers(actor, answers, 3, temperature=0.8)
+    judged = evaluate_answers(actor, answers, 3, temperature=0.8)
     found = drawn[0].masked_fill(~answers.answer_mask, 0)
     torch.testing.assert_close(judged.log_probs, found, rtol=1e-4, atol=1e-4)
     assert actor.policy.generation_config is own
@@ -301,15 +301,15 @@ def test_the_reference_is_the_policy_in_the_beginning(
     assert (trainer.maker.reference.beginning is None) == bool(lora)
     prompts = trainer.pick_prompts()
     answers, _, _ = trainer.maker.rollout(prompts)
-    before, kl = trainer.maker.judge(answers)
+    before, kl = trainer.maker.evaluate(answers)
     assert torch.equal(kl, torch.zeros_like(kl))
     stir(list_trained(trainer.actor.policy))
-    after, moved = trainer.maker.judge(answers)
+    after, moved = trainer.maker.evaluate(answers)
     assert (moved[answers.answer_mask] != 0).all()
     with trainer.maker.reference.put_in_place() as reference:
-        held = judge_answers(reference, answers, 4)
+        held = evaluate_answers(reference, answers, 4)
     assert torch.equal(held.log_probs, before.log_probs)
-    again, _ = trainer.maker.judge(answers)
+    again, _ = trainer.maker.evaluate(answers)
     assert torch.equal(again.log_probs, after.log_probs)
 
 

@@ -175,7 +175,7 @@ class PaddingCollator:
 
     Args:
         pad_id: the pad token.
-        multiple: columns are a multiple of it, which kernels of half precision like.
+        multiple: columns are a multiple of it, as kernels for float16 and bfloat16 like.
     """
 
     def __init__(self, pad_id: int, multiple: int = 1) -> None:

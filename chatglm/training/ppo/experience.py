@@ -29,11 +29,11 @@ from chatglm.training.ppo.rollouts import (
     Sampler,
     describe_answers,
     describe_references,
+    evaluate_answers,
     find_ended,
-    judge_answers,
 )
 from chatglm.training.ppo.run import Run
-from chatglm.training.ppo.value_head import ActorCritic, Answers, Judgement, Reference
+from chatglm.training.ppo.value_head import ActorCritic, Answers, PolicyOutput, Reference
 
 # The share of a step's scores beyond `score_clip` above which there is hardly anything to learn.
 MOST_CLIPPED = 0.5
@@ -116,7 +116,9 @@ class ExperienceMaker:
             scores -= self.reward(describe_references(prompts, self.renderer, room))
         return Rollout(answers, sampled, scores.to(self.run.device))
 
-    def judge(self, answers: Answers, needs_entropy: bool = False) -> tuple[Judgement, Tensor]:
+    def evaluate(
+        self, answers: Answers, needs_entropy: bool = False
+    ) -> tuple[PolicyOutput, Tensor]:
         """Return what the policy says about answers, and the KL of each token, `(B, A)`.
 
         Raises:
@@ -126,36 +128,36 @@ class ExperienceMaker:
         settings = self.run.settings
         batch_size = self.run.arguments.per_device_train_batch_size
         options = (answers, batch_size, settings.temperature)
-        judged = judge_answers(self.actor, *options, needs_entropy)
-        self.run.check(judged.log_probs.sum())
+        output = evaluate_answers(self.actor, *options, needs_entropy)
+        self.run.check(output.log_probs.sum())
         with self.reference.put_in_place() as reference:
-            reference_log_probs = judge_answers(reference, *options).log_probs
+            reference_log_probs = evaluate_answers(reference, *options).log_probs
         mask, estimator = answers.answer_mask, settings.kl_estimator
-        return judged, estimate_kl(judged.log_probs, reference_log_probs, mask, estimator)
+        return output, estimate_kl(output.log_probs, reference_log_probs, mask, estimator)
 
     def compute_advantages(
         self, answers: Answers, scores: Tensor
     ) -> tuple[Experience, dict[str, float]]:
         """Return what answers with scores `(B,)` teach, and the figures of the step so far."""
-        judged, kl = self.judge(answers, needs_entropy=True)
+        output, kl = self.evaluate(answers, needs_entropy=True)
         settings, mask, total = self.run.settings, answers.answer_mask, self.run.total
         clipped, share_clipped = self.clip_scores(scores, answers)
         rewards = place_rewards(clipped, kl, mask, self.kl.coefficient)
         if settings.whiten_rewards:
             rewards = whiten(rewards, mask, shift_mean=False, total=total)
         advantages, returns = estimate_advantages(
-            rewards, judged.values, mask, settings.gamma, settings.gae_lambda
+            rewards, output.values, mask, settings.gamma, settings.gae_lambda
         )
-        explained = explain_variance(judged.values, returns, mask, total).item()
+        explained = explain_variance(output.values, returns, mask, total).item()
         figures = self.name_figures(self.sum_figures(answers, scores, kl)) | {
-            "entropy": masked_mean(judged.entropy, mask, total).item(),
+            "entropy": masked_mean(output.entropy, mask, total).item(),
             # Far below 0 where all returns are alike, which says nothing and hides the rest.
             "explained": max(-1.0, explained),
             "scores_cut": share_clipped,
         }
         if settings.whiten_advantages:
             advantages = whiten(advantages, mask, total=total)
-        return Experience(answers, judged.log_probs, judged.values, advantages, returns), figures
+        return Experience(answers, output.log_probs, output.values, advantages, returns), figures
 
     def clip_scores(self, scores: Tensor, answers: Answers) -> tuple[Tensor, float]:
         """Bring scores `(B,)` into the range that is learned from; tells what share was clipped."""

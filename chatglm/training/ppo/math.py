@@ -191,7 +191,7 @@ def estimate_advantages(
     return advantages, advantages + values
 
 
-def find_ratios(log_probs: Tensor, old_log_probs: Tensor, mask: Tensor) -> Tensor:
+def compute_ratios(log_probs: Tensor, old_log_probs: Tensor, mask: Tensor) -> Tensor:
     """Return rho_t = policy(a_t | s_t) / old policy(a_t | s_t), `(B, A)`; 1 for pads."""
     log_probs, old_log_probs = _silence(mask, log_probs, old_log_probs)
     return (log_probs - old_log_probs).exp()
@@ -295,10 +295,10 @@ __all__ = [
     "clip_policy_loss",
     "clip_scores",
     "clip_value_loss",
+    "compute_ratios",
     "estimate_advantages",
     "estimate_kl",
     "explain_variance",
-    "find_ratios",
     "masked_mean",
     "masked_sum",
     "masked_variance",

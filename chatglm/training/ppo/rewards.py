@@ -172,7 +172,7 @@ def _import_file(path: Path) -> ModuleType:
 
 
 def load_reward_model(
-    folder: str, policy_config: Any, tokenizer: Any, half: torch.dtype | None = None
+    folder: str, policy_config: Any, tokenizer: Any, compute_dtype: torch.dtype | None = None
 ) -> Any:
     """Return the model of a folder of the `reward` stage, a whole one or adapters, frozen.
 
@@ -180,7 +180,7 @@ def load_reward_model(
         folder: of the model or its adapters.
         policy_config: of the model that is to be rewarded.
         tokenizer: of that model.
-        half: the number format of the weights; None is float32.
+        compute_dtype: of the weights; None for float32.
 
     Raises:
         ValueError: if it is no reward model, or its vocabulary is not the policy's.
@@ -194,7 +194,7 @@ def load_reward_model(
     # The head of a whole reward model is its own; below adapters there is none yet.
     options = {"num_labels": 1} if adapter else {}
     scorer: Any = AutoModelForSequenceClassification.from_pretrained(
-        base, trust_remote_code=True, dtype=half or torch.float32, **options
+        base, trust_remote_code=True, dtype=compute_dtype or torch.float32, **options
     )
     if adapter:
         from peft import PeftModel

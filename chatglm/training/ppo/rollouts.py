@@ -18,7 +18,7 @@ from chatglm.training.data.batches import Examples, pad_rows
 from chatglm.training.data.records import Record, open_records, read_prompts
 from chatglm.training.data.rendering import Renderer
 from chatglm.training.ppo.rewards import Sampled
-from chatglm.training.ppo.value_head import ActorCritic, Answers, Judgement
+from chatglm.training.ppo.value_head import ActorCritic, Answers, PolicyOutput
 from chatglm.training.settings import Settings
 
 
@@ -213,13 +213,13 @@ def describe_references(prompts: Sequence[Prompt], renderer: Renderer, room: int
 
 
 @torch.no_grad()
-def judge_answers(
+def evaluate_answers(
     model: ActorCritic,
     answers: Answers,
     batch_size: int,
     temperature: float = 1.0,
     needs_entropy: bool = False,
-) -> Judgement:
+) -> PolicyOutput:
     """Look at answers, some rows at once, with nothing kept for gradients; zeros for pads.
 
     Args:
@@ -230,14 +230,14 @@ def judge_answers(
         needs_entropy: whether the entropy is wanted too; it is 0 otherwise.
     """
     shape = answers.answer_mask.shape
-    parts = [torch.zeros(shape, device=answers.answer_mask.device) for _ in Judgement._fields]
+    parts = [torch.zeros(shape, device=answers.answer_mask.device) for _ in PolicyOutput._fields]
     everything = torch.arange(shape[0], device=answers.answer_mask.device)
     for rows in answers.split(everything, batch_size):
         picked = answers.pick(rows)
         for whole, part in zip(parts, model(*picked, temperature, needs_entropy)):
             part = part.float().masked_fill(~picked.answer_mask, 0)
             whole[rows, : part.shape[1]] = part
-    return Judgement(*parts)
+    return PolicyOutput(*parts)
 
 
 __all__ = [
@@ -247,7 +247,7 @@ __all__ = [
     "build_answers",
     "describe_answers",
     "describe_references",
+    "evaluate_answers",
     "find_ended",
-    "judge_answers",
     "pick_rows",
 ]

@@ -120,7 +120,7 @@ class PpoArguments:
         per_device_train_batch_size: answers that are learned from at once.
         gradient_accumulation_steps: of those, for one optimizer step.
         gradient_checkpointing: save memory for time.
-        bf16, fp16: compute in a half.
+        bf16, fp16: compute in bfloat16 or float16.
         seed: of everything random.
         full_determinism: the same bits every time on a GPU too, but slower.
         logging_steps: steps that share a line of the log.

@@ -44,7 +44,7 @@ from chatglm.training.ppo.value_head import ActorCritic, Reference
 from chatglm.training.progress import Samples
 from chatglm.training.run_log import RunLog
 from chatglm.training.stage import Stage
-from chatglm.training.trainer import find_half, prepare_output
+from chatglm.training.trainer import get_compute_dtype, prepare_output
 
 # The seed's number of an evaluation; the steps have the numbers from 0 on.
 EVALUATION_SEED = 2**32 - 1
@@ -81,8 +81,8 @@ def load_reward(
     """
     if settings.reward_function:
         return load_function(settings.reward_function)
-    half = find_half(arguments)
-    scorer = load_reward_model(settings.reward_model, core.config, tokenizer, half)
+    compute_dtype = get_compute_dtype(arguments)
+    scorer = load_reward_model(settings.reward_model, core.config, tokenizer, compute_dtype)
     return RewardModel(scorer.to(device), arguments.per_device_train_batch_size)
 
 
@@ -161,8 +161,8 @@ class PpoTrainer:
     ) -> None:
         self.run = Run(settings, arguments, accelerator)
         self.tokenizer = load_tokenizer(settings)
-        half = find_half(arguments)
-        policy, beginning = load_policies(settings, half, checkpoint, self.run.device)
+        compute_dtype = get_compute_dtype(arguments)
+        policy, beginning = load_policies(settings, compute_dtype, checkpoint, self.run.device)
         core = find_core(policy)
         reward = load_reward(settings, arguments, core, self.tokenizer, self.run.device)
         renderer = Renderer(core, self.tokenizer, settings.max_length, settings.long_rows)
@@ -304,7 +304,7 @@ class PpoTrainer:
         for start in range(0, len(mine), run.batch_size):
             prompts = [held_out[row] for row in mine[start : start + run.batch_size]]
             answers, _, scores = maker.rollout(prompts)
-            sums += maker.sum_figures(answers, scores, maker.judge(answers)[1])
+            sums += maker.sum_figures(answers, scores, maker.evaluate(answers)[1])
         return {f"eval_{key}": value for key, value in maker.name_figures(sums).items()}
 
     def save(self) -> None:

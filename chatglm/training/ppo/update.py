@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from chatglm.training.data.batches import Examples
 from chatglm.training.ppo.experience import Experience
-from chatglm.training.ppo.math import clip_policy_loss, clip_value_loss, estimate_kl, find_ratios
+from chatglm.training.ppo.math import clip_policy_loss, clip_value_loss, compute_ratios, estimate_kl
 from chatglm.training.ppo.rollouts import build_answers, pick_rows
 from chatglm.training.ppo.run import Run
 from chatglm.training.ppo.value_head import ActorCritic, Answers, list_trained
@@ -102,17 +102,17 @@ class PolicyUpdater:
         """Add the gradients of some answers; returns sums over their tokens, `(4,)`."""
         settings, mask = self.run.settings, part.answers.answer_mask
         needs_entropy = settings.entropy_coefficient > 0
-        judged = self.model(*part.answers, settings.temperature, needs_entropy)
-        ratios = find_ratios(judged.log_probs, part.log_probs, mask)
+        output = self.model(*part.answers, settings.temperature, needs_entropy)
+        ratios = compute_ratios(output.log_probs, part.log_probs, mask)
         policy, clipped = clip_policy_loss(ratios, part.advantages, mask, settings.clip_range)
         value = clip_value_loss(
-            judged.values, part.values, part.returns, mask, settings.value_clip_range
+            output.values, part.values, part.returns, mask, settings.value_clip_range
         )
         losses = policy + settings.value_coefficient * value
         if needs_entropy:
-            losses = losses - settings.entropy_coefficient * judged.entropy.masked_fill(~mask, 0)
+            losses = losses - settings.entropy_coefficient * output.entropy.masked_fill(~mask, 0)
         self.add_gradients(losses.sum() / num_tokens)
-        update_kl = estimate_kl(part.log_probs, judged.log_probs, mask, "k3")
+        update_kl = estimate_kl(part.log_probs, output.log_probs, mask, "k3")
         return torch.stack([x.sum().float() for x in (policy, value, clipped, update_kl)]).detach()
 
     def add_texts(self) -> dict[str, float]:

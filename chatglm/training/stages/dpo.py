@@ -26,7 +26,7 @@ from chatglm.training.stages.trl_stages import (
     read_pair_rows,
     write_rows,
 )
-from chatglm.training.trainer import find_half
+from chatglm.training.trainer import get_compute_dtype
 
 with importing_trl():
     from trl import DPOConfig, DPOTrainer  # pyright: ignore[reportPrivateImportUsage]
@@ -84,7 +84,7 @@ def load_reference(settings: DpoSettings, arguments: DPOConfig) -> Any:
     """
     if settings.uses_lora or arguments.precompute_ref_log_probs:
         return None
-    return load_policy(settings, find_half(arguments)).requires_grad_(False)
+    return load_policy(settings, get_compute_dtype(arguments)).requires_grad_(False)
 
 
 STAGE = TrainerStage(

@@ -35,7 +35,7 @@ from chatglm.training.stages.trl_stages import (
     importing_trl,
     write_rows,
 )
-from chatglm.training.trainer import find_half
+from chatglm.training.trainer import get_compute_dtype
 
 with importing_trl():
     from trl import GRPOConfig, GRPOTrainer  # pyright: ignore[reportPrivateImportUsage]
@@ -151,8 +151,8 @@ def load_rewards(
     """
     rewards = []
     if settings.reward_model:
-        half = find_half(arguments)
-        scorer = load_reward_model(settings.reward_model, policy_config, tokenizer, half)
+        compute_dtype = get_compute_dtype(arguments)
+        scorer = load_reward_model(settings.reward_model, policy_config, tokenizer, compute_dtype)
         rows = arguments.per_device_train_batch_size
         rewards.append(TrlReward(RewardModel(scorer.to(arguments.device), rows), "reward_model"))
     for entry_point in settings.reward_function:

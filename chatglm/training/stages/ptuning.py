@@ -48,10 +48,10 @@ class PtuningSettings(SftSettings):
             raise KeyProblem("lora_rank and adapter do not go with a prefix: use the stage sft")
 
 
-def load_prefixed(settings: PtuningSettings, half: torch.dtype | None) -> Any:
+def load_prefixed(settings: PtuningSettings, compute_dtype: torch.dtype | None) -> Any:
     """Return the model with a new prefix in float32, the only thing that is trained."""
     fields = {name: getattr(settings, name) for name in ("pre_seq_len", "prefix_projection")}
-    model = load_policy(settings, half, **fields)
+    model = load_policy(settings, compute_dtype, **fields)
     model.transformer.prefix_encoder.float()
     return model
 

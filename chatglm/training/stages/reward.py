@@ -39,7 +39,8 @@ with importing_trl():
     from trl import RewardConfig, RewardTrainer  # pyright: ignore[reportPrivateImportUsage]
 
 PAIRS_FILE = "pairs.json"
-ROWS = "rows"  # what a batch calls the numbers of its pairs
+# The key under which a batch has the index of each of its pairs in the data.
+INDICES = "rows"
 FULL_RATE, LORA_RATE = 1e-5, 1e-4
 
 
@@ -106,11 +107,11 @@ class PairCollator:
         self.pad_id, self.multiple = pad_id, multiple or 1
 
     def __call__(self, pairs: Sequence[dict[str, Any]]) -> dict[str, Tensor]:
-        """Return `input_ids` and `attention_mask` `(2 B, S)`, and the pairs' numbers `(B,)`."""
+        """Return `input_ids` and `attention_mask` `(2 B, S)`, and the pairs' indices `(B,)`."""
         rows = [pair[key] for key in ("chosen_ids", "rejected_ids") for pair in pairs]
         input_ids, attention_mask = pad_rows(rows, self.pad_id, self.multiple)
-        numbers = torch.tensor([pair["row"] for pair in pairs])
-        return {"input_ids": input_ids, "attention_mask": attention_mask, ROWS: numbers}
+        indices = torch.tensor([pair["row"] for pair in pairs])
+        return {"input_ids": input_ids, "attention_mask": attention_mask, INDICES: indices}
 
 
 class PairTrainer(AlignmentTrainer, RewardTrainer):
@@ -118,8 +119,8 @@ class PairTrainer(AlignmentTrainer, RewardTrainer):
 
     def compute_loss(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
         """Return the loss of a batch of pairs, with the outputs if they are asked for."""
-        rows = {key: value for key, value in inputs.items() if key != ROWS}
-        return super().compute_loss(model, rows, *args, **kwargs)
+        batch = {key: value for key, value in inputs.items() if key != INDICES}
+        return super().compute_loss(model, batch, *args, **kwargs)
 
     def prediction_step(
         self,
@@ -128,14 +129,14 @@ class PairTrainer(AlignmentTrainer, RewardTrainer):
         prediction_loss_only: bool,
         ignore_keys: list[str] | None = None,
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        """Return the loss, the scores `(B, 2)`, better first, and the pairs' numbers `(B,)`."""
+        """Return the loss, the scores `(B, 2)`, better first, and the pairs' indices `(B,)`."""
         inputs = self._prepare_inputs(inputs)
         with torch.no_grad(), self.compute_loss_context_manager():
             loss, outputs = self.compute_loss(model, inputs, return_outputs=True)
         if prediction_loss_only:
             return loss.detach(), None, None
         scores = torch.stack(outputs.logits.squeeze(-1).float().chunk(2), dim=1)
-        return loss.detach(), scores, inputs[ROWS]
+        return loss.detach(), scores, inputs[INDICES]
 
     def write_pairs(self, folder: Path) -> None:
         """Write what the last look at the held-out pairs showed, if there was one."""
@@ -162,11 +163,11 @@ class PairFigures:
         self.summary: dict[str, Any] | None = None
 
     def __call__(self, prediction: EvalPrediction) -> dict[str, float]:
-        """Return the figures of scores `(N, 2)` of the pairs with the numbers `(N,)`."""
-        numbers = np.asarray(prediction.label_ids)
+        """Return the figures of scores `(N, 2)` of the pairs with the indices `(N,)`."""
+        indices = np.asarray(prediction.label_ids)
         scores = np.asarray(prediction.predictions)
-        kinds = [self.kinds[number] for number in numbers]
-        summary = summarize_pairs(scores, self.lengths[numbers], kinds)
+        kinds = [self.kinds[index] for index in indices]
+        summary = summarize_pairs(scores, self.lengths[indices], kinds)
         self.summary = summary
         by_kind = {f"pair_accuracy/{k}": s["accuracy"] for k, s in summary["kinds"].items()}
         return {
