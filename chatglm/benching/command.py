@@ -22,8 +22,10 @@ from chatglm.cli import open_parser, run_command
 DESCRIPTION = """\
 Measure a model on this machine: reading a prompt, giving tokens, memory; or a training step of it.
 Prompts and rows are random; speed does not depend on the words. Let nothing else run meanwhile."""
-METHODS = ("full", "lora", "qlora")  # of training
-ROUNDS = 3  # of the prompt; the first one, which also warms up, is not counted
+# The ways to train that can be measured.
+METHODS = ("full", "lora", "qlora")
+# The prompt is read and answered so many times; the first round, which warms up, is not counted.
+ROUNDS = 3
 
 
 @dataclass

@@ -19,8 +19,10 @@ from transformers.generation.streamers import BaseStreamer
 
 from chatglm.process_memory import read_peak
 
-FIRST_PLAIN_ID = 4  # behind the vocabulary's own markers
-MARKERS = 2  # at the end of every prompt
+# The ids below this one are the vocabulary's own markers, which no prompt has inside.
+FIRST_PLAIN_ID = 4
+# Every prompt ends with two tokens, [gMASK] and <sop>.
+MARKERS = 2
 
 
 class TokenClock(BaseStreamer):

@@ -24,11 +24,15 @@ from chatglm.benching.measuring import list_versions, read_device_peak
 from chatglm.training.data.batches import find_learned
 from chatglm.training.data.rendering import IGNORED_LABEL
 
-RANK = 8  # of the adapters, at the joint projection of queries, keys and values
+# The adapters have this rank, at the joint projection of queries, keys and values.
+RANK = 8
 LEARNING_RATE = 1e-4
-LARGEST_NORM = 1.0  # of the gradients
-STEPS = 6  # the first one, which makes the optimizer's states, is not counted
-SHORTEST = 4  # tokens of a row: one and two markers, and one that is learned
+# Gradients are clipped to this norm.
+LARGEST_NORM = 1.0
+# So many steps are taken; the first one, which makes the optimizer's states, is not counted.
+STEPS = 6
+# A row has as many tokens at least: one of a question, two markers, and one that is learned.
+SHORTEST = 4
 
 
 @dataclass

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar, get_args, get_origin, get_type_hints
 
-# What the fork's scripts and the official P-Tuning scripts call a key of ours.
+# The names that the fork's scripts and the official P-Tuning scripts have for keys of ours.
 ALIASES = {
     "model_name_or_path": "model",
     "output_dir": "output",

@@ -31,7 +31,7 @@ from chatglm.training.settings import (
 )
 from chatglm.training.settings import write_settings as write_settings_file
 
-# What every stage starts from; the configuration file and the flags go before it.
+# Every stage starts from these values; the configuration file and the flags go before them.
 DEFAULTS: dict[str, Any] = {
     "learning_rate": 1e-4,
     "lr_scheduler_type": "cosine",
@@ -41,19 +41,21 @@ DEFAULTS: dict[str, Any] = {
     "eval_steps": 500,
     "remove_unused_columns": False,
     "logging_nan_inf_filter": False,
-    "ddp_find_unused_parameters": False,  # there are none, and the search takes time
+    # There are no unused parameters, and the search for them takes time.
+    "ddp_find_unused_parameters": False,
     "report_to": ["tensorboard"],
     "seed": 42,
 }
-# Ours, or settled by what was given.
+# These keys of the library are refused, since they follow from the keys of ours beside them.
 RESERVED = {"output_dir": "output", "resume_from_checkpoint": "resume", "do_train": "STAGE"}
 RESERVED |= {"train_sampling_strategy": "group_by_length"}
-# What newer releases of transformers call a key, and warn about by its old name.
+# Newer releases of transformers have other names for these keys, and warn about the old ones.
 RENAMED = {
     "gradient_checkpointing": "activation_checkpointing",
     "gradient_checkpointing_kwargs": "activation_checkpointing_kwargs",
 }
-# What may differ when a run goes on: it changes how long it runs and what is shown, not the steps.
+# These keys may differ when a run goes on: they change how long it is and what is shown, not what a
+# step does.
 FREE_ON_RESUME = ("resume", "logging_steps", "report_to", "disable_tqdm", "sample_prompts")
 FREE_ON_RESUME += ("sample_steps", "save_total_limit", "eval_steps", "max_steps", "save_steps")
 
@@ -279,7 +281,8 @@ class ChatTrainer(CheckedSteps, Trainer):
         inputs["use_cache"] = False
         if model.training:
             self._num_tokens += int((inputs["input_ids"] != self.pad_id).sum())
-        if self.label_smoother is None:  # which wants the logits of all places
+        # A label smoother wants the logits of all places.
+        if self.label_smoother is None:
             inputs["logits_to_keep"] = find_learned(inputs["labels"])
         return super().compute_loss(model, inputs, *args, **kwargs)
 
@@ -361,7 +364,8 @@ def write_outputs(trainer: Trainer, settings: Settings) -> None:
     """Write the trained model to the output folder, put together if it was cut into parts."""
     weights: Any = None
     if trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled:
-        weights = trainer.accelerator.get_state_dict(trainer.model_wrapped)  # by all processes
+        # All processes take part in putting the weights together.
+        weights = trainer.accelerator.get_state_dict(trainer.model_wrapped)
     if trainer.is_world_process_zero():
         model = trainer.accelerator.unwrap_model(trainer.model)
         save_trained(model, settings, Path(settings.output), weights)

@@ -25,7 +25,8 @@ from chatglm.training.data.rendering import IGNORED_LABEL, Example, Renderer
 from chatglm.training.settings import Settings
 
 Row = dict[str, list[int]]
-POOL_BATCHES = 50  # sorted at once: enough to waste little, few enough to mix rows
+# So many batches are sorted at once: enough to waste little on padding, few enough to mix rows.
+POOL_BATCHES = 50
 
 
 class Examples(Dataset):
@@ -121,7 +122,8 @@ def pack_lengths(lengths: Sequence[int], room: int) -> list[list[int]]:
         room: tokens of a row.
     """
     rows: list[list[int]] = []
-    by_room: dict[int, list[int]] = {}  # rows by the room they have left
+    # The rows that have room left, by the tokens of it.
+    by_room: dict[int, list[int]] = {}
     for document in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
         size = lengths[document]
         left = next((r for r in range(size, room + 1) if by_room.get(r)), None)

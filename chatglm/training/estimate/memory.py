@@ -312,7 +312,8 @@ def count_activations(shape: Shape, job: Job) -> int:
     mask = rows * length * (length + job.pre_seq_len) * job.product_bytes
     last = tokens * (hidden * job.residual_bytes + 2 * FLOAT32_BYTES + 2 * INT64_BYTES)
     last += tokens * hidden * job.product_bytes if job.trains_all else 0
-    dropped = rows * job.pre_seq_len * 2 * shape.num_layers * hidden  # a byte for each, of a prefix
+    # Dropout keeps a byte for each value of a prefix.
+    dropped = rows * job.pre_seq_len * 2 * shape.num_layers * hidden
     return blocks + angles + mask + last + dropped
 
 

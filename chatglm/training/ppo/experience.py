@@ -35,7 +35,7 @@ from chatglm.training.ppo.rollouts import (
 from chatglm.training.ppo.run import Run
 from chatglm.training.ppo.value_head import ActorCritic, Answers, PolicyOutput, Reference
 
-# The share of a step's scores beyond `score_clip` above which there is hardly anything to learn.
+# If a larger share of a step's scores is clipped, there is hardly anything to learn from them.
 MOST_CLIPPED = 0.5
 
 
@@ -151,7 +151,7 @@ class ExperienceMaker:
         explained = explain_variance(output.values, returns, mask, total).item()
         figures = self.name_figures(self.sum_figures(answers, scores, kl)) | {
             "entropy": masked_mean(output.entropy, mask, total).item(),
-            # Far below 0 where all returns are alike, which says nothing and hides the rest.
+            # Where all returns are alike it is far below 0, which says nothing and hides the rest.
             "explained": max(-1.0, explained),
             "scores_cut": share_clipped,
         }

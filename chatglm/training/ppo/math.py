@@ -22,10 +22,11 @@ from torch import Tensor
 
 WHITENING_EPSILON = 1e-8
 KL_ESTIMATORS = ("k1", "k2", "k3")
-# The adaptive controller takes no error for larger than this share (Ziegler, section 2.2).
+# The adaptive controller takes no error of the KL for a larger share of the target than this one
+# (Ziegler, section 2.2).
 LARGEST_KL_ERROR = 0.2
 
-# Adds up a tensor over processes; of one process it is the tensor itself.
+# A function that adds up a tensor over processes; of one process the sum is the tensor itself.
 Total = Callable[[Tensor], Tensor]
 
 

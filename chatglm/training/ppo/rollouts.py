@@ -118,7 +118,8 @@ class Sampler:
             temperature=temperature,
             top_p=top_p,
             top_k=0,
-            remove_invalid_values=True,  # probabilities then say that there was a NaN, in words
+            # With a NaN replaced here, `evaluate_answers` can say in words that there was one.
+            remove_invalid_values=True,
             max_new_tokens=max_new_tokens,
             eos_token_id=self.end_id,
             pad_token_id=self.pad_id,
@@ -130,7 +131,8 @@ class Sampler:
         size = self.batch_size or len(prompts)
         answers: list[list[int]] = [[] for _ in prompts]
         order = range(len(prompts))
-        if size < len(prompts):  # those of like length together
+        if size < len(prompts):
+            # Prompts of like length are answered together: little is padded.
             order = sorted(order, key=lambda i: len(prompts[i]))
         for start in range(0, len(prompts), size):
             rows = order[start : start + size]

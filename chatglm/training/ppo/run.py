@@ -19,7 +19,7 @@ from chatglm.training.ppo.settings import PpoArguments, PpoSettings
 from chatglm.training.settings import KeyProblem, require
 from chatglm.training.trainer import check_loss
 
-# The ways to distribute that leave a whole model in each process, as accelerate calls them.
+# These ways to distribute, by accelerate's names, leave a whole model in each process.
 WHOLE_MODELS = ("NO", "MULTI_CPU", "MULTI_GPU", "MULTI_NPU", "MULTI_XPU", "MULTI_HPU", "MULTI_MLU")
 
 

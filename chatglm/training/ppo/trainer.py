@@ -46,7 +46,7 @@ from chatglm.training.run_log import RunLog
 from chatglm.training.stage import Stage
 from chatglm.training.trainer import get_compute_dtype, prepare_output
 
-# The seed's number of an evaluation; the steps have the numbers from 0 on.
+# Evaluations draw from the seed with this number; the steps have the numbers from 0 on.
 EVALUATION_SEED = 2**32 - 1
 
 
@@ -66,7 +66,8 @@ def main(settings: PpoSettings, given: dict[str, Any]) -> dict[str, Any]:
     checkpoint = prepare_output(settings, given)
     if arguments.full_determinism:
         enable_full_determinism(arguments.seed)
-    set_seed(arguments.seed)  # new adapters are drawn at random
+    # New adapters are drawn at random.
+    set_seed(arguments.seed)
     trainer = PpoTrainer(settings, arguments, accelerator, checkpoint)
     return trainer.train()
 
@@ -198,7 +199,8 @@ class PpoTrainer:
         arguments, accelerator = self.run.arguments, self.run.accelerator
         silence_dropout(policy)
         if arguments.gradient_checkpointing:
-            options = {"use_reentrant": False}  # the other way needs inputs with gradients
+            # Reentrant checkpoints need inputs with gradients, which embedded ids are not.
+            options = {"use_reentrant": False}
             find_core(policy).gradient_checkpointing_enable(gradient_checkpointing_kwargs=options)
         actor = ActorCritic(policy)
         rates = (arguments.learning_rate, self.run.settings.value_learning_rate)

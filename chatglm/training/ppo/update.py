@@ -22,7 +22,7 @@ from chatglm.training.ppo.rollouts import build_answers, pick_rows
 from chatglm.training.ppo.run import Run
 from chatglm.training.ppo.value_head import ActorCritic, Answers, list_trained
 
-# Added to the seed of the prompts' order, so that the texts of `ptx_data` have another one.
+# The order of the texts of `ptx_data` has the seed of the prompts' order plus this number.
 TEXTS_SEED_SHIFT = 1
 
 

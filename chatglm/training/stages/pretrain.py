@@ -23,8 +23,10 @@ from chatglm.training.settings import RowSettings, require
 from chatglm.training.stage import TrainerStage
 from chatglm.training.trainer import ChatTrainer, build_chat_trainer
 
-MARKERS = 3  # the blank, <sop> and <eop>
-SHORTEST_TEXT = 2  # tokens of a text that something can be taken out of
+# A piece shares the window with three tokens: its blank, <sop> and <eop>.
+MARKERS = 3
+# A text needs as many tokens for something to be left when something is taken out.
+SHORTEST_TEXT = 2
 
 
 @dataclass

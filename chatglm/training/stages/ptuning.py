@@ -23,7 +23,8 @@ from chatglm.training.stage import TrainerStage
 from chatglm.training.stages.sft import SftSettings
 from chatglm.training.stages.sft import build_trainer as build_sft_trainer
 
-LEARNING_RATE = 2e-2  # of the official script
+# The official script starts from this rate.
+LEARNING_RATE = 2e-2
 PREFIX_NAME = "transformer.prefix_encoder."
 PEFT_FOLDER = "peft"
 

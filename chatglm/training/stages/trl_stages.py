@@ -33,7 +33,7 @@ _RENDERED = "rows are rendered exactly as chat() renders them, <eop> included"
 _LOADED = "the model is loaded here: use model, bits and dtype"
 _NO_KERNELS = "there are no Liger kernels for ChatGLM, and their fused losses are causal ones"
 _NO_EXPERTS = "ChatGLM has no experts to balance"
-# Why a key of trl's arguments is refused. What holds anyway may be written down.
+# Why a key of trl's arguments is refused. A value that holds without the key may be written down.
 REFUSED = {
     "model_init_kwargs": _LOADED,
     "trust_remote_code": "the code of a model folder is the model",
@@ -69,7 +69,8 @@ def importing_trl() -> Iterator[None]:
     """
     try:
         yield
-    except (ImportError, RuntimeError) as error:  # trl's own wrapping is a RuntimeError
+    except (ImportError, RuntimeError) as error:
+        # trl wraps a failed import of its own into a RuntimeError.
         raise ImportError(
             "this stage is built on trl, for Python 3.11 and newer: "
             f'pip install --editable ".[train]" in the folder of this repository ({error})'
@@ -110,7 +111,8 @@ def build_trl_arguments(
     own: dict[str, Any] = {
         "bf16": False,
         "gradient_checkpointing": False,
-        "trust_remote_code": True,  # of a reference model that trl loads itself
+        # trl loads a reference model itself where a key asks for one.
+        "trust_remote_code": True,
         "disable_dropout": not settings.lora_dropout,
         **defaults,
     }
