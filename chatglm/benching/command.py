@@ -129,15 +129,6 @@ def measure(args: argparse.Namespace) -> Report:
     """
     import torch
 
-    from chatglm.benching.measuring import (
-        count_position_bytes,
-        count_step_bytes,
-        draw_prompt,
-        list_versions,
-        never_end,
-        read_device_peak,
-        time_answer,
-    )
     from chatglm.loading import default_model_folder, load_model
 
     if args.threads:
@@ -146,14 +137,45 @@ def measure(args: argparse.Namespace) -> Report:
     began = time.perf_counter()
     model, _ = load_model(folder, args.bits, args.device, args.dtype)
     load_seconds = time.perf_counter() - began
-    step_bytes = count_step_bytes(model)
+    return measure_model(model, str(folder), load_seconds, args)
+
+
+def time_rounds(model: Any, args: argparse.Namespace) -> list[list[float]]:
+    """Return the seconds of each token of each round that counts; the first is the prompt's."""
+    from chatglm.benching.measuring import draw_prompt, never_end, time_answer
+
     never_end(model)
     prompt = draw_prompt(model, args.prompt_length, args.batch)
     # One token more than is timed: the first one is the prompt's.
-    rounds = [time_answer(model, prompt, args.new_tokens + 1) for _ in range(ROUNDS)][1:]
+    return [time_answer(model, prompt, args.new_tokens + 1) for _ in range(ROUNDS)][1:]
+
+
+def measure_model(model: Any, folder: str, load_seconds: float, args: argparse.Namespace) -> Report:
+    """Measure a model that is loaded.
+
+    Args:
+        model: that was loaded.
+        folder: that it came from.
+        load_seconds: that this took.
+        args: what `make_parser` parsed.
+
+    Raises:
+        ValueError: if the prompt is too short.
+    """
+    import torch
+
+    from chatglm.benching.measuring import (
+        count_position_bytes,
+        count_step_bytes,
+        list_versions,
+        read_device_peak,
+    )
+
+    step_bytes = count_step_bytes(model)
+    rounds = time_rounds(model, args)
     position_bytes = args.batch * count_position_bytes(model)
     return Report(
-        model=str(folder),
+        model=folder,
         bits=model.config.quantization_bit,
         device=str(model.device),
         dtype=str(model.dtype).removeprefix("torch."),

@@ -1,4 +1,4 @@
-"""Owns practice: prompts are answered by sampling, and what a model says about the answers.
+"""Owns rollouts: prompts are answered by sampling, and what a model says about the answers.
 
 Prompts are token ids from end to end: nothing is decoded and encoded again. Does not know rewards,
 advantages or updates.
@@ -23,7 +23,7 @@ from chatglm.training.settings import Settings
 
 
 class Prompt(NamedTuple):
-    """A question to practise on.
+    """A question to be answered.
 
     Attributes:
         ids: `[gMASK] <sop>` at the end.

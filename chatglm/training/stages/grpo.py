@@ -1,4 +1,4 @@
-"""Owns group relative policy optimization: the policy practises, without a value model.
+"""Owns group relative policy optimization: answers in groups, without a value model.
 
     chatglm train grpo --train_data questions.jsonl --reward_model reward --output grpo
     chatglm train grpo --config grpo.yaml --reward_function judges.py:is_right --num_generations 8
