@@ -3,8 +3,8 @@
     chatglm train sft --train_data data.jsonl --output out
     chatglm train dpo --config dpo.yaml --learning_rate 1e-6
 
-Does not know what a stage does: each module brings `SETTINGS`, `ARGUMENTS` and `main(settings,
-given)`, and is imported only when it is the one asked for.
+Does not know what a stage does: each module brings a record `STAGE` (`stage`), and is imported only
+when it is the one asked for.
 """
 
 import argparse
@@ -26,8 +26,9 @@ STAGES = {
     "grpo": "practise in groups of answers, without a value model",
     "eval": "measure perplexity, choices, or the text of answers",
 }
-MODULES = {name: f"chatglm.training.{name}" for name in STAGES} | {
-    "eval": "chatglm.training.evaluation"
+MODULES = {name: f"chatglm.training.stages.{name}" for name in STAGES} | {
+    "ppo": "chatglm.training.ppo.trainer",
+    "eval": "chatglm.evaluating.evaluation",
 }
 
 
@@ -66,21 +67,30 @@ def main(args: argparse.Namespace) -> int:
 
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
-    stage = importlib.import_module(MODULES[args.stage])
-    settings, given = read_settings(stage.SETTINGS, stage.ARGUMENTS, args.keys)
-    figures = stage.main(settings, given)
+    stage = find_stage(args.stage)
+    settings, given = read_settings(stage.settings, stage.arguments, args.keys)
+    figures = stage.run(settings, given)
     if PartialState().is_main_process:
         sys.stdout.write(json.dumps(figures, ensure_ascii=False) + "\n")
     return 0
+
+
+def find_stage(name: str) -> Any:
+    """Return the record of a stage, a `Stage` or a `TrainerStage`.
+
+    Raises:
+        ImportError: if a library that the stage is built on is not installed.
+    """
+    return importlib.import_module(MODULES[name]).STAGE
 
 
 def describe_stage(name: str) -> str:
     """Return the keys of a stage, for `--help`."""
     from chatglm.training.settings import describe_settings
 
-    stage = importlib.import_module(MODULES[name])
-    own = f"keys, with their defaults:\n{describe_settings(stage.SETTINGS)}\n"
-    library = stage.ARGUMENTS
+    stage = find_stage(name)
+    own = f"keys, with their defaults:\n{describe_settings(stage.settings)}\n"
+    library = stage.arguments
     more = f"\nand every field of {library.__module__}.{library.__name__}\n"
     has_more = bool(dataclasses.fields(library))
     return f"chatglm train {name}: {STAGES[name]}\n\n{own}{more if has_more else ''}"

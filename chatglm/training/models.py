@@ -1,6 +1,6 @@
 """Owns how a model folder becomes a model that is trained, and a trained model a folder again.
 
-Adapters, packed base weights and number formats are settled here. Does not know data or losses.
+Adapters, packed base weights and dtypes are settled here. Does not know data or losses.
 """
 
 import json
@@ -41,35 +41,38 @@ def load_tokenizer(settings: Settings) -> Any:
 
 
 def load_policy(
-    settings: Settings, half: torch.dtype | None = None, is_trained: bool = True, **fields: Any
+    settings: Settings,
+    compute_dtype: torch.dtype | None = None,
+    is_trained: bool = True,
+    **fields: Any,
 ) -> Any:
     """Return the language model to train, with its adapters.
 
     Args:
         settings: which model, how packed, with which adapters.
-        half: the number format that the training computes in, if it is a half.
+        compute_dtype: bfloat16 or float16 if the training computes in it; None for float32.
         is_trained: False if nothing of it is to be trained.
         fields: of the configuration, other than the folder's.
 
     Raises:
         ValueError: for settings that do not go together, or a folder that is not whole.
     """
-    return _load(settings, AutoModelForCausalLM, half, is_trained, **fields)
+    return _load(settings, AutoModelForCausalLM, compute_dtype, is_trained, **fields)
 
 
-def load_scorer(settings: Settings, half: torch.dtype | None = None) -> Any:
+def load_scorer(settings: Settings, compute_dtype: torch.dtype | None = None) -> Any:
     """Return the model with one score a row, a reward model, to train.
 
     Raises:
         ValueError: as `load_policy`.
     """
-    return _load(settings, AutoModelForSequenceClassification, half, True, num_labels=1)
+    return _load(settings, AutoModelForSequenceClassification, compute_dtype, True, num_labels=1)
 
 
 def _load(
     settings: Settings,
     auto_class: Any,
-    half: torch.dtype | None,
+    compute_dtype: torch.dtype | None,
     is_trained: bool,
     **fields: Any,
 ) -> Any:
@@ -83,19 +86,19 @@ def _load(
             )
         packing = {"bits": settings.bits, "group_size": settings.group_size or None}
         options["quantization_config"] = {"quant_method": "chatglm", **packing}
-    dtype = choose_weights(settings, half, is_frozen)
+    dtype = choose_weights(settings, compute_dtype, is_frozen)
     model = auto_class.from_pretrained(
         find_base(settings), trust_remote_code=True, dtype=dtype, **options
     )
     if settings.uses_lora:
         model = add_adapters(model, settings, TASK_TYPES[auto_class], is_trained)
-    if is_frozen and half is not None:
+    if is_frozen and compute_dtype is not None:
         _widen_trained(model)
     return model
 
 
 def _widen_trained(model: nn.Module) -> None:
-    """Train in float32 what is trained beside frozen halves, in which small steps are lost.
+    """Train in float32 what is trained beside frozen 16-bit weights, which would lose small steps.
 
     peft does so for adapters, but not for a score head.
     """
@@ -104,15 +107,17 @@ def _widen_trained(model: nn.Module) -> None:
             parameter.data = parameter.data.float()
 
 
-def choose_weights(settings: Settings, half: torch.dtype | None, is_frozen: bool) -> torch.dtype:
-    """Return the number format of the weights: float32 for what is trained, unless told otherwise.
+def choose_weights(
+    settings: Settings, compute_dtype: torch.dtype | None, is_frozen: bool
+) -> torch.dtype:
+    """Return the dtype of the weights: float32 for what is trained, unless told otherwise.
 
     Raises:
         KeyProblem: for float16 weights that are trained: steps smaller than their last digit are
             lost, and a scaled loss cannot be scaled back on them.
     """
     if not settings.dtype:
-        return half if half is not None and is_frozen else torch.float32
+        return compute_dtype if compute_dtype is not None and is_frozen else torch.float32
     if settings.dtype == "float16" and not is_frozen:
         raise KeyProblem("dtype float16 cannot be trained in: use fp16: true on float32 weights")
     return DTYPES[settings.dtype]

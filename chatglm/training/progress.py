@@ -18,7 +18,7 @@ from chatglm.training.models import find_core
 from chatglm.training.settings import KeyProblem, Settings
 
 SAMPLE_TOKENS = 128
-# Figures about the run itself, which no curve is drawn of.
+# No curve is drawn of these figures, which are about the run itself, nor of those that end so.
 NO_CURVES = ("epoch", "step", "total_flos")
 NO_CURVES_END = ("runtime", "per_second", "flos")
 
@@ -103,7 +103,7 @@ def read_memory() -> int:
     """Return the most bytes that were in use: of the GPU, or of the process."""
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated()
-    from chatglm.benching.memory import read_peak
+    from chatglm.process_memory import read_peak
 
     return read_peak()
 

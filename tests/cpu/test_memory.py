@@ -8,13 +8,13 @@ import pytest
 import torch
 from conftest import ROOT, build_model
 
-from chatglm.benching.memory import read_status
 from chatglm.cpu import memory
+from chatglm.process_memory import read_status
 
 GAPS = """
 import ctypes, sys
 sys.path.insert(0, {root!r})
-from chatglm.benching.memory import read_status
+from chatglm.process_memory import read_status
 from chatglm.cpu.memory import trim_heap
 
 libc = ctypes.CDLL(None)

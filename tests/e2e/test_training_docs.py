@@ -12,7 +12,7 @@ import pytest
 from conftest import ROOT
 
 from chatglm.cli import main
-from chatglm.training import planning
+from chatglm.training.estimate import report
 
 pytest.importorskip("trl", reason="the stages on trl need it")
 # Transformers 5.23 has new names for checkpointing; trl and peft still say the old ones.
@@ -76,7 +76,7 @@ def run(command: str, monkeypatch: pytest.MonkeyPatch) -> int:
         monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(said)))
     words = shlex.split(rest if pipe else command)
     if words[:3] == ["python", "-m", "chatglm.training.planning"]:
-        return planning.main(words[3:])
+        return report.main(words[3:])
     assert words[0] == "chatglm"
     if words[1] == "train":
         words += SMALLER.get(words[2], SHORT)

@@ -20,7 +20,7 @@ from transformers import PrinterCallback, ProgressCallback, Trainer, TrainingArg
 
 from chatglm.training import progress
 from chatglm.training import trainer as core
-from chatglm.training.batches import LengthSampler, PaddingCollator
+from chatglm.training.data.batches import LengthSampler, PaddingCollator
 from chatglm.training.models import name_as_before
 from chatglm.training.trainer import DEFAULTS, RESERVED, CheckedSteps, find_checkpoint
 
@@ -212,7 +212,7 @@ def test_a_model_in_parts_gets_its_class_s_name_back(hook: str) -> None:
 def aligned(tiny_repo: Path, tmp_path_factory: pytest.TempPathFactory) -> Any:
     """Two steps of each stage outside of a CI, and what would have been sent."""
     pytest.importorskip("trl")
-    from chatglm.training.grpo import GroupTrainer
+    from chatglm.training.stages.grpo import GroupTrainer
 
     folder, calls, sent = tmp_path_factory.mktemp("aligned"), Counter(), []
     pairs = write_rows(folder / "pairs.jsonl", make_pairs(range(4)))
@@ -316,7 +316,7 @@ def test_the_copy_of_a_folder_s_adapters_is_not_saved(
 def test_every_refused_key_is_one_of_trl_s(hook: str) -> None:
     """A shortcut that was renamed would read questions causally, and no longer be refused."""
     trl = pytest.importorskip("trl")
-    from chatglm.training.alignment import REFUSED
+    from chatglm.training.stages.trl_stages import REFUSED
 
     configs = (trl.DPOConfig, trl.RewardConfig, trl.GRPOConfig, TrainingArguments)
     names = {field.name for config in configs for field in dataclasses.fields(config)}

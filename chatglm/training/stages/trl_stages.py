@@ -15,9 +15,9 @@ from typing import Any
 
 from transformers import TrainingArguments
 
-from chatglm.training.batches import Examples
-from chatglm.training.records import open_records, read_pairs
-from chatglm.training.rendering import Renderer
+from chatglm.training.data.batches import Examples
+from chatglm.training.data.records import open_records, read_pairs
+from chatglm.training.data.rendering import Renderer
 from chatglm.training.settings import KeyProblem, Settings
 from chatglm.training.trainer import DEFAULTS, CheckedSteps, build_arguments
 
@@ -32,7 +32,7 @@ _RENDERED = "rows are rendered exactly as chat() renders them, <eop> included"
 _LOADED = "the model is loaded here: use model, bits and dtype"
 _NO_KERNELS = "there are no Liger kernels for ChatGLM, and their fused losses are causal ones"
 _NO_EXPERTS = "ChatGLM has no experts to balance"
-# Why a key of trl's arguments is refused. What holds anyway may be written down.
+# Why a key of trl's arguments is refused. A value that holds without the key may be written down.
 REFUSED = {
     "model_init_kwargs": _LOADED,
     "trust_remote_code": "the code of a model folder is the model",
@@ -68,7 +68,8 @@ def importing_trl() -> Iterator[None]:
     """
     try:
         yield
-    except (ImportError, RuntimeError) as error:  # trl's own wrapping is a RuntimeError
+    except (ImportError, RuntimeError) as error:
+        # trl wraps a failed import of its own into a RuntimeError.
         raise ImportError(
             "this stage is built on trl, for Python 3.11 and newer: "
             f'pip install --editable ".[train]" in the folder of this repository ({error})'
@@ -109,7 +110,8 @@ def build_trl_arguments(
     own: dict[str, Any] = {
         "bf16": False,
         "gradient_checkpointing": False,
-        "trust_remote_code": True,  # of a reference model that trl loads itself
+        # trl loads a reference model itself where a key asks for one.
+        "trust_remote_code": True,
         "disable_dropout": not settings.lora_dropout,
         **defaults,
     }

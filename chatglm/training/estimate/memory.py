@@ -2,7 +2,7 @@
 
 All follows from a model's sizes and a stage's keys. What is counted is a step of the language model
 on rows of the full length. A pair of answers is two rows; PPO's other models and the cache of its
-rollouts come on top. Does not know files or command lines (`planning`).
+rollouts come on top. Does not know files or command lines (`report`).
 
 Shapes: `B` rows, `S` tokens of a row, `K` keys (a P-Tuning prefix before the row), `H` hidden, `I`
 inner, `N` heads, `D` head dim, `L` layers, `V` vocabulary.
@@ -17,19 +17,25 @@ import torch
 from chatglm.training.models import choose_weights
 from chatglm.training.settings import LORA_TARGET, Settings
 
-FLOAT = 4  # bytes of a float32
-HALF = 2
-INDEX = 8  # bytes of a token id
+FLOAT32_BYTES = 4
+FLOAT16_BYTES = 2  # A bfloat16 has as many.
+INT64_BYTES = 8  # Token ids are of this type.
 SHARDINGS = ("ddp", "zero2", "zero3", "fsdp2")
-# What an optimizer keeps of a trained number: numbers of the same format, or bytes.
+# What an optimizer keeps of a trained parameter: so many values of its dtype, or so many bytes.
 OPTIMIZER_STATES = {"adamw_torch": 2, "adamw_torch_fused": 2, "sgd": 0}
 OPTIMIZER_BYTES = {"adamw_bnb_8bit": 2, "adamw_8bit": 2, "paged_adamw_8bit": 2}
-ENGINE_BYTES = 12  # DeepSpeed's: the numbers in float32 and Adam's two states of them
-LIVE_WEIGHTS = 10**9  # that ZeRO-3 gathers at most, unless its file says otherwise
-BUCKET_WEIGHTS = 2 * 10**8  # of a communication of ZeRO
-# Of a logit, in float32, when its gradient is computed: its log-probability, and two gradients.
-LOGIT_BYTES = 3 * FLOAT
-ATTENTION_BACKWARD = 2.5  # forwards: the scores are computed again, then four products
+# DeepSpeed keeps of each trained parameter a float32 copy and Adam's two states of it, in bytes.
+ENGINE_BYTES = 12
+# ZeRO-3 gathers at most so many weights at once, unless its file says otherwise.
+LIVE_WEIGHTS = 10**9
+# A communication of ZeRO takes so many weights, unless its file says otherwise.
+BUCKET_WEIGHTS = 2 * 10**8
+# Bytes of a logit while its gradient is computed: its log-probability and two gradients, each in
+# float32.
+LOGIT_BYTES = 3 * FLOAT32_BYTES
+# The backward pass of attention takes so many times the work of the forward pass, which has two
+# products: the scores are computed again, and four products follow.
+ATTENTION_BACKWARD = 2.5
 
 
 class Shape(NamedTuple):
@@ -66,25 +72,25 @@ class Shape(NamedTuple):
         }
 
     @property
-    def block_numbers(self) -> int:
-        """Numbers in the matrices of all blocks."""
+    def block_parameters(self) -> int:
+        """Parameters in the matrices of all blocks."""
         return self.num_layers * sum(rows * columns for rows, columns in self.matrices.values())
 
     @property
-    def vector_numbers(self) -> int:
-        """Numbers in all biases and norms."""
+    def vector_parameters(self) -> int:
+        """Parameters in all biases and norms."""
         biases = sum(rows for rows, _ in self.matrices.values())
         return self.num_layers * (biases + 4 * self.hidden_size) + 2 * self.hidden_size
 
     @property
-    def table_numbers(self) -> int:
-        """Numbers in the embedding, and in the head if it is not the same."""
+    def table_parameters(self) -> int:
+        """Parameters in the embedding, and in the head if it is not the same."""
         return (1 if self.is_tied else 2) * self.vocab_size * self.hidden_size
 
     @property
     def parameters(self) -> int:
-        """All numbers of the model."""
-        return self.block_numbers + self.vector_numbers + self.table_numbers
+        """All parameters of the model."""
+        return self.block_parameters + self.vector_parameters + self.table_parameters
 
 
 @dataclass
@@ -96,7 +102,8 @@ class Job:
         gpus: how many train together.
         sharding: "ddp" (every GPU has all), "zero2", "zero3" or "fsdp2".
         offload: "optimizer" and "param" are those parts that ZeRO keeps in the host's memory.
-        live_weights, bucket_weights: numbers that ZeRO-3 gathers at once, and of a communication.
+        live_weights, bucket_weights: parameters that ZeRO-3 gathers at once, and of a
+            communication.
     """
 
     max_length: int = 0
@@ -126,53 +133,53 @@ class Job:
 
     @property
     def has_engine(self) -> bool:
-        """Whether DeepSpeed holds the model, and casts all of it to the half format."""
+        """Whether DeepSpeed holds the model, and casts all of it to bfloat16 or float16."""
         return self.sharding.startswith("zero")
 
     @property
-    def is_half(self) -> bool:
-        """Whether products are computed in a half format."""
+    def uses_16_bits(self) -> bool:
+        """Whether products are computed in bfloat16 or float16."""
         return self.bf16 or self.fp16
 
     @property
     def uses_autocast(self) -> bool:
         """Whether weights are cast for each product; norms and residuals are float32 then."""
-        return self.is_half and not self.has_engine
+        return self.uses_16_bits and not self.has_engine
 
     @property
-    def weight_format(self) -> torch.dtype:
-        """The format of the model's numbers that are not packed."""
-        half = torch.bfloat16 if self.bf16 else torch.float16 if self.fp16 else None
-        if self.has_engine and half is not None:
-            return half
-        return choose_weights(Settings(dtype=self.dtype), half, not self.trains_all)
+    def weight_dtype(self) -> torch.dtype:
+        """The dtype of the model's weights that are not packed."""
+        compute_dtype = torch.bfloat16 if self.bf16 else torch.float16 if self.fp16 else None
+        if self.has_engine and compute_dtype is not None:
+            return compute_dtype
+        return choose_weights(Settings(dtype=self.dtype), compute_dtype, not self.trains_all)
 
     @property
     def weight_bytes(self) -> int:
-        """Bytes of a number of the model that is not packed."""
-        return self.weight_format.itemsize
+        """Bytes of a weight that is not packed."""
+        return self.weight_dtype.itemsize
 
     @property
     def scale_bytes(self) -> int:
-        """Bytes of a scale of packed numbers, which bfloat16 would round."""
-        return HALF if self.weight_format == torch.float16 else FLOAT
+        """Bytes of a scale of packed weights, which bfloat16 would round."""
+        return FLOAT16_BYTES if self.weight_dtype == torch.float16 else FLOAT32_BYTES
 
     @property
     def product_bytes(self) -> int:
-        """Bytes of a number that a product gives."""
-        return HALF if self.is_half else self.weight_bytes
+        """Bytes of a value that a product gives."""
+        return FLOAT16_BYTES if self.uses_16_bits else self.weight_bytes
 
     @property
     def residual_bytes(self) -> int:
-        """Bytes of a number between the blocks."""
-        return FLOAT if self.uses_autocast else self.weight_bytes
+        """Bytes of a value between the blocks."""
+        return FLOAT32_BYTES if self.uses_autocast else self.weight_bytes
 
     @property
     def trained_bytes(self) -> int:
-        """Bytes of a number that is trained; adapters and prefixes are float32."""
-        if self.has_engine and self.is_half:
-            return HALF
-        return self.weight_bytes if self.trains_all else FLOAT
+        """Bytes of a parameter that is trained; adapters and prefixes are float32."""
+        if self.has_engine and self.uses_16_bits:
+            return FLOAT16_BYTES
+        return self.weight_bytes if self.trains_all else FLOAT32_BYTES
 
 
 class Memory(NamedTuple):
@@ -185,7 +192,7 @@ class Memory(NamedTuple):
         activations: what the forward pass keeps for the backward pass, the mask among it; with
             checkpointing also what one block keeps.
         logits: log-probabilities and gradients of the last layer.
-        casts: half copies of float32 weights, unless blocks are computed again.
+        casts: 16-bit copies of float32 weights, unless blocks are computed again.
         buffers: of the communication, and weights that are gathered.
         host: in the host's memory.
         peak: the most at once on the GPU.
@@ -221,7 +228,7 @@ class Work(NamedTuple):
 
 
 def count_trained(shape: Shape, job: Job) -> int:
-    """Return how many numbers are trained."""
+    """Return how many parameters are trained."""
     if job.trains_all:
         return shape.parameters
     adapted = sum(sum(shape.matrices[name]) for name in job.lora_targets)
@@ -239,7 +246,7 @@ def count_weights(shape: Shape, job: Job) -> int:
     matrices = sum(_matrix_bytes(size, job, job.bits) for size in shape.matrices.values())
     tables = sum(_matrix_bytes(size, job, table_bits) for size in table)
     beside = 0 if job.trains_all else count_trained(shape, job) * job.trained_bytes
-    vectors = shape.vector_numbers * job.weight_bytes
+    vectors = shape.vector_parameters * job.weight_bytes
     return shape.num_layers * matrices + tables + vectors + beside
 
 
@@ -253,12 +260,12 @@ def _matrix_bytes(size: tuple[int, int], job: Job, bits: int) -> int:
 
 def count_optimizer(shape: Shape, job: Job) -> int:
     """Return the bytes of the optimizer's states of all that is trained."""
-    numbers = count_trained(shape, job)
+    trained = count_trained(shape, job)
     if job.has_engine:
-        return numbers * ENGINE_BYTES
+        return trained * ENGINE_BYTES
     if job.optim in OPTIMIZER_BYTES:
-        return numbers * OPTIMIZER_BYTES[job.optim]
-    return numbers * OPTIMIZER_STATES[job.optim] * job.trained_bytes
+        return trained * OPTIMIZER_BYTES[job.optim]
+    return trained * OPTIMIZER_STATES[job.optim] * job.trained_bytes
 
 
 def count_block(shape: Shape, job: Job) -> int:
@@ -266,13 +273,13 @@ def count_block(shape: Shape, job: Job) -> int:
     tokens = job.per_device_train_batch_size * job.max_length
     keys = job.per_device_train_batch_size * (job.max_length + job.pre_seq_len)
     hidden, narrow = shape.hidden_size, job.product_bytes
-    norms = 2 * tokens * (hidden * job.residual_bytes + 2 * FLOAT)
+    norms = 2 * tokens * (hidden * job.residual_bytes + 2 * FLOAT32_BYTES)
     # Queries and keys turn into new tensors, values stay where the joint projection has put them,
     # unless a prefix is put before them.
     attended = tokens * 2 * hidden if job.pre_seq_len else tokens * 5 * hidden
     attended += 2 * keys * hidden if job.pre_seq_len else 0
     attention = (attended + (0 if job.pre_seq_len else tokens * hidden)) * narrow
-    attention += tokens * shape.num_attention_heads * FLOAT
+    attention += tokens * shape.num_attention_heads * FLOAT32_BYTES
     gelu = tokens * shape.inner_hidden_size * narrow
     return norms + attention + gelu + tokens * _count_inputs(shape, job)
 
@@ -303,14 +310,15 @@ def count_activations(shape: Shape, job: Job) -> int:
     head_dim = hidden // shape.num_attention_heads
     angles = 2 * tokens * head_dim * job.weight_bytes
     mask = rows * length * (length + job.pre_seq_len) * job.product_bytes
-    last = tokens * (hidden * job.residual_bytes + 2 * FLOAT + 2 * INDEX)
+    last = tokens * (hidden * job.residual_bytes + 2 * FLOAT32_BYTES + 2 * INT64_BYTES)
     last += tokens * hidden * job.product_bytes if job.trains_all else 0
-    dropped = rows * job.pre_seq_len * 2 * shape.num_layers * hidden  # a byte for each, of a prefix
+    # Dropout keeps a byte for each value of a prefix.
+    dropped = rows * job.pre_seq_len * 2 * shape.num_layers * hidden
     return blocks + angles + mask + last + dropped
 
 
 def count_logits(shape: Shape, job: Job) -> int:
-    """Return the bytes of the vocabulary's numbers when the loss is differentiated, at most.
+    """Return the bytes of the vocabulary's scores when the loss is differentiated, at most.
 
     Only tokens that are learned have them; here every one is.
     """
@@ -318,14 +326,14 @@ def count_logits(shape: Shape, job: Job) -> int:
 
 
 def count_casts(shape: Shape, job: Job) -> tuple[int, int]:
-    """Return the bytes of half copies of float32 weights: of a block, and of the head.
+    """Return the bytes of 16-bit copies of float32 weights: of a block, and of the head.
 
-    FSDP2 gathers its parts in half.
+    FSDP2 gathers its parts in 16 bits.
     """
-    if not job.uses_autocast or job.weight_bytes == HALF or job.sharding == "fsdp2":
+    if not job.uses_autocast or job.weight_bytes == FLOAT16_BYTES or job.sharding == "fsdp2":
         return 0, 0
-    block = 0 if job.bits else shape.block_numbers // shape.num_layers
-    return block * HALF, shape.vocab_size * shape.hidden_size * HALF
+    block = 0 if job.bits else shape.block_parameters // shape.num_layers
+    return block * FLOAT16_BYTES, shape.vocab_size * shape.hidden_size * FLOAT16_BYTES
 
 
 def count_buffers(shape: Shape, job: Job) -> int:
@@ -339,9 +347,9 @@ def count_buffers(shape: Shape, job: Job) -> int:
         gathered = min(job.live_weights, shape.parameters) if job.sharding == "zero3" else 0
         return (gathered + 2 * min(job.bucket_weights, shape.parameters)) * job.product_bytes
     # FSDP2: the block in work and the next one, and the table, which stays gathered.
-    block = shape.block_numbers // shape.num_layers
-    weights = 2 * block + shape.table_numbers
-    gradients = block + shape.table_numbers if job.trains_all else 0
+    block = shape.block_parameters // shape.num_layers
+    weights = 2 * block + shape.table_parameters
+    gradients = block + shape.table_parameters if job.trains_all else 0
     return (weights + gradients) * job.product_bytes
 
 
@@ -426,7 +434,7 @@ def count_work(shape: Shape, job: Job) -> Work:
     """
     keys = job.max_length + job.pre_seq_len
     attention = 4.0 * shape.num_layers * keys * shape.hidden_size
-    blocks = 2.0 * shape.block_numbers
+    blocks = 2.0 * shape.block_parameters
     head = 2.0 * shape.vocab_size * shape.hidden_size
     adapted = sum(sum(shape.matrices[name]) for name in job.lora_targets)
     adapters = 2.0 * shape.num_layers * job.lora_rank * adapted

@@ -12,7 +12,12 @@ frozen model; `loss_type` has the variants.
 from dataclasses import dataclass
 from typing import Any
 
-from chatglm.training.alignment import (
+from chatglm.training.data.batches import Examples
+from chatglm.training.data.rendering import Renderer
+from chatglm.training.models import find_core, load_policy
+from chatglm.training.settings import RowSettings
+from chatglm.training.stage import TrainerStage
+from chatglm.training.stages.trl_stages import (
     AlignmentTrainer,
     build_trainer,
     build_trl_arguments,
@@ -21,11 +26,7 @@ from chatglm.training.alignment import (
     read_pair_rows,
     write_rows,
 )
-from chatglm.training.batches import Examples
-from chatglm.training.models import find_core, load_policy
-from chatglm.training.rendering import Renderer
-from chatglm.training.settings import RowSettings
-from chatglm.training.trainer import find_half, run_stage
+from chatglm.training.trainer import get_compute_dtype
 
 with importing_trl():
     from trl import DPOConfig, DPOTrainer  # pyright: ignore[reportPrivateImportUsage]
@@ -36,25 +37,6 @@ FULL_RATE, LORA_RATE = 1e-6, 1e-5
 @dataclass
 class DpoSettings(RowSettings):
     """What preference optimization can be told beside the keys of `DPOConfig`, as `beta`."""
-
-
-SETTINGS = DpoSettings
-ARGUMENTS = DPOConfig
-
-
-def main(settings: DpoSettings, given: dict[str, Any]) -> dict[str, float]:
-    """Train, and return the figures of the held-out pairs.
-
-    Args:
-        settings: ours.
-        given: the keys of `DPOConfig` that were set.
-
-    Raises:
-        ValueError: for settings, rows or a folder that cannot be used.
-    """
-    rate = LORA_RATE if settings.uses_lora else FULL_RATE
-    arguments = build_trl_arguments(ARGUMENTS, settings, given, max_length=None, learning_rate=rate)
-    return run_stage(build_dpo_trainer, settings, given, arguments)
 
 
 class AnswerTrainer(AlignmentTrainer, DPOTrainer):
@@ -102,4 +84,15 @@ def load_reference(settings: DpoSettings, arguments: DPOConfig) -> Any:
     """
     if settings.uses_lora or arguments.precompute_ref_log_probs:
         return None
-    return load_policy(settings, find_half(arguments)).requires_grad_(False)
+    return load_policy(settings, get_compute_dtype(arguments)).requires_grad_(False)
+
+
+STAGE = TrainerStage(
+    "dpo",
+    DpoSettings,
+    DPOConfig,
+    build_dpo_trainer,
+    build_arguments=build_trl_arguments,
+    defaults={"max_length": None, "learning_rate": FULL_RATE},
+    lora_defaults={"learning_rate": LORA_RATE},
+)

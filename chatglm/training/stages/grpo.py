@@ -1,4 +1,4 @@
-"""Owns group relative policy optimization: the policy practises, without a value model.
+"""Owns group relative policy optimization: answers in groups, without a value model.
 
     chatglm train grpo --train_data questions.jsonl --reward_model reward --output grpo
     chatglm train grpo --config grpo.yaml --reward_function judges.py:is_right --num_generations 8
@@ -9,12 +9,25 @@ all of them in a sum (`reward_weights`, the model's first). `beta` holds the pol
 began. Answers are drawn by the model's own `generate`.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor
 
-from chatglm.training.alignment import (
+from chatglm.training.data.rendering import SHORTEST_PROMPT, Renderer
+from chatglm.training.models import find_core
+from chatglm.training.ppo.rewards import (
+    Reward,
+    RewardModel,
+    Sampled,
+    load_function,
+    load_reward_model,
+)
+from chatglm.training.ppo.rollouts import Prompts
+from chatglm.training.settings import KeyProblem, Settings
+from chatglm.training.stage import TrainerStage
+from chatglm.training.stages.trl_stages import (
     AlignmentTrainer,
     build_trainer,
     build_trl_arguments,
@@ -22,12 +35,7 @@ from chatglm.training.alignment import (
     importing_trl,
     write_rows,
 )
-from chatglm.training.models import find_core
-from chatglm.training.rendering import SHORTEST_PROMPT, Renderer
-from chatglm.training.rewards import Reward, RewardModel, Sampled, load_function, load_reward_model
-from chatglm.training.rollouts import Prompts
-from chatglm.training.settings import KeyProblem, Settings
-from chatglm.training.trainer import find_half, run_stage
+from chatglm.training.trainer import get_compute_dtype
 
 with importing_trl():
     from trl import GRPOConfig, GRPOTrainer  # pyright: ignore[reportPrivateImportUsage]
@@ -60,25 +68,13 @@ class GrpoSettings(Settings):
             raise KeyProblem("nothing rewards an answer: set reward_model or reward_function")
 
 
-SETTINGS = GrpoSettings
-ARGUMENTS = GRPOConfig
-
-
-def main(settings: GrpoSettings, given: dict[str, Any]) -> dict[str, float]:
-    """Train, and return the figures of the held-out questions.
-
-    Args:
-        settings: ours.
-        given: the keys of `GRPOConfig` that were set.
-
-    Raises:
-        ValueError: for settings, rows or a folder that cannot be used.
-    """
+def build_grpo_arguments(
+    arguments_class: type, settings: GrpoSettings, given: Mapping[str, Any], **defaults: Any
+) -> GRPOConfig:
+    """Return trl's arguments; arguments and errors as of `build_trl_arguments`."""
     if str(given.get("cache_implementation")).startswith(PAGED):
         raise KeyProblem("cache_implementation cannot be paged: it reads questions causally")
-    rate = LORA_RATE if settings.uses_lora else FULL_RATE
-    arguments = build_trl_arguments(ARGUMENTS, settings, given, learning_rate=rate)
-    return run_stage(build_grpo_trainer, settings, given, arguments)
+    return build_trl_arguments(arguments_class, settings, given, **defaults)
 
 
 def build_grpo_trainer(
@@ -155,8 +151,8 @@ def load_rewards(
     """
     rewards = []
     if settings.reward_model:
-        half = find_half(arguments)
-        scorer = load_reward_model(settings.reward_model, policy_config, tokenizer, half)
+        compute_dtype = get_compute_dtype(arguments)
+        scorer = load_reward_model(settings.reward_model, policy_config, tokenizer, compute_dtype)
         rows = arguments.per_device_train_batch_size
         rewards.append(TrlReward(RewardModel(scorer.to(arguments.device), rows), "reward_model"))
     for entry_point in settings.reward_function:
@@ -216,3 +212,14 @@ class GroupTrainer(AlignmentTrainer, GRPOTrainer):
     def _tokenize_prompts(self, prompts: list[str]) -> tuple[list[list[int]], None, dict[str, Any]]:
         """Return the ids of the questions as they were rendered."""
         return self._prompt_ids, None, {}
+
+
+STAGE = TrainerStage(
+    "grpo",
+    GrpoSettings,
+    GRPOConfig,
+    build_grpo_trainer,
+    build_arguments=build_grpo_arguments,
+    defaults={"learning_rate": FULL_RATE},
+    lora_defaults={"learning_rate": LORA_RATE},
+)

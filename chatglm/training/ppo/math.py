@@ -22,10 +22,11 @@ from torch import Tensor
 
 WHITENING_EPSILON = 1e-8
 KL_ESTIMATORS = ("k1", "k2", "k3")
-# The adaptive controller takes no error for larger than this share (Ziegler, section 2.2).
+# The adaptive controller takes no error of the KL for a larger share of the target than this one
+# (Ziegler, section 2.2).
 LARGEST_KL_ERROR = 0.2
 
-# Adds up a tensor over processes; of one process it is the tensor itself.
+# A function that adds up a tensor over processes; of one process the sum is the tensor itself.
 Total = Callable[[Tensor], Tensor]
 
 
@@ -191,7 +192,7 @@ def estimate_advantages(
     return advantages, advantages + values
 
 
-def find_ratios(log_probs: Tensor, old_log_probs: Tensor, mask: Tensor) -> Tensor:
+def compute_ratios(log_probs: Tensor, old_log_probs: Tensor, mask: Tensor) -> Tensor:
     """Return rho_t = policy(a_t | s_t) / old policy(a_t | s_t), `(B, A)`; 1 for pads."""
     log_probs, old_log_probs = _silence(mask, log_probs, old_log_probs)
     return (log_probs - old_log_probs).exp()
@@ -295,10 +296,10 @@ __all__ = [
     "clip_policy_loss",
     "clip_scores",
     "clip_value_loss",
+    "compute_ratios",
     "estimate_advantages",
     "estimate_kl",
     "explain_variance",
-    "find_ratios",
     "masked_mean",
     "masked_sum",
     "masked_variance",

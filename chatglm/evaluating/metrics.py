@@ -13,7 +13,8 @@ from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 SCORES = ("rouge-1", "rouge-2", "rouge-l", "bleu-4")
-DIGITS = 4  # of each text's scores, before they are averaged
+# Each text's scores are rounded to so many digits before they are averaged.
+DIGITS = 4
 
 
 class Packages(NamedTuple):
@@ -46,7 +47,8 @@ def load_packages() -> Packages:
 def _import(name: str) -> Any:
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # jieba and rouge_chinese are older than today's Python
+            # jieba and rouge_chinese are older than today's Python, which warns of their code.
+            warnings.simplefilter("ignore")
             return importlib.import_module(name)
     except ImportError as error:
         package = name.partition(".")[0]
@@ -66,7 +68,8 @@ def compare_texts(prediction: str, label: str) -> dict[str, float]:
         ImportError: as `load_packages`.
     """
     packages = load_packages()
-    if not prediction.strip() or not label.strip():  # which rouge_chinese cannot take
+    if not prediction.strip() or not label.strip():
+        # rouge_chinese cannot take an empty text.
         return dict.fromkeys(SCORES, 0.0)
     words = (" ".join(packages.jieba.cut(text)) for text in (prediction, label))
     (rouge,) = packages.rouge.get_scores(*words)

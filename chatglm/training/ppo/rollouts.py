@@ -1,4 +1,4 @@
-"""Owns practice: prompts are answered by sampling, and what a model says about the answers.
+"""Owns rollouts: prompts are answered by sampling, and what a model says about the answers.
 
 Prompts are token ids from end to end: nothing is decoded and encoded again. Does not know rewards,
 advantages or updates.
@@ -14,16 +14,16 @@ import torch
 from torch import Tensor
 from transformers import GenerationConfig
 
-from chatglm.training.batches import Examples, pad_rows
-from chatglm.training.records import Record, open_records, read_prompts
-from chatglm.training.rendering import Renderer
-from chatglm.training.rewards import Sampled
+from chatglm.training.data.batches import Examples, pad_rows
+from chatglm.training.data.records import Record, open_records, read_prompts
+from chatglm.training.data.rendering import Renderer
+from chatglm.training.ppo.rewards import Sampled
+from chatglm.training.ppo.value_head import ActorCritic, Answers, PolicyOutput
 from chatglm.training.settings import Settings
-from chatglm.training.value_head import ActorCritic, Answers, Judgement
 
 
 class Prompt(NamedTuple):
-    """A question to practise on.
+    """A question to be answered.
 
     Attributes:
         ids: `[gMASK] <sop>` at the end.
@@ -118,7 +118,8 @@ class Sampler:
             temperature=temperature,
             top_p=top_p,
             top_k=0,
-            remove_invalid_values=True,  # probabilities then say that there was a NaN, in words
+            # With a NaN replaced here, `evaluate_answers` can say in words that there was one.
+            remove_invalid_values=True,
             max_new_tokens=max_new_tokens,
             eos_token_id=self.end_id,
             pad_token_id=self.pad_id,
@@ -130,7 +131,8 @@ class Sampler:
         size = self.batch_size or len(prompts)
         answers: list[list[int]] = [[] for _ in prompts]
         order = range(len(prompts))
-        if size < len(prompts):  # those of like length together
+        if size < len(prompts):
+            # Prompts of like length are answered together: little is padded.
             order = sorted(order, key=lambda i: len(prompts[i]))
         for start in range(0, len(prompts), size):
             rows = order[start : start + size]
@@ -213,13 +215,13 @@ def describe_references(prompts: Sequence[Prompt], renderer: Renderer, room: int
 
 
 @torch.no_grad()
-def judge_answers(
+def evaluate_answers(
     model: ActorCritic,
     answers: Answers,
     batch_size: int,
     temperature: float = 1.0,
     needs_entropy: bool = False,
-) -> Judgement:
+) -> PolicyOutput:
     """Look at answers, some rows at once, with nothing kept for gradients; zeros for pads.
 
     Args:
@@ -230,14 +232,14 @@ def judge_answers(
         needs_entropy: whether the entropy is wanted too; it is 0 otherwise.
     """
     shape = answers.answer_mask.shape
-    parts = [torch.zeros(shape, device=answers.answer_mask.device) for _ in Judgement._fields]
+    parts = [torch.zeros(shape, device=answers.answer_mask.device) for _ in PolicyOutput._fields]
     everything = torch.arange(shape[0], device=answers.answer_mask.device)
     for rows in answers.split(everything, batch_size):
         picked = answers.pick(rows)
         for whole, part in zip(parts, model(*picked, temperature, needs_entropy)):
             part = part.float().masked_fill(~picked.answer_mask, 0)
             whole[rows, : part.shape[1]] = part
-    return Judgement(*parts)
+    return PolicyOutput(*parts)
 
 
 __all__ = [
@@ -247,7 +249,7 @@ __all__ = [
     "build_answers",
     "describe_answers",
     "describe_references",
+    "evaluate_answers",
     "find_ended",
-    "judge_answers",
     "pick_rows",
 ]

@@ -13,13 +13,13 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from chatglm.training.batches import Examples, pad_rows
-from chatglm.training.rendering import IGNORED_LABEL, Example
+from chatglm.training.data.batches import Examples, pad_rows
+from chatglm.training.data.rendering import IGNORED_LABEL, Example
 from chatglm.training.trainer import count_token_losses
 
 
-class Judge:
-    """A model and how it is asked.
+class BatchedModel:
+    """A model that takes rows in batches.
 
     Args:
         model: in evaluation mode, with or without adapters.
@@ -113,4 +113,4 @@ class Judge:
         return figures
 
 
-__all__ = ["Judge"]
+__all__ = ["BatchedModel"]

@@ -1,4 +1,4 @@
-"""Owns how a model answers multiple-choice questions: by a letter, or by an option's whole text.
+"""Owns how the options of a question are ranked: by their letters, or by their whole texts.
 
 The letters are compared behind `[gMASK] <sop>`, where an answer begins; with this tokenizer a piece
 for a space may stand there first. Does not know files or marks.
@@ -7,9 +7,9 @@ for a space may stand there first. Does not know files or marks.
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from chatglm.training.choices import LETTERS, Asker, Question, Subject
-from chatglm.training.rendering import Example, Renderer
-from chatglm.training.scoring import Judge
+from chatglm.evaluating.multiple_choice import LETTERS, PromptTemplate, Question, Subject
+from chatglm.evaluating.scoring import BatchedModel
+from chatglm.training.data.rendering import Example, Renderer
 
 ANSWERS = ("letter", "text", "text_mean")
 
@@ -26,7 +26,7 @@ class LetterIds(NamedTuple):
     ids: list[int]
 
 
-def find_letters(renderer: Renderer, count: int) -> LetterIds:
+def encode_letters(renderer: Renderer, count: int) -> LetterIds:
     """Return the tokens of the first letters.
 
     Raises:
@@ -56,12 +56,12 @@ class Prompt(NamedTuple):
     options: list[list[int]]
 
 
-class Picker:
-    """Picks the answer that a model finds the likeliest.
+class ChoiceRanker:
+    """Ranks the options of questions by how likely a model finds them, and picks the first.
 
     Args:
         renderer: of the model.
-        judge: of the model.
+        model: that answers.
         answer_by: "letter": the likeliest of the letters of the listed options; "text": the
             likeliest of their texts as a whole answer, the end token included; "text_mean": the
             same by the mean over the tokens.
@@ -69,9 +69,9 @@ class Picker:
     """
 
     def __init__(
-        self, renderer: Renderer, judge: Judge, answer_by: str = "letter", language: str = ""
+        self, renderer: Renderer, model: BatchedModel, answer_by: str = "letter", language: str = ""
     ) -> None:
-        self.renderer, self.judge = renderer, judge
+        self.renderer, self.model = renderer, model
         self.answer_by, self.language = answer_by, language
 
     def answer(self, subject: Subject) -> tuple[list[str], float]:
@@ -85,8 +85,8 @@ class Picker:
             ValueError: for a vocabulary without letters, a question that is too long, or scores
                 that are no numbers.
         """
-        asker = Asker(subject, self.language, lists_options=self.answer_by == "letter")
-        encoded = [self.encode(question, asker) for question in subject.questions]
+        template = PromptTemplate(subject, self.language, lists_options=self.answer_by == "letter")
+        encoded = [self.encode(question, template) for question in subject.questions]
         prompts = [prompt for prompt in encoded if prompt is not None]
         if not prompts:
             return [""] * len(encoded), 0.0
@@ -95,7 +95,7 @@ class Picker:
         picked = ["" if prompt is None else LETTERS[next(best)] for prompt in encoded]
         return picked, sum(prompt.shots for prompt in prompts) / len(prompts)
 
-    def encode(self, question: Question, asker: Asker) -> Prompt | None:
+    def encode(self, question: Question, template: PromptTemplate) -> Prompt | None:
         """Return a question's prompt, with as many shots as fit before the longest answer.
 
         None if the question alone is too long and such rows are to be skipped.
@@ -105,19 +105,19 @@ class Picker:
         """
         options = [self.renderer.encode_text(text) for text in question.options]
         room = 1 + max(map(len, options))
-        for shots in range(len(asker.subject.shots), 0, -1):
-            record = asker.build_record(question, shots)
+        for shots in range(len(template.subject.shots), 0, -1):
+            record = template.build_record(question, shots)
             prompt_ids = self.renderer.encode_prompt(record.query, record.history)
             if len(prompt_ids) + room <= self.renderer.max_length:
                 return Prompt(prompt_ids, shots, options)
-        prompt_ids = self.renderer.render_prompt(asker.build_record(question, 0), room)
+        prompt_ids = self.renderer.render_prompt(template.build_record(question, 0), room)
         return None if prompt_ids is None else Prompt(prompt_ids, 0, options)
 
     def _pick_letters(self, prompts: Sequence[Prompt]) -> list[int]:
         """Return the number of the likeliest letter behind each prompt, of as many as it has."""
         counts = [len(prompt.options) for prompt in prompts]
-        letters = find_letters(self.renderer, max(counts))
-        scores = self.judge.score_next([p.ids + letters.lead for p in prompts], letters.ids)
+        letters = encode_letters(self.renderer, max(counts))
+        scores = self.model.score_next([p.ids + letters.lead for p in prompts], letters.ids)
         return [int(row[:count].argmax()) for row, count in zip(scores, counts)]
 
     def _pick_texts(self, prompts: Sequence[Prompt]) -> list[int]:
@@ -125,10 +125,10 @@ class Picker:
         end = [self.renderer.end_id]
         rows = [Example(p.ids, option + end) for p in prompts for option in p.options]
         lengths = [len(row.input_ids) for row in rows]
-        losses, tokens, _ = self.judge.measure_answers(rows, lengths).unbind(dim=1)
+        losses, tokens, _ = self.model.measure_answers(rows, lengths).unbind(dim=1)
         losses = losses / tokens if self.answer_by == "text_mean" else losses
         parts = losses.split([len(prompt.options) for prompt in prompts])
         return [int(part.argmin()) for part in parts]
 
 
-__all__ = ["ANSWERS", "Picker", "find_letters"]
+__all__ = ["ANSWERS", "ChoiceRanker", "encode_letters"]

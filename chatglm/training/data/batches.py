@@ -14,11 +14,19 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset, Sampler
 
-from chatglm.training.records import Record, RecordFiles, RowProblem
-from chatglm.training.rendering import IGNORED_LABEL, Example
+from chatglm.training.data.records import (
+    Record,
+    RecordFiles,
+    RowProblem,
+    open_records,
+    read_answers,
+)
+from chatglm.training.data.rendering import IGNORED_LABEL, Example, Renderer
+from chatglm.training.settings import Settings
 
 Row = dict[str, list[int]]
-POOL_BATCHES = 50  # sorted at once: enough to waste little, few enough to mix rows
+# So many batches are sorted at once: enough to waste little on padding, few enough to mix rows.
+POOL_BATCHES = 50
 
 
 class Examples(Dataset):
@@ -74,6 +82,15 @@ def _count_tokens(made: Any) -> int:
     return max(map(_count_tokens, made)) if isinstance(made[0], Example) else len(made)
 
 
+def read_examples(paths: Sequence[str], settings: Settings, renderer: Renderer) -> Examples:
+    """Return the rendered answers of some files.
+
+    Raises:
+        ValueError: for files and rows that cannot be used.
+    """
+    return Examples(open_records(paths, read_answers, settings), renderer.render)
+
+
 class Packed(Dataset):
     """Rows of several documents each, as full as they get.
 
@@ -105,7 +122,8 @@ def pack_lengths(lengths: Sequence[int], room: int) -> list[list[int]]:
         room: tokens of a row.
     """
     rows: list[list[int]] = []
-    by_room: dict[int, list[int]] = {}  # rows by the room they have left
+    # The rows that have room left, by the tokens of it.
+    by_room: dict[int, list[int]] = {}
     for document in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
         size = lengths[document]
         left = next((r for r in range(size, room + 1) if by_room.get(r)), None)
@@ -159,7 +177,7 @@ class PaddingCollator:
 
     Args:
         pad_id: the pad token.
-        multiple: columns are a multiple of it, which kernels of half precision like.
+        multiple: columns are a multiple of it, as kernels for float16 and bfloat16 like.
     """
 
     def __init__(self, pad_id: int, multiple: int = 1) -> None:
@@ -238,4 +256,5 @@ __all__ = [
     "find_learned",
     "pack_lengths",
     "pad_rows",
+    "read_examples",
 ]

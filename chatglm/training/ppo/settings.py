@@ -6,7 +6,7 @@ Does not know what is done with them.
 from dataclasses import dataclass, field, fields
 from typing import Any, get_type_hints
 
-from chatglm.training.ppo_math import KL_ESTIMATORS
+from chatglm.training.ppo.math import KL_ESTIMATORS
 from chatglm.training.settings import Settings, coerce, require
 
 
@@ -34,7 +34,7 @@ class PpoSettings(Settings):
         gae_lambda: 0 trusts the value head, 1 the rewards alone.
         kl_coefficient: what a nat of KL from the reference costs, in units of the score; where an
             adaptive one begins.
-        kl_estimator: "k1", "k2" or "k3" (`ppo_math.estimate_kl`).
+        kl_estimator: "k1", "k2" or "k3" (`math.estimate_kl`).
         kl_target: nats of an answer that the coefficient is moved for; 0 keeps it fixed.
         kl_gain: how much it is moved at most, times 0.2.
         update_kl_limit: nats of a token from the policy that sampled, at which the learning from a
@@ -120,7 +120,7 @@ class PpoArguments:
         per_device_train_batch_size: answers that are learned from at once.
         gradient_accumulation_steps: of those, for one optimizer step.
         gradient_checkpointing: save memory for time.
-        bf16, fp16: compute in a half.
+        bf16, fp16: compute in bfloat16 or float16.
         seed: of everything random.
         full_determinism: the same bits every time on a GPU too, but slower.
         logging_steps: steps that share a line of the log.

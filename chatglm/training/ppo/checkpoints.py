@@ -21,8 +21,8 @@ import torch
 from torch import Tensor
 
 from chatglm.training.models import load_policy, save_trained
+from chatglm.training.ppo.value_head import ActorCritic, copy_trained
 from chatglm.training.settings import Settings
-from chatglm.training.value_head import ActorCritic, copy_trained
 
 OPTIMIZER_FILE, STATE_FILE = "optimizer.pt", "trainer_state.json"
 NAME = re.compile(r"checkpoint-(\d+)")
@@ -103,13 +103,16 @@ def read_optimizer(checkpoint: Path, stateful: dict[str, Any]) -> None:
 
 
 def load_policies(
-    settings: Settings, half: torch.dtype | None, checkpoint: Path | None, device: torch.device
+    settings: Settings,
+    compute_dtype: torch.dtype | None,
+    checkpoint: Path | None,
+    device: torch.device,
 ) -> tuple[Any, list[Tensor] | None]:
     """Return the policy to go on with, and what is trained of it as it was in the beginning.
 
     Args:
         settings: of the run.
-        half: the number format that the training computes in, if it is a half.
+        compute_dtype: bfloat16 or float16 if the training computes in it; None for float32.
         checkpoint: to go on from.
         device: where the copies of the beginning are to be.
 
@@ -120,11 +123,11 @@ def load_policies(
     policy = None
     beginning = None
     if checkpoint is None or not is_silent:
-        policy = load_policy(settings, half)
+        policy = load_policy(settings, compute_dtype)
         beginning = None if is_silent else copy_trained(policy, device)
     if checkpoint is not None:
         place = {"adapter" if settings.uses_lora else "model": str(checkpoint)}
-        policy = load_policy(replace(settings, **place), half)
+        policy = load_policy(replace(settings, **place), compute_dtype)
     return policy, beginning
 
 

@@ -25,7 +25,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from chatglm.training.models import find_core
-from chatglm.training.ppo_math import measure_entropy, select_log_probs
+from chatglm.training.ppo.math import measure_entropy, select_log_probs
 
 HEAD_FILE = "value_head.safetensors"
 
@@ -63,7 +63,7 @@ class Answers(NamedTuple):
         return rows[lengths.argsort(stable=True)].split(size)
 
 
-class Judgement(NamedTuple):
+class PolicyOutput(NamedTuple):
     """What a model says about the tokens of answers; undefined for pads.
 
     Attributes:
@@ -99,8 +99,8 @@ class ActorCritic(nn.Module):
         answer_mask: Tensor,
         temperature: float = 1.0,
         needs_entropy: bool = False,
-    ) -> Judgement:
-        """Judge answers.
+    ) -> PolicyOutput:
+        """Return what the policy and its value head say about answers.
 
         Args:
             prompt_ids, prompt_mask, answer_ids, answer_mask: as in `Answers`.
@@ -120,9 +120,9 @@ class ActorCritic(nn.Module):
         entropy = torch.zeros_like(log_probs)
         if needs_entropy:
             entropy = measure_entropy(logits, temperature)
-        return Judgement(log_probs, self._judge_values(hidden_states), entropy)
+        return PolicyOutput(log_probs, self._estimate_values(hidden_states), entropy)
 
-    def _judge_values(self, hidden_states: Tensor) -> Tensor:
+    def _estimate_values(self, hidden_states: Tensor) -> Tensor:
         """Return the values `(B, A)`, in float32 whatever the policy is computed in."""
         with torch.autocast(hidden_states.device.type, enabled=False):
             return self.value_head(hidden_states.float()).squeeze(-1)
@@ -197,4 +197,4 @@ def _exchange(parameters: list[nn.Parameter], values: list[Tensor]) -> None:
         parameter.data = value
 
 
-__all__ = ["ActorCritic", "Answers", "Judgement", "Reference", "copy_trained", "list_trained"]
+__all__ = ["ActorCritic", "Answers", "PolicyOutput", "Reference", "copy_trained", "list_trained"]

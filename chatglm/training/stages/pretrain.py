@@ -15,20 +15,18 @@ from typing import Any
 from torch.utils.data import Dataset
 from transformers import TrainerCallback, TrainingArguments
 
-from chatglm.training.batches import PaddingCollator
+from chatglm.training.data.batches import PaddingCollator
+from chatglm.training.data.records import RecordFiles, open_records, read_texts
+from chatglm.training.data.rendering import Example, Renderer
 from chatglm.training.models import find_core
-from chatglm.training.records import RecordFiles, open_records, read_texts
-from chatglm.training.rendering import Example, Renderer
 from chatglm.training.settings import RowSettings, require
-from chatglm.training.trainer import (
-    ChatTrainer,
-    build_arguments,
-    build_chat_trainer,
-    run_stage,
-)
+from chatglm.training.stage import TrainerStage
+from chatglm.training.trainer import ChatTrainer, build_chat_trainer
 
-MARKERS = 3  # the blank, <sop> and <eop>
-SHORTEST_TEXT = 2  # tokens of a text that something can be taken out of
+# A piece shares the window with three tokens: its blank, <sop> and <eop>.
+MARKERS = 3
+# A text needs as many tokens for something to be left when something is taken out.
+SHORTEST_TEXT = 2
 
 
 @dataclass
@@ -52,10 +50,6 @@ class PretrainSettings(RowSettings):
         require(0 <= self.mask_share <= 1, "mask_share", self.mask_share, "in [0, 1]")
         require(0 < self.span_ratio <= 0.5, "span_ratio", self.span_ratio, "in (0, 0.5]")
         require(0 < self.suffix_ratio <= 1, "suffix_ratio", self.suffix_ratio, "in (0, 1]")
-
-
-SETTINGS = PretrainSettings
-ARGUMENTS = TrainingArguments
 
 
 class Blanks(Dataset):
@@ -138,20 +132,6 @@ class EpochNoter(TrainerCallback):
         self.blanks.epoch = int(state.epoch or 0)
 
 
-def main(settings: PretrainSettings, given: dict[str, Any]) -> dict[str, float]:
-    """Train, and return the figures of the held-out texts.
-
-    Args:
-        settings: ours.
-        given: the keys of `TrainingArguments` that were set.
-
-    Raises:
-        ValueError: for settings, rows or a folder that cannot be used.
-    """
-    arguments = build_arguments(ARGUMENTS, settings, given)
-    return run_stage(build_trainer, settings, given, arguments)
-
-
 def build_trainer(
     model: Any, tokenizer: Any, settings: PretrainSettings, arguments: TrainingArguments
 ) -> ChatTrainer:
@@ -178,3 +158,6 @@ def build_trainer(
     if train is not None:
         trainer.add_callback(EpochNoter(train))
     return trainer
+
+
+STAGE = TrainerStage("pretrain", PretrainSettings, TrainingArguments, build_trainer)

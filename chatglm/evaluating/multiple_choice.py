@@ -14,8 +14,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from chatglm.training.records import Record
-from chatglm.training.subjects import CATEGORIES, CHINESE_NAMES
+from chatglm.evaluating.subjects import CATEGORIES, CHINESE_NAMES
+from chatglm.training.data.records import Record
 
 SPLITS = ("dev", "val", "test")
 SHOTS_SPLIT = "dev"
@@ -211,7 +211,7 @@ def _read_question(source: str, key: str, columns: list[str], row: list[str]) ->
 # Wording
 
 
-class Asker:
+class PromptTemplate:
     """Words the questions of a subject.
 
     Args:
@@ -230,7 +230,7 @@ class Asker:
         name = CHINESE_NAMES.get(subject.name, name) if language == "zh" else name
         self.header = self.wording.header.format(subject=name)
 
-    def ask(self, question: Question) -> str:
+    def format_question(self, question: Question) -> str:
         """Return the text of a question."""
         if not self.lists_options:
             return question.text + self.wording.end
@@ -238,7 +238,7 @@ class Asker:
         listed = "".join(f"\n{letter}. {text}" for letter, text in options)
         return question.text + listed + self.wording.end
 
-    def answer(self, question: Question) -> str:
+    def format_answer(self, question: Question) -> str:
         """Return the text of a question's right answer."""
         if self.lists_options:
             return question.answer
@@ -247,9 +247,9 @@ class Asker:
     def build_record(self, question: Question, shots: int) -> Record:
         """Return a conversation of so many answered questions, and this one."""
         given = self.subject.shots[:shots]
-        texts = [self.ask(item) for item in (*given, question)]
+        texts = [self.format_question(item) for item in (*given, question)]
         texts[0] = self.header + texts[0]
-        history = list(zip(texts, map(self.answer, given)))
+        history = list(zip(texts, map(self.format_answer, given)))
         return Record(question.source, history, texts[-1])
 
 
@@ -296,4 +296,4 @@ def _sum_marks(marks: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     return {"questions": questions, "accuracy": right / questions, "mean_accuracy": mean}
 
 
-__all__ = ["Asker", "Question", "Subject", "mark_subject", "mark_test", "read_subjects"]
+__all__ = ["PromptTemplate", "Question", "Subject", "mark_subject", "mark_test", "read_subjects"]

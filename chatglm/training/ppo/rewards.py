@@ -22,11 +22,12 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
 
 from chatglm.loading import check_model_folder
-from chatglm.training.batches import pad_rows
+from chatglm.training.data.batches import pad_rows
 from chatglm.training.models import ADAPTER_FILE
 
-SCORER = "ForSequenceClassification"  # what the names of classes with scores end in
-SCORER_TASK = "SEQ_CLS"  # what peft calls it
+# The names of classes with scores end so; peft has a name of its own for what they do.
+SCORER = "ForSequenceClassification"
+SCORER_TASK = "SEQ_CLS"
 SPECIAL_IDS = ("pad_token_id", "mask_token_id", "gmask_token_id", "bos_token_id", "eos_token_id")
 TextReward = Callable[[list[str], list[str], list[str]], Sequence[float]]
 
@@ -111,7 +112,8 @@ class RewardFunction:
             scores = self.function(
                 list(sampled.prompts), list(sampled.answers), list(sampled.references)
             )
-        except Exception as error:  # it is somebody else's: say whose, and go no further
+        except Exception as error:
+            # The function is somebody else's: say whose, and go no further.
             raise ValueError(f"{self.name} failed: {type(error).__name__}: {error}") from error
         try:
             values = torch.tensor([float(score) for score in scores], dtype=torch.float32)
@@ -147,7 +149,8 @@ def load_function(entry_point: str) -> RewardFunction:
     try:
         is_file = place.endswith(".py")
         module = _import_file(Path(place)) if is_file else importlib.import_module(place)
-    except Exception as error:  # whatever the code of a module does when it is run
+    except Exception as error:
+        # The code of a module may raise anything when it is run.
         raise ValueError(
             f"reward_function {entry_point}: {place} cannot be imported: {type(error).__name__}: "
             f"{error}"
@@ -166,13 +169,14 @@ def _import_file(path: Path) -> ModuleType:
     spec = importlib.util.spec_from_file_location(name, path)
     assert spec is not None and spec.loader is not None, path
     module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module  # dataclasses and pickles look there
+    # Dataclasses and pickles look for their module there.
+    sys.modules[name] = module
     spec.loader.exec_module(module)
     return module
 
 
 def load_reward_model(
-    folder: str, policy_config: Any, tokenizer: Any, half: torch.dtype | None = None
+    folder: str, policy_config: Any, tokenizer: Any, compute_dtype: torch.dtype | None = None
 ) -> Any:
     """Return the model of a folder of the `reward` stage, a whole one or adapters, frozen.
 
@@ -180,7 +184,7 @@ def load_reward_model(
         folder: of the model or its adapters.
         policy_config: of the model that is to be rewarded.
         tokenizer: of that model.
-        half: the number format of the weights; None is float32.
+        compute_dtype: of the weights; None for float32.
 
     Raises:
         ValueError: if it is no reward model, or its vocabulary is not the policy's.
@@ -194,7 +198,7 @@ def load_reward_model(
     # The head of a whole reward model is its own; below adapters there is none yet.
     options = {"num_labels": 1} if adapter else {}
     scorer: Any = AutoModelForSequenceClassification.from_pretrained(
-        base, trust_remote_code=True, dtype=half or torch.float32, **options
+        base, trust_remote_code=True, dtype=compute_dtype or torch.float32, **options
     )
     if adapter:
         from peft import PeftModel
@@ -227,7 +231,8 @@ def _check_head(folder: Path) -> None:
     names = config.get("architectures") or ["a model of no known class"]
     if not any(name.endswith(SCORER) for name in names):
         _refuse_head(folder, ", ".join(names))
-    labels = config.get("id2label") or {0: "", 1: ""}  # without names, transformers takes two
+    # Without names transformers takes two labels.
+    labels = config.get("id2label") or {0: "", 1: ""}
     if len(labels) != 1:
         _refuse_head(folder, f"a classifier with {len(labels)} scores a row")
 

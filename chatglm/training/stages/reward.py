@@ -20,7 +20,12 @@ import torch
 from torch import Tensor
 from transformers.trainer_utils import EvalPrediction
 
-from chatglm.training.alignment import (
+from chatglm.training.data.batches import Examples, pad_rows
+from chatglm.training.data.rendering import Renderer
+from chatglm.training.models import find_prompt_format, load_scorer
+from chatglm.training.settings import KeyProblem, RowSettings
+from chatglm.training.stage import TrainerStage
+from chatglm.training.stages.trl_stages import (
     AlignmentTrainer,
     build_trainer,
     build_trl_arguments,
@@ -28,17 +33,14 @@ from chatglm.training.alignment import (
     read_pair_rows,
     write_rows,
 )
-from chatglm.training.batches import Examples, pad_rows
-from chatglm.training.models import find_prompt_format, load_scorer, load_tokenizer
-from chatglm.training.rendering import Renderer
-from chatglm.training.settings import KeyProblem, RowSettings
-from chatglm.training.trainer import find_half, prepare_output, run_trainer
+from chatglm.training.trainer import write_outputs
 
 with importing_trl():
     from trl import RewardConfig, RewardTrainer  # pyright: ignore[reportPrivateImportUsage]
 
 PAIRS_FILE = "pairs.json"
-ROWS = "rows"  # what a batch calls the numbers of its pairs
+# The key under which a batch has the index of each of its pairs in the data.
+INDICES = "rows"
 FULL_RATE, LORA_RATE = 1e-5, 1e-4
 
 
@@ -46,33 +48,17 @@ FULL_RATE, LORA_RATE = 1e-5, 1e-4
 class RewardSettings(RowSettings):
     """What the training of a reward model can be told: nothing but what every stage can."""
 
+    def check(self) -> None:
+        """Refuse questions to a model that gives scores.
 
-SETTINGS = RewardSettings
-ARGUMENTS = RewardConfig
-
-
-def main(settings: RewardSettings, given: dict[str, Any]) -> dict[str, float]:
-    """Train, and return the figures of the held-out pairs.
-
-    Args:
-        settings: ours.
-        given: the keys of `RewardConfig` that were set.
-
-    Raises:
-        ValueError: for settings, rows or a folder that cannot be used.
-    """
-    if settings.sample_prompts:
-        raise KeyProblem("sample_prompts cannot be answered by a reward model: leave the key out")
-    rate = LORA_RATE if settings.uses_lora else FULL_RATE
-    arguments = build_trl_arguments(ARGUMENTS, settings, given, max_length=None, learning_rate=rate)
-    checkpoint = prepare_output(settings, given)
-    trainer = build_reward_trainer(
-        load_scorer(settings, find_half(arguments)), load_tokenizer(settings), settings, arguments
-    )
-    figures = run_trainer(trainer, settings, checkpoint)
-    if trainer.is_world_process_zero():
-        trainer.write_pairs(Path(settings.output))
-    return figures
+        Raises:
+            KeyProblem: as every stage's, or for `sample_prompts`.
+        """
+        super().check()
+        if self.sample_prompts:
+            raise KeyProblem(
+                "sample_prompts cannot be answered by a reward model: leave the key out"
+            )
 
 
 def build_reward_trainer(
@@ -121,11 +107,11 @@ class PairCollator:
         self.pad_id, self.multiple = pad_id, multiple or 1
 
     def __call__(self, pairs: Sequence[dict[str, Any]]) -> dict[str, Tensor]:
-        """Return `input_ids` and `attention_mask` `(2 B, S)`, and the pairs' numbers `(B,)`."""
+        """Return `input_ids` and `attention_mask` `(2 B, S)`, and the pairs' indices `(B,)`."""
         rows = [pair[key] for key in ("chosen_ids", "rejected_ids") for pair in pairs]
         input_ids, attention_mask = pad_rows(rows, self.pad_id, self.multiple)
-        numbers = torch.tensor([pair["row"] for pair in pairs])
-        return {"input_ids": input_ids, "attention_mask": attention_mask, ROWS: numbers}
+        indices = torch.tensor([pair["row"] for pair in pairs])
+        return {"input_ids": input_ids, "attention_mask": attention_mask, INDICES: indices}
 
 
 class PairTrainer(AlignmentTrainer, RewardTrainer):
@@ -133,8 +119,8 @@ class PairTrainer(AlignmentTrainer, RewardTrainer):
 
     def compute_loss(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
         """Return the loss of a batch of pairs, with the outputs if they are asked for."""
-        rows = {key: value for key, value in inputs.items() if key != ROWS}
-        return super().compute_loss(model, rows, *args, **kwargs)
+        batch = {key: value for key, value in inputs.items() if key != INDICES}
+        return super().compute_loss(model, batch, *args, **kwargs)
 
     def prediction_step(
         self,
@@ -143,14 +129,14 @@ class PairTrainer(AlignmentTrainer, RewardTrainer):
         prediction_loss_only: bool,
         ignore_keys: list[str] | None = None,
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        """Return the loss, the scores `(B, 2)`, better first, and the pairs' numbers `(B,)`."""
+        """Return the loss, the scores `(B, 2)`, better first, and the pairs' indices `(B,)`."""
         inputs = self._prepare_inputs(inputs)
         with torch.no_grad(), self.compute_loss_context_manager():
             loss, outputs = self.compute_loss(model, inputs, return_outputs=True)
         if prediction_loss_only:
             return loss.detach(), None, None
         scores = torch.stack(outputs.logits.squeeze(-1).float().chunk(2), dim=1)
-        return loss.detach(), scores, inputs[ROWS]
+        return loss.detach(), scores, inputs[INDICES]
 
     def write_pairs(self, folder: Path) -> None:
         """Write what the last look at the held-out pairs showed, if there was one."""
@@ -177,11 +163,11 @@ class PairFigures:
         self.summary: dict[str, Any] | None = None
 
     def __call__(self, prediction: EvalPrediction) -> dict[str, float]:
-        """Return the figures of scores `(N, 2)` of the pairs with the numbers `(N,)`."""
-        numbers = np.asarray(prediction.label_ids)
+        """Return the figures of scores `(N, 2)` of the pairs with the indices `(N,)`."""
+        indices = np.asarray(prediction.label_ids)
         scores = np.asarray(prediction.predictions)
-        kinds = [self.kinds[number] for number in numbers]
-        summary = summarize_pairs(scores, self.lengths[numbers], kinds)
+        kinds = [self.kinds[index] for index in indices]
+        summary = summarize_pairs(scores, self.lengths[indices], kinds)
         self.summary = summary
         by_kind = {f"pair_accuracy/{k}": s["accuracy"] for k, s in summary["kinds"].items()}
         return {
@@ -224,3 +210,23 @@ def share_of_wins(values: np.ndarray) -> float:
     """Return how often the first of two values `(N, 2)` is the greater one; a tie is half a win."""
     first, second = values[:, 0], values[:, 1]
     return float(((first > second) + 0.5 * (first == second)).mean())
+
+
+def write_scorer(trainer: Any, settings: RewardSettings) -> None:
+    """Write the reward model, and the figures of held-out pairs beside it."""
+    write_outputs(trainer, settings)
+    if trainer.is_world_process_zero():
+        trainer.write_pairs(Path(settings.output))
+
+
+STAGE = TrainerStage(
+    "reward",
+    RewardSettings,
+    RewardConfig,
+    build_reward_trainer,
+    build_arguments=build_trl_arguments,
+    defaults={"max_length": None, "learning_rate": FULL_RATE},
+    lora_defaults={"learning_rate": LORA_RATE},
+    load_model=load_scorer,
+    write=write_scorer,
+)

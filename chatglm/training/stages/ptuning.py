@@ -17,18 +17,14 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import TrainingArguments
 
-from chatglm.training.models import find_base, load_policy, load_tokenizer
+from chatglm.training.models import find_base, load_policy
 from chatglm.training.settings import KeyProblem, require
-from chatglm.training.sft import SftSettings
-from chatglm.training.sft import build_trainer as build_sft_trainer
-from chatglm.training.trainer import (
-    build_arguments,
-    find_half,
-    prepare_output,
-    train_and_evaluate,
-)
+from chatglm.training.stage import TrainerStage
+from chatglm.training.stages.sft import SftSettings
+from chatglm.training.stages.sft import build_trainer as build_sft_trainer
 
-LEARNING_RATE = 2e-2  # of the official script
+# The official script starts from this rate.
+LEARNING_RATE = 2e-2
 PREFIX_NAME = "transformer.prefix_encoder."
 PEFT_FOLDER = "peft"
 
@@ -53,37 +49,18 @@ class PtuningSettings(SftSettings):
             raise KeyProblem("lora_rank and adapter do not go with a prefix: use the stage sft")
 
 
-SETTINGS = PtuningSettings
-ARGUMENTS = TrainingArguments
-
-
-def main(settings: PtuningSettings, given: dict[str, Any]) -> dict[str, float]:
-    """Train a prefix, and return the figures of the held-out rows.
-
-    Args:
-        settings: ours.
-        given: the keys of `TrainingArguments` that were set.
-
-    Raises:
-        ValueError: for settings, rows or a folder that cannot be used.
-    """
-    arguments = build_arguments(ARGUMENTS, settings, given, learning_rate=LEARNING_RATE)
-    checkpoint = prepare_output(settings, given)
-    tokenizer = load_tokenizer(settings)
-    model = load_prefixed(settings, find_half(arguments))
-    trainer = build_sft_trainer(model, tokenizer, settings, arguments)
-    figures = train_and_evaluate(trainer, settings, checkpoint)
-    if trainer.is_world_process_zero():
-        save_prefix(trainer.accelerator.unwrap_model(trainer.model), settings)
-    return figures
-
-
-def load_prefixed(settings: PtuningSettings, half: torch.dtype | None) -> Any:
+def load_prefixed(settings: PtuningSettings, compute_dtype: torch.dtype | None) -> Any:
     """Return the model with a new prefix in float32, the only thing that is trained."""
     fields = {name: getattr(settings, name) for name in ("pre_seq_len", "prefix_projection")}
-    model = load_policy(settings, half, **fields)
+    model = load_policy(settings, compute_dtype, **fields)
     model.transformer.prefix_encoder.float()
     return model
+
+
+def write_prefix(trainer: Any, settings: PtuningSettings) -> None:
+    """Write the trained prefix, from one process."""
+    if trainer.is_world_process_zero():
+        save_prefix(trainer.accelerator.unwrap_model(trainer.model), settings)
 
 
 def save_prefix(model: Any, settings: PtuningSettings) -> None:
@@ -130,3 +107,14 @@ def compute_states(model: Any) -> Tensor:
     encoder = model.transformer.prefix_encoder
     states = encoder.embedding.weight
     return (encoder.trans(states) if encoder.prefix_projection else states).float().cpu()
+
+
+STAGE = TrainerStage(
+    "ptuning",
+    PtuningSettings,
+    TrainingArguments,
+    build_sft_trainer,
+    defaults={"learning_rate": LEARNING_RATE},
+    load_model=load_prefixed,
+    write=write_prefix,
+)

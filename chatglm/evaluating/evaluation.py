@@ -18,17 +18,24 @@ import numpy as np
 from transformers import set_seed
 from transformers.trainer_utils import EvalPrediction
 
+from chatglm.evaluating import metrics
+from chatglm.evaluating.multiple_choice import (
+    SPLITS,
+    WORDINGS,
+    mark_subject,
+    mark_test,
+    read_subjects,
+)
+from chatglm.evaluating.ranking import ANSWERS, ChoiceRanker
+from chatglm.evaluating.scoring import BatchedModel
 from chatglm.loading import choose_device, choose_dtype
-from chatglm.training import metrics
-from chatglm.training.batches import Examples
-from chatglm.training.choices import SPLITS, WORDINGS, mark_subject, mark_test, read_subjects
+from chatglm.training.data.batches import Examples
+from chatglm.training.data.records import RecordFiles, open_records, read_answers
+from chatglm.training.data.rendering import Renderer
 from chatglm.training.models import ADAPTER_FILE, find_core, load_policy, load_tokenizer
-from chatglm.training.picking import ANSWERS, Picker
 from chatglm.training.prefixes import load_with_prefix
-from chatglm.training.records import RecordFiles, open_records, read_answers
-from chatglm.training.rendering import Renderer
-from chatglm.training.scoring import Judge
 from chatglm.training.settings import Settings, require
+from chatglm.training.stage import Stage
 from chatglm.training.trainer import prepare_output, summarize_losses
 
 RESULT_FILE = "eval.json"
@@ -105,7 +112,7 @@ class EvalArguments:
     """No keys of a library: all are in `EvalSettings`."""
 
 
-class Asked:
+class EvaluatedModel:
     """A model that is evaluated, and what goes with it.
 
     Args:
@@ -122,7 +129,7 @@ class Asked:
             find_core(model), self.tokenizer, settings.max_length, settings.long_rows
         )
         batch_size = settings.per_device_eval_batch_size
-        self.judge = Judge(model, self.renderer.pad_id, batch_size)
+        self.model = BatchedModel(model, self.renderer.pad_id, batch_size)
 
 
 class Perplexity:
@@ -138,14 +145,14 @@ class Perplexity:
     def __init__(self, settings: EvalSettings) -> None:
         self.records = read_records(settings)
 
-    def measure(self, asked: Asked) -> dict[str, Any]:
+    def measure(self, evaluated: EvaluatedModel) -> dict[str, Any]:
         """Return loss, perplexity and accuracy over all tokens of answers, and for each file.
 
         Raises:
             ValueError: for rows that are too long, or scores that are no numbers.
         """
-        examples = Examples(self.records, asked.renderer.render)
-        measured = asked.judge.measure_answers(examples, examples.lengths).numpy()
+        examples = Examples(self.records, evaluated.renderer.render)
+        measured = evaluated.model.measure_answers(examples, examples.lengths).numpy()
         sources = np.array([self.records[i].source.rpartition(":")[0] for i in examples.kept])
         files = {
             file: summarize_rows(measured[sources == file])
@@ -171,19 +178,19 @@ class Generation:
         self.settings = settings
         self.records = read_records(settings)
 
-    def measure(self, asked: Asked) -> dict[str, Any]:
+    def measure(self, evaluated: EvaluatedModel) -> dict[str, Any]:
         """Write the answers beside those of the rows, and return their scores.
 
         Raises:
             ValueError: for rows that are too long.
         """
-        room, renderer = self.settings.max_new_tokens, asked.renderer
+        room, renderer = self.settings.max_new_tokens, evaluated.renderer
         prompts = Examples(self.records, lambda record: renderer.render_prompt(record, room))
         set_seed(self.settings.seed)
         options = build_options(self.settings, renderer.pad_id)
-        answers = asked.judge.generate([prompts[i] for i in range(len(prompts))], options)
+        answers = evaluated.model.generate([prompts[i] for i in range(len(prompts))], options)
         labels = [renderer.encode_text(self.records[i].answer) for i in prompts.kept]
-        pairs = list(zip(_decode(asked, answers), _decode(asked, labels)))
+        pairs = list(zip(_decode(evaluated, answers), _decode(evaluated, labels)))
         self._write(pairs)
         empty = sum(not prediction for prediction, _ in pairs)
         skipped = self.records.num_skipped + prompts.num_skipped
@@ -220,7 +227,7 @@ class Choices:
             settings.bad_rows == "skip",
         )
 
-    def measure(self, asked: Asked) -> dict[str, Any]:
+    def measure(self, evaluated: EvaluatedModel) -> dict[str, Any]:
         """Write the picked letters, and return the marks of all, of categories and of subjects.
 
         Raises:
@@ -228,11 +235,13 @@ class Choices:
                 that are no numbers.
         """
         settings = self.settings
-        picker = Picker(asked.renderer, asked.judge, settings.answer_by, settings.language)
+        ranker = ChoiceRanker(
+            evaluated.renderer, evaluated.model, settings.answer_by, settings.language
+        )
         marks: dict[str, dict[str, Any]] = {}
         submission: dict[str, dict[str, str]] = {}
         for subject in self.subjects:
-            picked, shots = picker.answer(subject)
+            picked, shots = ranker.answer(subject)
             pairs = zip(subject.questions, picked)
             submission[subject.name] = {q.key: letter for q, letter in pairs if letter}
             counts = {"shots": shots, "skipped": picked.count("")}
@@ -242,8 +251,6 @@ class Choices:
 
 
 TASKS = {"perplexity": Perplexity, "choices": Choices, "generation": Generation}
-SETTINGS = EvalSettings
-ARGUMENTS = EvalArguments
 
 
 def main(settings: EvalSettings, given: dict[str, Any]) -> dict[str, Any]:
@@ -259,7 +266,7 @@ def main(settings: EvalSettings, given: dict[str, Any]) -> dict[str, Any]:
     """
     task = TASKS[settings.task](settings)
     prepare_output(settings, given)
-    figures = {"task": settings.task, **task.measure(Asked(settings))}
+    figures = {"task": settings.task, **task.measure(EvaluatedModel(settings))}
     _write_json(figures, Path(settings.output) / RESULT_FILE)
     return figures
 
@@ -285,9 +292,9 @@ def build_options(settings: EvalSettings, pad_id: int) -> dict[str, Any]:
     return {name: getattr(settings, name) for name in names} | drawing | {"pad_token_id": pad_id}
 
 
-def _decode(asked: Asked, rows: Sequence[list[int]]) -> list[str]:
+def _decode(evaluated: EvaluatedModel, rows: Sequence[list[int]]) -> list[str]:
     """Return texts as the official scripts write them: labels go through ids as well."""
-    decode = asked.tokenizer.decode
+    decode = evaluated.tokenizer.decode
     return [decode(row, skip_special_tokens=True).strip() for row in rows]
 
 
@@ -310,4 +317,7 @@ def load_evaluated(settings: EvalSettings) -> Any:
     return model.to(device).eval()
 
 
-__all__ = ["EvalArguments", "EvalSettings", "load_evaluated", "main"]
+STAGE = Stage("eval", EvalSettings, EvalArguments, main)
+
+
+__all__ = ["STAGE", "EvalArguments", "EvalSettings", "load_evaluated", "main"]

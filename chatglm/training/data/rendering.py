@@ -7,10 +7,11 @@ batches or models beyond that.
 
 from typing import Any, NamedTuple
 
-from chatglm.training.records import Record, Rounds, RowProblem
+from chatglm.training.data.records import Record, Rounds, RowProblem
 
 IGNORED_LABEL = -100
-SHORTEST_PROMPT = 8  # tokens that an answer has to leave, its markers among them
+# An answer leaves its prompt as many tokens at least, the markers of the prompt among them.
+SHORTEST_PROMPT = 8
 
 
 class Example(NamedTuple):

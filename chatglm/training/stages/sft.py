@@ -12,17 +12,17 @@ from typing import Any
 
 from transformers import TrainingArguments
 
-from chatglm.training.batches import Examples, Packed, PackingCollator, PaddingCollator
-from chatglm.training.models import find_core
-from chatglm.training.records import open_records, read_answers
-from chatglm.training.rendering import Renderer
-from chatglm.training.settings import RowSettings, Settings
-from chatglm.training.trainer import (
-    ChatTrainer,
-    build_arguments,
-    build_chat_trainer,
-    run_stage,
+from chatglm.training.data.batches import (
+    Packed,
+    PackingCollator,
+    PaddingCollator,
+    read_examples,
 )
+from chatglm.training.data.rendering import Renderer
+from chatglm.training.models import find_core
+from chatglm.training.settings import RowSettings
+from chatglm.training.stage import TrainerStage
+from chatglm.training.trainer import ChatTrainer, build_chat_trainer
 
 PAD_MULTIPLE = 8
 
@@ -36,24 +36,6 @@ class SftSettings(RowSettings):
     """
 
     packing: bool = False
-
-
-SETTINGS = SftSettings
-ARGUMENTS = TrainingArguments
-
-
-def main(settings: SftSettings, given: dict[str, Any]) -> dict[str, float]:
-    """Train, and return the figures of the held-out rows.
-
-    Args:
-        settings: ours.
-        given: the keys of `TrainingArguments` that were set.
-
-    Raises:
-        ValueError: for settings, rows or a folder that cannot be used.
-    """
-    arguments = build_arguments(ARGUMENTS, settings, given)
-    return run_stage(build_trainer, settings, given, arguments)
 
 
 def build_trainer(
@@ -73,7 +55,4 @@ def build_trainer(
     return build_chat_trainer(model, tokenizer, arguments, (train, held_out), collator)
 
 
-def read_examples(paths: list[str], settings: Settings, renderer: Renderer) -> Examples:
-    """Return the rows of files that hold answers."""
-    records = open_records(paths, read_answers, settings)
-    return Examples(records, renderer.render)
+STAGE = TrainerStage("sft", SftSettings, TrainingArguments, build_trainer)
