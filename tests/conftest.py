@@ -19,6 +19,7 @@ from importlib.machinery import ModuleSpec
 from pathlib import Path
 from typing import Any
 
+import forking
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -65,6 +66,31 @@ MODEL_FILES = (
     "tokenization_chatglm.py",
 )
 TOKENIZER_FILES = ("ice_text.model", "tokenizer_config.json", "chat_template.jinja")
+# What nearly all commands import of the libraries, and takes seconds.
+LIBRARIES = (
+    "transformers:AutoModelForCausalLM",
+    "transformers:AutoTokenizer",
+    "transformers:Trainer",
+    "matplotlib.pyplot",
+)
+# A file is run by one process as a whole: with these begun last, the others would wait for it.
+LONGEST_FIRST = (
+    "training/test_sft.py",
+    "training/test_ppo.py",
+    "e2e/test_readme.py",
+    "e2e/test_training_docs.py",
+    "benchmarks/test_bench_generate.py",
+    "training/test_dpo.py",
+    "training/test_grpo.py",
+    "unit/test_fewer_passes.py",
+    "e2e/test_quantize_command.py",
+    "unit/test_quantization_cpu.py",
+    "unit/test_packing.py",
+    "e2e/test_cli.py",
+    "training/test_distributed.py",
+    "contract/test_decoding_steps.py",
+    "property/test_tokenizer_property.py",
+)
 REPO_SIZES = {
     "vocab_size": 8192,
     "hidden_size": 32,
@@ -72,6 +98,15 @@ REPO_SIZES = {
     "num_attention_heads": 2,
     "inner_hidden_size": 64,
 }
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Begin with the longest files."""
+    places = {ROOT / "tests" / name: place for place, name in enumerate(LONGEST_FIRST)}
+    missing = [str(path) for path in places if not path.is_file()]
+    if missing:
+        raise pytest.UsageError(f"LONGEST_FIRST in {__file__} names {missing}, which is not there")
+    items.sort(key=lambda item: places.get(item.path, len(places)))
 
 
 def build_model(
@@ -116,6 +151,27 @@ def tiny_repo(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for name in (*MODEL_FILES, *TOKENIZER_FILES, "generation_config.json"):
         shutil.copy(ROOT / name, folder)
     return folder
+
+
+@pytest.fixture(scope="session")
+def quick_python() -> Iterator[str]:
+    """A Python that runs a command without importing the libraries first: see `forking`."""
+    if not forking.IS_SUPPORTED:
+        yield sys.executable
+        return
+    server = forking.ForkServer(LIBRARIES)
+    yield server.executable
+    server.close()
+
+
+@pytest.fixture
+def pictures(monkeypatch: pytest.MonkeyPatch) -> dict[Path, list[Any]]:
+    """Keep what curves would be drawn of, by path: drawing takes longer than a tiny training."""
+    kept: dict[Path, list[Any]] = {}
+    for module in ("progress", "run_log"):
+        name = f"chatglm.training.{module}.draw_curves"
+        monkeypatch.setattr(name, lambda history, path: kept.update({path: list(history)}))
+    return kept
 
 
 @pytest.fixture

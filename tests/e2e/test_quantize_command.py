@@ -40,9 +40,9 @@ pytestmark = pytest.mark.skipif(
 )
 
 
-def run(*words: str) -> "subprocess.CompletedProcess[str]":
+def run(python: str, *words: str) -> "subprocess.CompletedProcess[str]":
     return subprocess.run(
-        [sys.executable, *words],
+        [python, *words],
         cwd=ROOT,
         env=os.environ | {"OMP_NUM_THREADS": "1"},
         capture_output=True,
@@ -55,7 +55,7 @@ def test_a_quantized_folder_chats(
 ) -> None:
     folder = tmp_path / "int4"
     options = ["--bits", "4", "--group-size", "32", "--embeddings"]
-    done = run("-m", "chatglm", "quantize", str(ROOT), str(folder), *options)
+    done = run(sys.executable, "-m", "chatglm", "quantize", str(ROOT), str(folder), *options)
     assert (done.returncode, done.stderr) == (0, "")
     assert done.stdout == f"{folder}: 4 bits, 5 MB\n"
     assert (folder / "model.safetensors").stat().st_size < 5 * 10**6  # of 17 MB, 4.5 bits a weight
@@ -68,11 +68,14 @@ def test_a_quantized_folder_chats(
 
 @pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="needs a Unix signal")
 def test_a_killed_command_is_resumed(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    quick_python: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     """The third shard was complete, but not recorded: it is made again, the two before are kept."""
     command = ["quantize", str(ROOT), str(tmp_path / "int8"), "--bits", "8"]
-    assert run("-c", KILLED, *command).returncode == -signal.SIGKILL
+    assert run(quick_python, "-c", KILLED, *command).returncode == -signal.SIGKILL
     assert not (tmp_path / "int8").exists()
     left = {p.name: p.stat().st_mtime_ns for p in (tmp_path / "int8.part").glob("*.safetensors")}
     assert [name[:11] for name in sorted(left)] == ["model-00001", "model-00002", "model-00003"]

@@ -173,8 +173,8 @@ def make_ptuning_checkpoint(folder: Path) -> None:
 class Session:
     """One shell and one Python, as a reader has them open in the clone."""
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
+    def __init__(self, folder: Path, python: str) -> None:
+        self.folder, self.python = folder, python
         self.names: dict[str, Any] = {}
         self.num_run = 0
         self.outputs: dict[str, str] = {}
@@ -186,10 +186,10 @@ class Session:
             self.num_run += 1
         return self.names
 
-    def run_shell(self, command: str) -> str:
-        """Run a command line once, with this Python in the place of .venv's; return its output."""
+    def run_shell(self, command: str, python: str | None = None) -> str:
+        """Run a command line once, with a Python in the place of .venv's; return its output."""
         if command not in self.outputs:
-            line = command.replace(".venv/bin/python", shlex.quote(sys.executable))
+            line = command.replace(".venv/bin/python", shlex.quote(python or self.python))
             done = subprocess.run(
                 ["sh", "-c", line], cwd=self.folder, capture_output=True, encoding="utf-8"
             )
@@ -199,7 +199,7 @@ class Session:
 
 
 @pytest.fixture(scope="module")
-def session(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Session]:
+def session(quick_python: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Session]:
     base = tmp_path_factory.mktemp("readme")
     for name in ("clone", "chatglm-6b", "ptuning"):
         (base / name).mkdir()
@@ -212,7 +212,7 @@ def session(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Session]:
         patch.setenv("OMP_NUM_THREADS", "1")
         patch.chdir(base / "clone")
         torch.manual_seed(0)
-        yield Session(base / "clone")
+        yield Session(base / "clone", quick_python)
 
 
 # What must be so after each Python block
@@ -368,7 +368,7 @@ def test_make_goals(command: str) -> None:
 
 def test_a_piped_question_is_answered(session: Session) -> None:
     (command,) = commands_with("--greedy")
-    output = session.run_shell(command)
+    output = session.run_shell(command, sys.executable)  # the one that imports all by itself
     tokenizer = AutoTokenizer.from_pretrained(".", trust_remote_code=True)
     model = AutoModel.from_pretrained(".", trust_remote_code=True).float()
     answer, _ = model.chat(tokenizer, "你好", do_sample=False, max_new_tokens=64)

@@ -7,12 +7,14 @@ import shlex
 import shutil
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 from conftest import ROOT
 
 from chatglm.cli import main
 from chatglm.training.estimate import report
+from chatglm.training.progress import draw_curves
 
 pytest.importorskip("trl", reason="the stages on trl need it")
 # Transformers 5.23 has new names for checkpointing; trl and peft still say the old ones.
@@ -84,7 +86,10 @@ def run(command: str, monkeypatch: pytest.MonkeyPatch) -> int:
 
 
 def test_every_command_of_the_page_runs_behind_the_ones_before_it(
-    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    folder: Path,
+    pictures: dict[Path, list[Any]],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     assert len(COMMANDS) >= 15
     for command in COMMANDS:
@@ -95,6 +100,12 @@ def test_every_command_of_the_page_runs_behind_the_ones_before_it(
         (folder / "out/sft_official").glob("pytorch_model-*.bin")
     )
     assert json.loads((folder / "out/eval_choices/eval.json").read_text())
+    trained = {line.split(" --output ")[1].split()[0] for line in COMMANDS if " train " in line}
+    trained = {name for name in trained if "eval" not in name}
+    assert {str(path.parent) for path in pictures} == trained
+    path = max(pictures, key=lambda path: len(set().union(*pictures[path])))
+    draw_curves(pictures[path], path)  # the one with the most figures; the others are drawn alike
+    assert path.read_bytes().startswith(b"\x89PNG")
     assert (folder / "out/eval_generation/generated_predictions.txt").read_text().count("\n") == 4
 
 

@@ -4,7 +4,6 @@ import json
 import os
 import signal
 import subprocess
-import sys
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -84,11 +83,11 @@ def train(stage: str, repo: Path, data: Path, output: Path, **keys: Any) -> None
         assert main(words(stage, repo, data, output, **keys)) == 0
 
 
-def run_until_killed(command: list[str], step: int) -> None:
+def run_until_killed(python: str, command: list[str], step: int) -> None:
     """Run a command line in a process of its own, which is killed behind a step."""
     env = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": str(torch.get_num_threads())}
     script = KILLED_RUN.format(step=step)
-    done = subprocess.run([sys.executable, "-c", script, *command], env=env, capture_output=True)
+    done = subprocess.run([python, "-c", script, *command], env=env, capture_output=True)
     assert done.returncode == -signal.SIGKILL, done.stderr.decode()
 
 

@@ -9,7 +9,6 @@ import importlib.util
 import json
 import os
 import subprocess
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -56,19 +55,20 @@ def one(keys: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def two(keys: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
+def two(quick_python: str, keys: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Train in two processes."""
     output = tmp_path_factory.mktemp("two") / "sft"
-    done = run([*TORCHRUN, *TRAIN_SFT, *keys, *ROWS, "--output", str(output)])
+    done = run(quick_python, [*TORCHRUN, *TRAIN_SFT, *keys, *ROWS, "--output", str(output)])
     assert done.stdout.count("{}") == 1  # one process speaks
     return output
 
 
-def run(words: list[str], is_killed: bool = False) -> subprocess.CompletedProcess[str]:
-    """Run a module of this Python."""
+def run(python: str, words: list[str], is_killed: bool = False) -> subprocess.CompletedProcess[str]:
+    """Run a module of a Python, which a launcher starts its processes with too."""
     variables = {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "DS_ACCELERATOR": "cpu"}
+    variables |= {"PYTHON_EXEC": python}
     done = subprocess.run(
-        [sys.executable, "-m", *words],
+        [python, "-m", *words],
         cwd=ROOT,
         env=os.environ | variables,
         capture_output=True,
@@ -108,7 +108,10 @@ def test_two_processes_train_as_one(one: Path, two: Path) -> None:
 
 @pytest.fixture(scope="module")
 def dead(
-    tiny_repo: Path, keys: list[str], tmp_path_factory: pytest.TempPathFactory
+    quick_python: str,
+    tiny_repo: Path,
+    keys: list[str],
+    tmp_path_factory: pytest.TempPathFactory,
 ) -> tuple[Path, dict[str, Any]]:
     """Let accelerate start two processes that try FSDP2, then train until one is killed."""
     folder = tmp_path_factory.mktemp("dead")
@@ -121,7 +124,7 @@ def dead(
     words += ["fsdp2", str(tiny_repo), str(folder / "found.json"), "then"]
     words += ["refuse", str(folder / "refused"), *keys, *ROWS, "--output", str(tiny_repo), "then"]
     words += ["die", str(DEAD_AFTER), *keys, *ROWS, "--output", str(folder / "sft")]
-    done = run(words, is_killed=True)
+    done = run(quick_python, words, is_killed=True)
     assert "exitcode: -9" in done.stderr
     return folder / "sft", json.loads((folder / "found.json").read_text())
 
@@ -151,11 +154,12 @@ def test_what_was_in_parts_is_a_model_folder(
 
 @pytest.mark.slow
 def test_a_killed_run_goes_on_as_if_nothing_had_been(
-    two: Path, dead: tuple[Path, dict[str, Any]], keys: list[str]
+    quick_python: str, two: Path, dead: tuple[Path, dict[str, Any]], keys: list[str]
 ) -> None:
     output = dead[0]
     assert (output / "checkpoint-2").is_dir() and not (output / "model.safetensors").exists()
-    run([*TORCHRUN, *TRAIN_SFT, *keys, *ROWS, "--output", str(output), "--resume"])
+    words = [*keys, *ROWS, "--output", str(output), "--resume"]
+    run(quick_python, [*TORCHRUN, *TRAIN_SFT, *words])
     assert largest_difference(two, output) == 0
     assert read_losses(output) == read_losses(two)
 
@@ -176,7 +180,7 @@ def test_a_full_folder_stops_all_processes_for_one_reason(
 )
 @pytest.mark.parametrize("name", ["zero2", "zero3", "zero2_offload", "zero3_offload"])
 def test_deepspeed_trains_as_one_process(
-    name: str, one: Path, keys: list[str], tmp_path: Path
+    quick_python: str, name: str, one: Path, keys: list[str], tmp_path: Path
 ) -> None:
     config = json.loads((CONFIGS / "deepspeed" / f"{name}.json").read_text())
     for part in ("offload_optimizer", "offload_param"):
@@ -186,7 +190,7 @@ def test_deepspeed_trains_as_one_process(
     file.write_text(json.dumps(config))
     output = tmp_path / "sft"
     words = [*keys, *ROWS, "--output", str(output), "--deepspeed", str(file)]
-    run([*TORCHRUN, str(WORKER), "zero", *words])
+    run(quick_python, [*TORCHRUN, str(WORKER), "zero", *words])
     assert read_losses(output) == pytest.approx(read_losses(one), abs=1e-4)
     assert largest_difference(one, output) < 1e-4
 

@@ -186,9 +186,12 @@ def test_preferences_are_learned_and_loaded_again(
 
 
 @pytest.mark.slow
-def test_a_killed_run_goes_on_bit_for_bit(tiny_repo: Path, data: Path, tmp_path: Path) -> None:
+def test_a_killed_run_goes_on_bit_for_bit(
+    quick_python: str, tiny_repo: Path, data: Path, tmp_path: Path
+) -> None:
     keys = {"lora_rank": 4, "max_steps": 4, "save_steps": 2, "lora_dropout": 0.1}
-    run_until_killed(words("dpo", tiny_repo, data, tmp_path / "cut", **keys), step=3)
+    command = words("dpo", tiny_repo, data, tmp_path / "cut", **keys)
+    run_until_killed(quick_python, command, step=3)
     assert (tmp_path / "cut" / "checkpoint-2").is_dir()
     train("dpo", tiny_repo, data, tmp_path / "cut", resume=True, **keys)
     train("dpo", tiny_repo, data, tmp_path / "whole", **keys)

@@ -4,7 +4,6 @@ import itertools
 import json
 import re
 import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -326,7 +325,7 @@ def test_a_value_of_another_type_is_refused() -> None:
         read_job({"max_length": "long"}, read_shape(PRESET))
 
 
-def test_the_module_runs_by_itself() -> None:
-    command = [sys.executable, "-m", "chatglm.training.planning", str(PRESET), "--lora_rank", "8"]
+def test_the_module_runs_by_itself(quick_python: str) -> None:
+    command = [quick_python, "-m", "chatglm.training.planning", str(PRESET), "--lora_rank", "8"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
     assert "LoRA of rank 8" in done.stdout

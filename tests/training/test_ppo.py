@@ -5,7 +5,6 @@ import os
 import shutil
 import signal
 import subprocess
-import sys
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -409,10 +408,12 @@ ppo.main(*read_settings(ppo.PpoSettings, ppo.PpoArguments, words))
 """
 
 
-def start_killed_run(place: str, number: int, words: list[str]) -> subprocess.Popen[str]:
+def start_killed_run(
+    python: str, place: str, number: int, words: list[str]
+) -> subprocess.Popen[str]:
     variables = os.environ | {"OMP_NUM_THREADS": str(torch.get_num_threads())}
     return subprocess.Popen(
-        [sys.executable, "-c", KILLED_RUN, place, str(number), *words],
+        [python, "-c", KILLED_RUN, place, str(number), *words],
         cwd=ROOT,
         env=variables,
         stderr=subprocess.PIPE,
@@ -438,7 +439,7 @@ def assert_same_bits(output: Path, expected: Path) -> None:
 
 
 @pytest.mark.slow
-def test_a_killed_run_goes_on_bit_for_bit(tiny_repo: Path, folder: Path) -> None:
+def test_a_killed_run_goes_on_bit_for_bit(quick_python: str, tiny_repo: Path, folder: Path) -> None:
     keys = {
         "ptx_data": folder / "prompts.jsonl",
         "eval_data": folder / "prompts.jsonl",
@@ -455,7 +456,10 @@ def test_a_killed_run_goes_on_bit_for_bit(tiny_repo: Path, folder: Path) -> None
     cases = {"full": ("writing", 2, {}), "lora": ("learning", 7, {"lora_rank": 2})}
     killed = {
         name: start_killed_run(
-            place, number, make_words(tiny_repo, folder, f"killed-{name}", **keys, **more)
+            quick_python,
+            place,
+            number,
+            make_words(tiny_repo, folder, f"killed-{name}", **keys, **more),
         )
         for name, (place, number, more) in cases.items()
     }
@@ -775,7 +779,7 @@ trainer.log.close()
 
 
 @pytest.mark.slow
-def test_two_processes_learn_as_one(tiny_repo: Path, folder: Path) -> None:
+def test_two_processes_learn_as_one(quick_python: str, tiny_repo: Path, folder: Path) -> None:
     trainer = build_trainer(tiny_repo, folder, "one", max_new_tokens=9)
     trainer.actor.value_head.weight.data.fill_(0.1)
     trainer.run.seed(0)
@@ -792,8 +796,9 @@ def test_two_processes_learn_as_one(tiny_repo: Path, folder: Path) -> None:
     (folder / "half.py").write_text(HALF)
     sizes = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2, "use_cpu": "true"}
     words = make_words(tiny_repo, folder, "two", max_new_tokens=9, **sizes)
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    launch = [quick_python, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
     variables = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    variables |= {"PYTHON_EXEC": quick_python}
     done = subprocess.run(
         [*launch, folder / "half.py", folder, *words],
         env=variables,

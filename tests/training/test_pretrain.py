@@ -95,6 +95,7 @@ def test_shares_that_are_none_are_refused(fields: dict[str, float]) -> None:
         PretrainSettings(output="out", **fields).check()  # type: ignore[arg-type]
 
 
+@pytest.mark.usefixtures("pictures")
 def test_a_text_is_learned(
     tiny_repo: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

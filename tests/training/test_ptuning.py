@@ -13,7 +13,10 @@ from chatglm.training.settings import KeyProblem
 from chatglm.training.stages.ptuning import PtuningSettings
 
 # Transformers 5.23 has new names for checkpointing; peft still says the old ones.
-pytestmark = pytest.mark.filterwarnings("ignore:.*gradient_checkpointing.* is deprecated")
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:.*gradient_checkpointing.* is deprecated"),
+    pytest.mark.usefixtures("pictures"),
+]
 
 PREFIX = "transformer.prefix_encoder."
 

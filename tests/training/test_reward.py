@@ -179,9 +179,12 @@ def test_an_untrained_model_is_right_half_of_the_time() -> None:
 
 
 @pytest.mark.slow
-def test_a_killed_run_goes_on_bit_for_bit(tiny_repo: Path, data: Path, tmp_path: Path) -> None:
+def test_a_killed_run_goes_on_bit_for_bit(
+    quick_python: str, tiny_repo: Path, data: Path, tmp_path: Path
+) -> None:
     keys = {"max_steps": 4, "save_steps": 2, "group_by_length": True}
-    run_until_killed(words("reward", tiny_repo, data, tmp_path / "cut", **keys), step=3)
+    command = words("reward", tiny_repo, data, tmp_path / "cut", **keys)
+    run_until_killed(quick_python, command, step=3)
     assert (tmp_path / "cut" / "checkpoint-2").is_dir()
     train("reward", tiny_repo, data, tmp_path / "cut", resume=True, **keys)
     train("reward", tiny_repo, data, tmp_path / "whole", **keys)

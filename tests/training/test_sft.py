@@ -21,6 +21,13 @@ from chatglm.cli import main
 # Transformers 5.23 has new names for checkpointing; peft and the Trainer still say the old ones.
 pytestmark = pytest.mark.filterwarnings("ignore:.*gradient_checkpointing.* is deprecated")
 
+
+@pytest.fixture(autouse=True)
+def draw_where_it_is_looked_at(request: pytest.FixtureRequest) -> None:
+    if "whole_model" not in request.node.name:
+        request.getfixturevalue("pictures")
+
+
 ROWS = [
     {"prompt": f"{a} plus {b}?", "response": f"{a} plus {b} is {a + b}."}
     for a in range(1, 7)

@@ -67,6 +67,12 @@ def parts(data: Path) -> tuple[list[Dialogue], list[Dialogue]]:
     return split_dialogues(load_dialogues(data))
 
 
+@pytest.fixture
+def small_batches(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Make drawing quick: batches of some thirty examples."""
+    monkeypatch.setattr("recipes.mini.corpus.BATCH_TOKENS", 2048)
+
+
 def test_sources_come_whole_and_in_a_fixed_order(data: Path) -> None:
     dialogues = load_dialogues(data)
     counts = {source: sum(d.source == source for d in dialogues) for source in SOURCES}
@@ -151,6 +157,7 @@ def test_spellings(is_lower: bool, is_bare: bool, expected: str) -> None:
     assert spell_question("？。", is_lower, is_bare) == "？。"
 
 
+@pytest.mark.usefixtures("small_batches")
 @pytest.mark.parametrize("step", [1, 9])
 def test_batches_depend_on_seed_and_step_alone(
     parts: tuple[list[Dialogue], list[Dialogue]], tokenizer: ChatGLMTokenizer, step: int
@@ -166,6 +173,7 @@ def test_batches_depend_on_seed_and_step_alone(
     assert other.shape != from_step[0][0].shape or not torch.equal(other, from_step[0][0])
 
 
+@pytest.mark.usefixtures("small_batches")
 def test_each_phase_draws_its_own_mix_from_its_step_on(
     data: Path, tokenizer: ChatGLMTokenizer, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -79,12 +79,13 @@ def test_a_step_moves_what_is_trained_and_nothing_else() -> None:
 
 
 def test_contenders_are_measured_side_by_side(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    quick_python: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = tmp_path / "results.csv"
     probe = [sys.executable, "-c", PROBE]
     monkeypatch.setattr(bench_train, "RESULTS", path)
     monkeypatch.setattr(bench_train, "start_probe", lambda threads: Worker("probe", probe))
+    monkeypatch.setattr(sys, "executable", quick_python)
     words = "--methods lora --layers 1 --vocabulary 96 --hidden 64 --length 16 --batch 2 --rounds 3"
     assert bench_train.main([*words.split(), "--threads", "1", "--write"]) == 0
     rows = {(row.contender, row.unit): row for row in read_rows(path)}

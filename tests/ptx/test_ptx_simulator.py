@@ -5,6 +5,7 @@ import ctypes
 import numpy as np
 import pytest
 import torch
+
 from ptx.driver import DeviceMemory
 from ptx.simulator import TABLE, WARP, Grid, Trap, parse
 
