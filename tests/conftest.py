@@ -84,7 +84,7 @@ LONGEST_FIRST = (
     "training/test_grpo.py",
     "unit/test_fewer_passes.py",
     "e2e/test_quantize_command.py",
-    "unit/test_quantization_cpu.py",
+    "cpu/test_linear.py",
     "unit/test_packing.py",
     "e2e/test_cli.py",
     "training/test_distributed.py",
