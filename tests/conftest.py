@@ -18,6 +18,8 @@ from typing import Any
 
 import pytest
 
+from chatglm.model_files import find_model_files
+
 ROOT = Path(__file__).resolve().parent.parent
 SHARED = ROOT.parent / "shared"
 
@@ -47,31 +49,7 @@ TINY = {
     "bos_token_id": 304,
     "eos_token_id": 305,
 }
-MODEL_FILES = (
-    "attention_cpu.py",
-    "cache_chatglm.py",
-    "configuration_chatglm.py",
-    "conversation_chatglm.py",
-    "decoding_cpu.py",
-    "generation_chatglm.py",
-    "kernels_cpu.py",
-    "masking_chatglm.py",
-    "memory_cpu.py",
-    "modeling_chatglm.py",
-    "packing_chatglm.py",
-    "prefix_chatglm.py",
-    "products_cpu.py",
-    "program_cpu.py",
-    "quantization.py",
-    "quantization_cpu.py",
-    "quantization_cuda.py",
-    "quantizer_chatglm.py",
-    "releases_chatglm.py",
-    "rotary_chatglm.py",
-    "rounding_cpu.py",
-    "sampling_chatglm.py",
-    "tokenization_chatglm.py",
-)
+MODEL_FILES = find_model_files(ROOT)
 TOKENIZER_FILES = ("ice_text.model", "tokenizer_config.json", "chat_template.jinja")
 REPO_SIZES = {
     "vocab_size": 8192,

@@ -19,12 +19,12 @@ from chatglm.converting.adapters import Adapter, read_adapter
 from chatglm.converting.checkpoint import StoredTensor, list_tensors, read_json
 from chatglm.converting.staging import describe_files
 from chatglm.loading import WEIGHT_FILES, default_model_folder
+from chatglm.model_files import find_model_files
 
 MAX_SHARD_BYTES = 10**9
 # One file or an index of shards, by the kind of file.
 FILE_KINDS: dict[str, tuple[str, str]] = dict(zip(("safetensors", "bin"), WEIGHT_FILES))
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-CODE = ("*_chatglm.py", "*_cpu.py", "*_cuda.py", "quantization.py")
 VOCABULARY = "ice_text.model"
 TEMPLATE = "chat_template.jinja"
 SETTINGS = ("generation_config.json", "tokenizer_config.json")
@@ -236,7 +236,7 @@ def _find_companions(folder: Path, code: Path, settings: Path) -> dict[str, Path
     template = settings / TEMPLATE
     files = [code / "LICENSE", folder / VOCABULARY, *(settings / name for name in SETTINGS)]
     files += [path for pattern in LICENSES for path in folder.glob(pattern)]
-    files += [path for pattern in CODE for path in code.glob(pattern)]
+    files += [code / name for name in find_model_files(code)]
     files.append(template if template.is_file() else code / TEMPLATE)
     if settings == folder:
         files += [folder / name for name in MORE_SETTINGS]

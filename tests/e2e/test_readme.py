@@ -23,14 +23,13 @@ import pytest
 import torch
 from chatglm_6b.configuration_chatglm import ChatGLMConfig
 from chatglm_6b.modeling_chatglm import ChatGLMForConditionalGeneration
-from conftest import ROOT
+from conftest import MODEL_FILES, ROOT
 from transformers import AutoModel, AutoTokenizer
 
 from chatglm import cli
 
 READMES = ("README.md", "README_zh.md")
 INDEX = "pytorch_model.bin.index.json"
-CODE = ("*_chatglm.py", "*_cpu.py", "*_cuda.py", "quantization.py")
 DATA = ("*.jinja", "*config.json", "ice_text.model")
 THIN = {"hidden_size": 16, "num_attention_heads": 2, "inner_hidden_size": 32}
 TOKENS = ("vocab_size", *(f"{name}_token_id" for name in ("bos", "eos", "mask", "gmask", "pad")))
@@ -128,7 +127,7 @@ def write_json(path: Path, value: dict[str, Any]) -> None:
 
 def make_clone(folder: Path) -> None:
     """Copy what a clone holds and link its weights, or make some while there are none."""
-    for pattern in (*CODE, *DATA):
+    for pattern in (*MODEL_FILES, *DATA):
         for path in ROOT.glob(pattern):
             shutil.copy(path, folder)
     for name in ("chatglm", "presets"):
@@ -394,7 +393,7 @@ def test_copying_replaces_code_and_keeps_weights(session: Session) -> None:
     copy_into_the_checkpoint(session)
     assert len(shards) == 8
     assert {path: path.stat().st_mtime_ns for path in checkpoint.glob("*.bin")} == shards
-    code = [path for pattern in CODE for path in session.folder.glob(pattern)]
+    code = [session.folder / name for name in MODEL_FILES]
     for path in [*code, *(session.folder / "presets" / "chatglm-6b").iterdir()]:
         assert (checkpoint / path.name).read_bytes() == path.read_bytes()
 
