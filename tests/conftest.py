@@ -131,3 +131,13 @@ def pad_rows(rows: list[list[int]], side: str) -> list[list[int]]:
         before = {"left": missing, "right": 0, "both": 1 + i % (missing - 1)}[side]
         padded.append([pad] * before + row + [pad] * (missing - before))
     return padded
+
+
+def load_as_told(folder: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    """Run what a folder's card says of loading, from inside of it; return the names it sets."""
+    card = (folder / "README.md").read_text(encoding="utf-8")
+    (code,) = re.findall(r"^```python\n(.*?)^```$", card, re.DOTALL | re.MULTILINE)
+    names: dict[str, Any] = {}
+    monkeypatch.chdir(folder)
+    exec(compile(code, str(folder / "README.md"), "exec"), names)
+    return names

@@ -15,6 +15,7 @@ import torch
 from torch import nn
 from transformers import AutoConfig, AutoModel
 
+from chatglm.cards import BASE_CARD_FILE, CARD_FILE
 from chatglm.converting.adapters import Adapter, read_adapter
 from chatglm.converting.checkpoint import StoredTensor, list_tensors, read_json
 from chatglm.converting.staging import describe_files
@@ -227,7 +228,7 @@ def _modernize(own: Mapping[str, Any], preset: Mapping[str, Any]) -> dict[str, A
 def _find_companions(folder: Path, code: Path, settings: Path) -> dict[str, Path]:
     """Return the files that the result takes over, by name: code, settings, vocabulary, licences.
 
-    What the folder has of its own goes before the repository's.
+    What the folder has of its own goes before the repository's. Its card is that of the base now.
     """
     if not (folder / VOCABULARY).is_file():
         raise ValueError(
@@ -240,7 +241,10 @@ def _find_companions(folder: Path, code: Path, settings: Path) -> dict[str, Path
     files.append(template if template.is_file() else code / TEMPLATE)
     if settings == folder:
         files += [folder / name for name in MORE_SETTINGS]
-    return {path.name: path for path in files if path.is_file()}
+    found = {path.name: path for path in files if path.is_file()}
+    if (folder / CARD_FILE).is_file():
+        found[BASE_CARD_FILE] = folder / CARD_FILE
+    return found
 
 
 def build_skeleton(fields: Mapping[str, Any]) -> nn.Module:
