@@ -1,7 +1,8 @@
 """Owns the model card, README.md, of a folder that a command writes: its form, and its licence.
 
-A command tells in rows what it made and how; the licence and the name on the Hub come from the folder
-that it started from. Does not know what a command computes. No path of a machine gets into a card.
+A command tells in rows what it made and how; the licence and the name on the Hub come from the
+folder that it started from. Does not know what a command computes. No path of a machine gets into a
+card.
 """
 
 import datetime
@@ -128,7 +129,8 @@ def read_head(file: Path) -> dict[str, Any]:
     try:
         fields: Any = yaml.safe_load(found[1]) if found else None
     except yaml.YAMLError as error:
-        raise ValueError(f"the head of {file} is no YAML: {error}") from error
+        reason = " ".join(str(error).split())
+        raise ValueError(f"the head of {file} is no YAML: {reason}") from error
     return cast(dict[str, Any], fields) if isinstance(fields, dict) else {}
 
 

@@ -377,7 +377,7 @@ def test_a_piped_question_is_answered(session: Session) -> None:
 def test_help_lists_the_options_of_the_readme(session: Session) -> None:
     (command,) = commands_with("--help")
     output = session.run_shell(command)
-    used = set(re.findall(r" (--[a-z-]+)", "\n".join(SHELL))) - {"--help"}
+    used = set(re.findall(r" (--[a-z-]+)", "\n".join(commands_with(" chat ")))) - {"--help"}
     assert used and all(option in output for option in used)
 
 
@@ -420,6 +420,16 @@ def test_a_folder_of_links_holds_the_same_model(session: Session) -> None:
     assert len([path for path in new.glob("*.bin") if path.is_symlink()]) == 8
     for path in new.iterdir():
         assert path.read_bytes() == (session.folder.parent / "chatglm-6b" / path.name).read_bytes()
+
+
+def test_a_dry_run_of_publishing_lists_the_folder(session: Session) -> None:
+    (publishing,) = commands_with("--dry-run")
+    (quantizing,) = commands_with("../chatglm-mini-int8 --bits")
+    session.run_shell(quantizing)
+    output = session.run_shell(publishing)
+    written = {path.name for path in (session.folder.parent / "chatglm-mini-int8").iterdir()}
+    assert {line.split()[-1] for line in output.splitlines()[: len(written)]} == written
+    assert "left out" not in output and "nothing was sent" in output
 
 
 def test_every_command_succeeds(session: Session) -> None:
