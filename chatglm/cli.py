@@ -20,6 +20,7 @@ COMMANDS = {
     "quantize": ("chatglm.converting.quantize", "write a model folder with 4-bit or 8-bit weights"),
     "merge": ("chatglm.converting.merge", "write a model folder with a LoRA adapter in it"),
     "train": ("chatglm.training.command", "fine-tune or align a model, a stage at a time"),
+    "publish": ("chatglm.publishing.publish", "put a model folder on the Hugging Face Hub"),
     "bench": ("chatglm.benching.command", "measure how fast a model is on this machine"),
 }
 BAD_INPUT = 2

@@ -85,7 +85,7 @@ def check_model_folder(path: str | Path) -> Path:
     if not (folder / "config.json").is_file():
         raise ValueError(f"{folder} is no model folder: it has no config.json")
     for name in list_weight_files(folder):
-        _check_weight_file(folder / name)
+        check_weight_file(folder / name)
     return folder
 
 
@@ -143,8 +143,12 @@ def list_weight_files(folder: Path) -> list[str]:
     )
 
 
-def _check_weight_file(file: Path) -> None:
-    """Refuse a file that is missing, or that cannot be the archive its name says."""
+def check_weight_file(file: Path) -> None:
+    """Refuse a file that is missing, or that cannot be the archive its name says.
+
+    Raises:
+        ValueError: saying so, with the remedy.
+    """
     if not file.is_file():
         raise ValueError(f"{file.parent} misses the shard {file.name}: download it again")
     if not _is_archive(file):

@@ -22,6 +22,8 @@ from typing import Any
 import forking
 import pytest
 
+from chatglm.model_files import find_model_files
+
 ROOT = Path(__file__).resolve().parent.parent
 SHARED = ROOT.parent / "shared"
 
@@ -52,19 +54,7 @@ TINY = {
     "bos_token_id": 304,
     "eos_token_id": 305,
 }
-MODEL_FILES = (
-    "cache_chatglm.py",
-    "configuration_chatglm.py",
-    "conversation_chatglm.py",
-    "environment_chatglm.py",
-    "generation_chatglm.py",
-    "masking_chatglm.py",
-    "modeling_chatglm.py",
-    "quantization.py",
-    "quantization_cuda.py",
-    "quantizer_chatglm.py",
-    "tokenization_chatglm.py",
-)
+MODEL_FILES = find_model_files(ROOT)
 TOKENIZER_FILES = ("ice_text.model", "tokenizer_config.json", "chat_template.jinja")
 # What nearly all commands import of the libraries, and takes seconds.
 LIBRARIES = (
@@ -217,3 +207,13 @@ def pad_rows(rows: list[list[int]], side: str) -> list[list[int]]:
         before = {"left": missing, "right": 0, "both": 1 + i % (missing - 1)}[side]
         padded.append([pad] * before + row + [pad] * (missing - before))
     return padded
+
+
+def load_as_told(folder: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    """Run what a folder's card says of loading, from inside of it; return the names it sets."""
+    card = (folder / "README.md").read_text(encoding="utf-8")
+    (code,) = re.findall(r"^```python\n(.*?)^```$", card, re.DOTALL | re.MULTILINE)
+    names: dict[str, Any] = {}
+    monkeypatch.chdir(folder)
+    exec(compile(code, str(folder / "README.md"), "exec"), names)
+    return names

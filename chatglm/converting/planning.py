@@ -15,10 +15,12 @@ import torch
 from torch import nn
 from transformers import AutoConfig, AutoModel
 
+from chatglm.cards import BASE_CARD_FILE, CARD_FILE
 from chatglm.converting.adapters import Adapter, read_adapter
 from chatglm.converting.checkpoint import StoredTensor, list_tensors, read_json
 from chatglm.converting.staging import describe_files
 from chatglm.loading import WEIGHT_FILES, default_model_folder
+from chatglm.model_files import find_model_files
 
 MAX_SHARD_BYTES = 10**9
 # What official weights carry and no model has: it is computed.
@@ -26,7 +28,6 @@ UNUSED_TENSORS = re.compile(r"rotary_emb\.inv_freq")
 # One file or an index of shards, by the kind of file.
 FILE_KINDS: dict[str, tuple[str, str]] = dict(zip(("safetensors", "bin"), WEIGHT_FILES))
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-CODE = ("*_chatglm.py", "quantization*.py")
 VOCABULARY = "ice_text.model"
 TEMPLATE = "chat_template.jinja"
 SETTINGS = ("generation_config.json", "tokenizer_config.json")
@@ -229,7 +230,7 @@ def _modernize(own: Mapping[str, Any], preset: Mapping[str, Any]) -> dict[str, A
 def _find_companions(folder: Path, code: Path, settings: Path) -> dict[str, Path]:
     """Return the files that the result takes over, by name: code, settings, vocabulary, licences.
 
-    What the folder has of its own goes before the repository's.
+    What the folder has of its own goes before the repository's. Its card is that of the base now.
     """
     if not (folder / VOCABULARY).is_file():
         raise ValueError(
@@ -238,11 +239,14 @@ def _find_companions(folder: Path, code: Path, settings: Path) -> dict[str, Path
     template = settings / TEMPLATE
     files = [code / "LICENSE", folder / VOCABULARY, *(settings / name for name in SETTINGS)]
     files += [path for pattern in LICENSES for path in folder.glob(pattern)]
-    files += [path for pattern in CODE for path in code.glob(pattern)]
+    files += [code / name for name in find_model_files(code)]
     files.append(template if template.is_file() else code / TEMPLATE)
     if settings == folder:
         files += [folder / name for name in MORE_SETTINGS]
-    return {path.name: path for path in files if path.is_file()}
+    found = {path.name: path for path in files if path.is_file()}
+    if (folder / CARD_FILE).is_file():
+        found[BASE_CARD_FILE] = folder / CARD_FILE
+    return found
 
 
 def build_skeleton(fields: Mapping[str, Any]) -> nn.Module:

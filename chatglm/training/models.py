@@ -18,7 +18,9 @@ from transformers import (
 )
 from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
+from chatglm.cards import copy_licenses, read_own_card, write_card
 from chatglm.loading import DTYPES, check_model_folder, default_model_folder
+from chatglm.training.describing import describe_training
 from chatglm.training.settings import KeyProblem, Settings
 
 TASK_TYPES = {AutoModelForCausalLM: "CAUSAL_LM", AutoModelForSequenceClassification: "SEQ_CLS"}
@@ -197,12 +199,23 @@ def save_trained(
         weights: its whole state, if the model itself was cut into parts.
     """
     folder.mkdir(parents=True, exist_ok=True)
+    own_card = read_own_card(folder)  # peft writes over it
     name_as_before(model)
     whole = {} if weights is None else {"state_dict": share_ties(model, weights)}
     model.save_pretrained(folder, **whole)
     if not hasattr(model, "peft_config"):
         save_tokenizer(settings, folder)
         _complete(find_base(settings), folder)
+    copy_licenses(find_base(settings), folder)
+    write_card(folder, own_card or _describe(model, settings, weights or model.state_dict()))
+
+
+def _describe(model: Any, settings: Settings, state: dict[str, Tensor]) -> str:
+    """Return the card of a trained model, or of its adapters."""
+    is_adapter = hasattr(model, "peft_config")
+    written = {name: w for name, w in state.items() if ".lora_" in name or not is_adapter}
+    kind = "adapter" if is_adapter else "model"
+    return describe_training(settings, find_base(settings), written, kind)
 
 
 def enable_checkpointing(core: Any) -> None:
@@ -238,7 +251,7 @@ def share_ties(model: nn.Module, weights: dict[str, Tensor]) -> dict[str, Tensor
 
 def _complete(base: Path, folder: Path) -> None:
     """Copy what a model folder has beside weights, code and vocabulary."""
-    for name in ("generation_config.json", "chat_template.jinja", "MODEL_LICENSE", "LICENSE"):
+    for name in ("generation_config.json", "chat_template.jinja"):
         if (base / name).is_file() and not (folder / name).exists():
             shutil.copy(base / name, folder)
 

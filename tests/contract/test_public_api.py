@@ -16,6 +16,7 @@ from chatglm.benching import command as bench
 from chatglm.cli import COMMANDS
 from chatglm.converting import merge, quantize
 from chatglm.loading import load_model
+from chatglm.publishing import publish
 from chatglm.serving import chat
 
 REQUIRED = inspect.Parameter.empty
@@ -211,6 +212,13 @@ MERGE_OPTIONS: dict[str, tuple[Any, Any]] = {
     "--format": (("safetensors", "bin"), "safetensors"),
     "--dtype": (("float32", "float16", "bfloat16"), None),
 }
+PUBLISH_OPTIONS: dict[str, tuple[Any, Any]] = {
+    "FOLDER": ("FOLDER", None),
+    "--repo": ("OWNER/NAME", None),
+    "--private": (None, False),
+    "--dry-run": (None, False),
+    "--message": ("TEXT", None),
+}
 BENCH_OPTIONS: dict[str, tuple[Any, Any]] = {
     "MODEL": ("MODEL", None),
     "--bits": ((4, 8), None),
@@ -300,7 +308,7 @@ def test_the_loader_s_signature() -> None:
 
 
 def test_the_commands_are_frozen() -> None:
-    assert set(COMMANDS) == {"bench", "chat", "merge", "quantize", "train"}
+    assert set(COMMANDS) == {"bench", "chat", "merge", "publish", "quantize", "train"}
 
 
 @pytest.mark.parametrize(
@@ -309,9 +317,10 @@ def test_the_commands_are_frozen() -> None:
         (bench.make_parser(), BENCH_OPTIONS),
         (chat.make_parser(), CHAT_OPTIONS),
         (merge.make_parser(), MERGE_OPTIONS),
+        (publish.make_parser(), PUBLISH_OPTIONS),
         (quantize.make_parser(), QUANTIZE_OPTIONS),
     ],
-    ids=["bench", "chat", "merge", "quantize"],
+    ids=["bench", "chat", "merge", "publish", "quantize"],
 )
 def test_the_options_of_the_commands_are_frozen(
     parser: argparse.ArgumentParser, expected: dict[str, tuple[Any, Any]]

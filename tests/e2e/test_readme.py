@@ -23,14 +23,13 @@ import pytest
 import torch
 from chatglm_6b.configuration_chatglm import ChatGLMConfig
 from chatglm_6b.modeling_chatglm import ChatGLMForConditionalGeneration
-from conftest import ROOT
+from conftest import MODEL_FILES, ROOT
 from transformers import AutoModel, AutoTokenizer
 
 from chatglm import cli
 
 READMES = ("README.md", "README_zh.md")
 INDEX = "pytorch_model.bin.index.json"
-CODE = ("*_chatglm.py", "quantization*.py")
 DATA = ("*.jinja", "*config.json", "ice_text.model")
 THIN = {"hidden_size": 16, "num_attention_heads": 2, "inner_hidden_size": 32}
 TOKENS = ("vocab_size", *(f"{name}_token_id" for name in ("bos", "eos", "mask", "gmask", "pad")))
@@ -128,7 +127,7 @@ def write_json(path: Path, value: dict[str, Any]) -> None:
 
 def make_clone(folder: Path) -> None:
     """Copy what a clone holds and link its weights, or make some while there are none."""
-    for pattern in (*CODE, *DATA):
+    for pattern in (*MODEL_FILES, *DATA):
         for path in ROOT.glob(pattern):
             shutil.copy(path, folder)
     for name in ("chatglm", "presets"):
@@ -378,7 +377,7 @@ def test_a_piped_question_is_answered(session: Session) -> None:
 def test_help_lists_the_options_of_the_readme(session: Session) -> None:
     (command,) = commands_with("--help")
     output = session.run_shell(command)
-    used = set(re.findall(r" (--[a-z-]+)", "\n".join(SHELL))) - {"--help"}
+    used = set(re.findall(r" (--[a-z-]+)", "\n".join(commands_with(" chat ")))) - {"--help"}
     assert used and all(option in output for option in used)
 
 
@@ -394,7 +393,7 @@ def test_copying_replaces_code_and_keeps_weights(session: Session) -> None:
     copy_into_the_checkpoint(session)
     assert len(shards) == 8
     assert {path: path.stat().st_mtime_ns for path in checkpoint.glob("*.bin")} == shards
-    code = [path for pattern in CODE for path in session.folder.glob(pattern)]
+    code = [session.folder / name for name in MODEL_FILES]
     for path in [*code, *(session.folder / "presets" / "chatglm-6b").iterdir()]:
         assert (checkpoint / path.name).read_bytes() == path.read_bytes()
 
@@ -421,6 +420,16 @@ def test_a_folder_of_links_holds_the_same_model(session: Session) -> None:
     assert len([path for path in new.glob("*.bin") if path.is_symlink()]) == 8
     for path in new.iterdir():
         assert path.read_bytes() == (session.folder.parent / "chatglm-6b" / path.name).read_bytes()
+
+
+def test_a_dry_run_of_publishing_lists_the_folder(session: Session) -> None:
+    (publishing,) = commands_with("--dry-run")
+    (quantizing,) = commands_with("../chatglm-mini-int8 --bits")
+    session.run_shell(quantizing)
+    output = session.run_shell(publishing)
+    written = {path.name for path in (session.folder.parent / "chatglm-mini-int8").iterdir()}
+    assert {line.split()[-1] for line in output.splitlines()[: len(written)]} == written
+    assert "left out" not in output and "nothing was sent" in output
 
 
 def test_every_command_succeeds(session: Session) -> None:

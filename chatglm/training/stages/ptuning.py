@@ -17,6 +17,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import TrainingArguments
 
+from chatglm.cards import copy_licenses, read_own_card, write_card
+from chatglm.training.describing import describe_training
 from chatglm.training.models import find_base, load_policy
 from chatglm.training.settings import KeyProblem, require
 from chatglm.training.stage import TrainerStage
@@ -77,6 +79,10 @@ def save_prefix(model: Any, settings: PtuningSettings) -> None:
     }
     torch.save(weights, folder / "pytorch_model.bin")
     model.config.save_pretrained(folder)
+    copy_licenses(find_base(settings), folder)
+    own_card = read_own_card(folder)
+    card = own_card or describe_training(settings, find_base(settings), weights, "prefix")
+    write_card(folder, card)
     save_for_peft(model, settings, folder / PEFT_FOLDER)
 
 
