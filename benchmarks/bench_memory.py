@@ -32,7 +32,7 @@ import torch
 from transformers import AutoConfig, AutoModel
 
 ROOT = Path(__file__).resolve().parent.parent
-PRESET = ROOT / "presets" / "chatglm-6b"
+PRESET = ROOT / "chatglm" / "presets" / "chatglm-6b"
 INDEX = "pytorch_model.bin.index.json"
 LIMIT = 10**9  # what a load may take beside its result, in bytes
 

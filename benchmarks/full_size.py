@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
 ROOT = Path(__file__).resolve().parent.parent
-PRESET = ROOT / "presets" / "chatglm-6b"
+PRESET = ROOT / "chatglm" / "presets" / "chatglm-6b"
 TOKENIZER_FILES = ("ice_text.model", "tokenizer_config.json", "generation_config.json")
 SPECIAL_IDS = ("bos_token_id", "eos_token_id", "gmask_token_id", "mask_token_id", "pad_token_id")
 DEVIATION = 0.02

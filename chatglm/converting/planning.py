@@ -206,7 +206,7 @@ def _refuse_foreign(folder: Path, fields: Mapping[str, Any]) -> None:
 def _find_generation(code: Path, folder: Path, vocab_size: int | None) -> Path:
     """Return the folder with the settings of a model whose embedding has so many rows."""
     known: dict[int, Path] = {}
-    for candidate in (code, *sorted((code / "presets").glob("*"))):
+    for candidate in (code, *sorted((code / "chatglm" / "presets").glob("*"))):
         known[read_json(candidate / "config.json")["vocab_size"]] = candidate
     if vocab_size in known:
         return known[vocab_size]

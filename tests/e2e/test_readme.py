@@ -131,7 +131,7 @@ def make_clone(folder: Path) -> None:
     for pattern in (*CODE, *DATA):
         for path in ROOT.glob(pattern):
             shutil.copy(path, folder)
-    for name in ("chatglm", "presets"):
+    for name in ("chatglm",):
         shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
     for path in ROOT.glob("pytorch_model*"):
         (folder / path.name).symlink_to(path)
@@ -146,7 +146,7 @@ def make_clone(folder: Path) -> None:
         write_json(folder / "generation_config.json", settings | {"eos_token_id": ends})
     # The reader's 6B checkpoint is thin here, and so is what the preset says of it. Its vocabulary
     # is this repository's, since the official one may not be copied.
-    preset = folder / "presets" / "chatglm-6b" / "config.json"
+    preset = folder / "chatglm" / "presets" / "chatglm-6b" / "config.json"
     tokens = {name: read_json(ROOT / "config.json")[name] for name in TOKENS}
     write_json(preset, read_json(preset) | THIN | tokens)
 
@@ -154,7 +154,7 @@ def make_clone(folder: Path) -> None:
 def make_checkpoint(folder: Path, config: dict[str, Any]) -> None:
     """A folder as it is downloaded: eight shards, old configuration and code that would not run."""
     shutil.copy(ROOT / "ice_text.model", folder)
-    index = read_json(ROOT / "presets" / "chatglm-6b" / INDEX)
+    index = read_json(ROOT / "chatglm" / "presets" / "chatglm-6b" / INDEX)
     weights = random_weights(config)
     assert weights.keys() < index["weight_map"].keys()
     write_shards(folder, weights, index)
@@ -205,7 +205,8 @@ def session(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Session]:
         (base / name).mkdir()
     make_clone(base / "clone")
     make_checkpoint(
-        base / "chatglm-6b", read_json(base / "clone" / "presets" / "chatglm-6b" / "config.json")
+        base / "chatglm-6b",
+        read_json(base / "clone" / "chatglm" / "presets" / "chatglm-6b" / "config.json"),
     )
     make_ptuning_checkpoint(base / "ptuning")
     with pytest.MonkeyPatch.context() as patch:
@@ -395,7 +396,7 @@ def test_copying_replaces_code_and_keeps_weights(session: Session) -> None:
     assert len(shards) == 8
     assert {path: path.stat().st_mtime_ns for path in checkpoint.glob("*.bin")} == shards
     code = [path for pattern in CODE for path in session.folder.glob(pattern)]
-    for path in [*code, *(session.folder / "presets" / "chatglm-6b").iterdir()]:
+    for path in [*code, *(session.folder / "chatglm" / "presets" / "chatglm-6b").iterdir()]:
         assert (checkpoint / path.name).read_bytes() == path.read_bytes()
 
 
@@ -439,7 +440,7 @@ def test_a_quantized_checkpoint_keeps_its_configuration(session: Session) -> Non
     for path in (session.folder.parent / "chatglm-6b").iterdir():
         if path.suffix in (".py", ".model", ".jinja"):
             shutil.copy(path, folder)
-    config = read_json(session.folder / "presets" / "chatglm-6b" / "config.json")
+    config = read_json(session.folder / "chatglm" / "presets" / "chatglm-6b" / "config.json")
     del config["auto_map"]["AutoModelForCausalLM"]
     config |= {"quantization_bit": 4, "quantization_embeddings": False}
     write_json(folder / "config.json", config)
