@@ -1,4 +1,4 @@
-"""The presets: what the released 6B weights need around them, recomputed from the model's shapes."""
+"""The presets: what the released 6B weights need, recomputed from the model's shapes."""
 
 import json
 import math
