@@ -41,7 +41,7 @@ _registered: set[str] = set()
 
 
 class NoModelFolderError(OSError, ValueError):
-    """A folder without a model: an OSError to those who expect transformers', a ValueError to us."""
+    """A folder without a model: transformers says so by an OSError, the commands by the other."""
 
 
 def prepare(module: ModuleType) -> None:
@@ -145,9 +145,7 @@ def _build_model(call: Callable[..., Any], name: str, config: Any, **kwargs: Any
     return model
 
 
-def _recognize(
-    path: Any, kwargs: dict[str, Any], is_tokenizer: bool = False
-) -> Folder | None:
+def _recognize(path: Any, kwargs: dict[str, Any], is_tokenizer: bool = False) -> Folder | None:
     """Say what a place holds, and None if transformers must find out itself.
 
     Raises:

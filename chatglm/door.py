@@ -16,9 +16,8 @@ from importlib.machinery import ModuleSpec
 from types import ModuleType
 from typing import Any
 
-AUTO_MODULES = tuple(
-    f"transformers.models.auto.{name}_auto" for name in ("configuration", "tokenization", "modeling")
-)
+PARTS = ("configuration", "tokenization", "modeling")
+AUTO_MODULES = tuple(f"transformers.models.auto.{part}_auto" for part in PARTS)
 
 _lock = threading.RLock()
 _is_registered = False

@@ -76,7 +76,7 @@ def recognize_folder(folder: Path) -> Folder:
         return recognize_fields(read_object(folder / CONFIG_FILE))
     if (folder / ADAPTER_FILE).is_file():
         base = str(read_object(folder / ADAPTER_FILE).get("base_model_name_or_path") or "")
-        return Folder(ADAPTER, f"an adapter of {base or 'a model that it does not name'}", base=base)
+        return Folder(ADAPTER, f"an adapter of {base or 'an unnamed model'}", base=base)
     if any(folder.iterdir()):
         return Folder(NO_CONFIG, f"no model folder: it has no {CONFIG_FILE}")
     return Folder(EMPTY, "an empty folder")

@@ -680,7 +680,7 @@ def test_an_error_is_one_line_and_exit_code_2(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert cli.main(["quantize", str(tmp_path), str(tmp_path / "new"), "--bits", "8"]) == 2
-    reason = f"{tmp_path} is no model folder: it has no config.json"
+    reason = f"{tmp_path} is an empty folder: download a model into it, or name another folder"
     assert capsys.readouterr() == ("", f"chatglm: {reason}\n")
 
 
