@@ -44,8 +44,8 @@ def complete_fields(own: Mapping[str, Any]) -> dict[str, Any]:
     """Return a configuration with all fields that the installed classes need.
 
     A known generation decides the classes and the ids: old configurations have them wrong, or not
-    at all. A vocabulary of someone's own keeps its ids, and the configuration's class refuses it if
-    one is missing.
+    at all. One that this project wrote, which its `auto_map` tells, and a vocabulary of someone's own
+    keep their ids; the configuration's class refuses the latter if one is missing.
 
     Args:
         own: what the folder's config.json holds.
@@ -57,7 +57,8 @@ def complete_fields(own: Mapping[str, Any]) -> dict[str, Any]:
     classes = {reference.partition(".")[2] for reference in auto_map.values()}
     if not classes & set(own.get("architectures") or ()):
         decided["architectures"] = current["architectures"]
-    decided |= {name: preset[name] for name in preset if name.endswith(ID_SUFFIX)}
+    if own.get("auto_map") != auto_map:
+        decided |= {name: preset[name] for name in preset if name.endswith(ID_SUFFIX)}
     if any(own.get(name) for name in DTYPE_FIELDS):
         preset = {name: preset[name] for name in preset if name not in DTYPE_FIELDS}
     return {**preset, **own, **decided}

@@ -165,6 +165,14 @@ def test_what_a_folder_says_itself_stays(tmp_path: Path) -> None:
     assert (tokenizer.padding_side, tokenizer.num_image_tokens) == ("left", 7)
 
 
+def test_ids_that_this_project_wrote_stay(tmp_path: Path) -> None:
+    folder = make_old(tmp_path / "old")
+    assert AutoConfig.from_pretrained(folder).pad_token_id == 3  # it says 0, as many did
+    change_json(folder / "config.json", auto_map=chatglm_map(), pad_token_id=7)
+    assert AutoConfig.from_pretrained(folder).pad_token_id == 7
+    assert AutoConfig.from_pretrained(folder).gmask_token_id == 130001
+
+
 def test_defaults_that_nobody_chose_are_completed(tmp_path: Path) -> None:
     """As fine-tunes of the time have them: written by transformers from the configuration."""
     folder = make_old(tmp_path / "old")
