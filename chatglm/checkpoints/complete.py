@@ -44,7 +44,7 @@ def complete_fields(own: Mapping[str, Any]) -> dict[str, Any]:
     """Return a configuration with all fields that the installed classes need.
 
     A known generation decides the classes and the ids: old configurations have them wrong, or not
-    at all. One that this project wrote, which its `auto_map` tells, and a vocabulary of someone's own
+    at all. What this project wrote, as its `auto_map` tells, and a vocabulary of someone's own
     keep their ids; the configuration's class refuses the latter if one is missing.
 
     Args:
