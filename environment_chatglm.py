@@ -32,7 +32,7 @@ from torch import Tensor
 from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.utils import logging
 
-# The oldest and the newest bound what pyproject.toml installs; noxfile.py tests all of them.
+# The oldest and the newest bound what pyproject.toml installs; tools/noxfile.py tests all of them.
 TESTED_TRANSFORMERS = ("4.56.2", "4.57.6", "5.8.1", "5.23.0", "5.24.0")
 
 OLD_CACHE_NAME = "past_key_values"

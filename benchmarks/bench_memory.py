@@ -34,7 +34,7 @@ from transformers import AutoConfig, AutoModel
 from chatglm.model_files import find_model_files
 
 ROOT = Path(__file__).resolve().parent.parent
-PRESET = ROOT / "presets" / "chatglm-6b"
+PRESET = ROOT / "chatglm" / "presets" / "chatglm-6b"
 INDEX = "pytorch_model.bin.index.json"
 LIMIT = 10**9  # what a load may take beside its result, in bytes
 

@@ -21,7 +21,7 @@ from transformers.dynamic_module_utils import get_class_from_dynamic_module
 from chatglm.model_files import find_model_files
 
 ROOT = Path(__file__).resolve().parent.parent
-PRESET = ROOT / "presets" / "chatglm-6b"
+PRESET = ROOT / "chatglm" / "presets" / "chatglm-6b"
 TOKENIZER_FILES = ("ice_text.model", "tokenizer_config.json", "generation_config.json")
 SPECIAL_IDS = ("bos_token_id", "eos_token_id", "gmask_token_id", "mask_token_id", "pad_token_id")
 DEVIATION = 0.02

@@ -1,6 +1,6 @@
 """Writes docs/compatibility.md: on which releases the tests passed, when, and beside what.
 
-    python tools/compatibility.py record REPORT   # note a run's outcome; noxfile.py does
+    python tools/compatibility.py record REPORT   # note a run's outcome; tools/noxfile.py does
     python tools/compatibility.py                 # take new notes over and write the page
     python tools/compatibility.py --check         # exit with 1 if the page is out of date
 

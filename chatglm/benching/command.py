@@ -17,7 +17,7 @@ import time
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from chatglm.cli import open_parser, run_command
+from chatglm.cli import add_folder, choose_folder, open_parser, run_command
 
 DESCRIPTION = """\
 Measure a model on this machine: reading a prompt, giving tokens, memory; or a training step of it.
@@ -77,8 +77,8 @@ class Report:
 def make_parser(subparsers: Any = None) -> argparse.ArgumentParser:
     """The options of `chatglm bench`, as a command of its own or of `subparsers`."""
     parser = open_parser(subparsers, "bench", DESCRIPTION)
+    add_folder(parser)
     add = parser.add_argument
-    add("model", metavar="MODEL", nargs="?", help="model folder (default: this repository)")
     add("--bits", type=int, choices=(4, 8), help="quantize the weights (default: as they are)")
     add("--device", metavar="D", help="cpu, cuda, cuda:N or mps (default: the best one here)")
     add("--dtype", metavar="D", help="float16, bfloat16 or float32 (default: the fitting one)")
@@ -133,7 +133,7 @@ def measure(args: argparse.Namespace) -> Report:
 
     if args.threads:
         torch.set_num_threads(args.threads)
-    folder = args.model or default_model_folder()
+    folder = choose_folder(args.folder, args.model) or default_model_folder()
     began = time.perf_counter()
     model, _ = load_model(folder, args.bits, args.device, args.dtype)
     load_seconds = time.perf_counter() - began

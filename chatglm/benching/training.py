@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from chatglm.benching.measuring import list_versions, read_device_peak
+from chatglm.cli import choose_folder
 from chatglm.training.data.batches import find_learned
 from chatglm.training.data.rendering import IGNORED_LABEL
 
@@ -204,7 +205,7 @@ def load(args: argparse.Namespace) -> tuple[Any, torch.dtype | None]:
     if args.bits and args.train != "qlora":
         raise ValueError(f"--bits {args.bits} goes with --train qlora, got --train {args.train}")
     settings = Settings(
-        model=args.model or "",
+        model=choose_folder(args.folder, args.model) or "",
         bits=(args.bits or 4) if args.train == "qlora" else 0,
         lora_rank=0 if args.train == "full" else RANK,
     )

@@ -11,13 +11,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import (
-    AutoConfig,
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
     AutoTokenizer,
 )
-from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
+from chatglm import door
 from chatglm.cards import copy_licenses, read_own_card, write_card
 from chatglm.loading import DTYPES, check_model_folder, default_model_folder
 from chatglm.training.describing import describe_training
@@ -39,7 +38,7 @@ def find_base(settings: Settings) -> Path:
 
 def load_tokenizer(settings: Settings) -> Any:
     """Return the tokenizer of the model to start from."""
-    return AutoTokenizer.from_pretrained(find_base(settings), trust_remote_code=True)
+    return door.load_from(find_base(settings), AutoTokenizer)
 
 
 def load_policy(
@@ -89,9 +88,7 @@ def _load(
         packing = {"bits": settings.bits, "group_size": settings.group_size or None}
         options["quantization_config"] = {"quant_method": "chatglm", **packing}
     dtype = choose_weights(settings, compute_dtype, is_frozen)
-    model = auto_class.from_pretrained(
-        find_base(settings), trust_remote_code=True, dtype=dtype, **options
-    )
+    model = door.load_from(find_base(settings), auto_class, dtype=dtype, **options)
     if settings.uses_lora:
         model = add_adapters(model, settings, TASK_TYPES[auto_class], is_trained)
     if is_frozen and compute_dtype is not None:
@@ -165,12 +162,7 @@ def _check_adapter(folder: Path, task_type: str) -> None:
 
 def find_prompt_format(settings: Settings) -> Any:
     """Return the model's `build_prompt`, which models without a language head do not have."""
-    folder = find_base(settings)
-    config = AutoConfig.from_pretrained(folder, trust_remote_code=True)
-    language_class: Any = get_class_from_dynamic_module(
-        config.auto_map[AutoModelForCausalLM.__name__], str(folder)
-    )
-    return language_class.build_prompt
+    return door.find_class(find_base(settings), AutoModelForCausalLM.__name__).build_prompt
 
 
 def find_core(model: Any) -> Any:

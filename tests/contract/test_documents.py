@@ -23,7 +23,7 @@ from chatglm.serving.chat import QUESTION_LABEL, WELCOME
 READMES = ("README.md", "README_zh.md")
 DOCUMENTS = sorted(
     str(path.relative_to(ROOT))
-    for path in [*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("presets/*.md")]
+    for path in [*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("chatglm/presets/*.md")]
 )
 # Only the owner of the small model's training can write these.
 WEIGHTS = {"pytorch_model.bin.index.json", "pytorch_model-*-of-*.bin"}
@@ -67,7 +67,7 @@ def compatibility() -> Any:
 
 @cache
 def full_model() -> ChatGLMForConditionalGeneration:
-    config = json.loads(read("presets/chatglm-6b/config.json"))
+    config = json.loads(read("chatglm/presets/chatglm-6b/config.json"))
     with torch.device("meta"):
         return ChatGLMForConditionalGeneration(ChatGLMConfig(**config)).half()
 
@@ -266,7 +266,7 @@ def test_a_run_is_noted_and_shown(
 
 
 def test_the_sessions_of_nox_are_the_tested_releases_and_the_newest() -> None:
-    noxfile = load_script("noxfile.py")
+    noxfile = load_script("tools/noxfile.py")
     assert (*TESTED_TRANSFORMERS, "newest") == noxfile.RELEASES
     wanted = noxfile.without_bounds()
     assert {re.split("[<>=;]", line)[0] for line in wanted} >= {"torch", "transformers", "peft"}

@@ -184,8 +184,13 @@ TOKENIZER_OPTIONS: dict[str, Any] = {
     "num_image_tokens": 20000,
 }
 # Option: what it takes, its default.
-CHAT_OPTIONS: dict[str, tuple[Any, Any]] = {
+FOLDER_OPTIONS: dict[str, tuple[Any, Any]] = {
+    "FOLDER": ("FOLDER", None),
     "--model": ("PATH", None),
+    "--trust-folder-code": (None, False),
+}
+CHAT_OPTIONS: dict[str, tuple[Any, Any]] = {
+    **FOLDER_OPTIONS,
     "--bits": ((4, 8), None),
     "--device": ("D", None),
     "--dtype": ("D", None),
@@ -200,6 +205,7 @@ CHAT_OPTIONS: dict[str, tuple[Any, Any]] = {
 QUANTIZE_OPTIONS: dict[str, tuple[Any, Any]] = {
     "SRC": ("SRC", None),
     "DST": ("DST", None),
+    "--model": ("SRC", None),
     "--bits": ((4, 8), None),
     "--group-size": ((32, 64, 128), None),
     "--embeddings": (None, False),
@@ -208,6 +214,7 @@ QUANTIZE_OPTIONS: dict[str, tuple[Any, Any]] = {
 MERGE_OPTIONS: dict[str, tuple[Any, Any]] = {
     "SRC": ("SRC", None),
     "DST": ("DST", None),
+    "--model": ("SRC", None),
     "--lora": ("DIR", None),
     "--format": (("safetensors", "bin"), "safetensors"),
     "--dtype": (("float32", "float16", "bfloat16"), None),
@@ -220,7 +227,7 @@ PUBLISH_OPTIONS: dict[str, tuple[Any, Any]] = {
     "--message": ("TEXT", None),
 }
 BENCH_OPTIONS: dict[str, tuple[Any, Any]] = {
-    "MODEL": ("MODEL", None),
+    **FOLDER_OPTIONS,
     "--bits": ((4, 8), None),
     "--device": ("D", None),
     "--dtype": ("D", None),

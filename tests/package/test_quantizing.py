@@ -129,7 +129,7 @@ def test_an_official_folder_gets_the_settings_of_its_generation(
     monkeypatch.setattr(planning, "MAX_SHARD_BYTES", 2000)
     weights = make_official(tmp_path / "old", vocab_size)
     quantize_checkpoint(tmp_path / "old", tmp_path / "new", INT4)
-    new, settings = tmp_path / "new", ROOT / "presets" / preset
+    new, settings = tmp_path / "new", ROOT / "chatglm" / "presets" / preset
     expected = read_json(settings / "config.json") | THIN
     assert read_json(new / "config.json") == expected | INT4.fields()
     for name in ("generation_config.json", "tokenizer_config.json"):
@@ -680,7 +680,7 @@ def test_an_error_is_one_line_and_exit_code_2(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert cli.main(["quantize", str(tmp_path), str(tmp_path / "new"), "--bits", "8"]) == 2
-    reason = f"{tmp_path} is no model folder: it has no config.json"
+    reason = f"{tmp_path} is an empty folder: download a model into it, or name another folder"
     assert capsys.readouterr() == ("", f"chatglm: {reason}\n")
 
 

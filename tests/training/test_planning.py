@@ -23,7 +23,7 @@ from chatglm.training.settings import KeyProblem, Settings, read_config, read_se
 # Transformers 5.23 has new names for checkpointing; users and peft still say the old ones.
 pytestmark = pytest.mark.filterwarnings("ignore:.*gradient_checkpointing.* is deprecated")
 
-PRESET = ROOT / "presets" / "chatglm-6b"
+PRESET = ROOT / "chatglm" / "presets" / "chatglm-6b"
 STAGES = sorted((ROOT / "configs" / "stages").glob("*.yaml"))
 MEMORY_LINE = re.compile(
     r"# Memory for 6B: ([\d.]+) GB on each of (\d+) GPUs with (\w+)(, a pair two rows)?\n"

@@ -109,7 +109,7 @@ class Recorder(ChatMixin):
 
 
 def golden_tokenizer(name: str) -> ChatGLMTokenizer:
-    fields = read_fields(ROOT / "presets" / GENERATIONS[name])
+    fields = read_fields(ROOT / "chatglm" / "presets" / GENERATIONS[name])
     return ChatGLMTokenizer(str(SHARED / "tokenizers" / VOCABULARIES[name]), **fields)
 
 
@@ -379,7 +379,7 @@ def test_scores_that_are_no_numbers_are_survived(tokenizer: Any, model: Any) -> 
 
 
 def test_a_tokenizer_of_another_generation(model: Any) -> None:
-    fields = read_fields(ROOT / "presets/chatglm-6b-v0")
+    fields = read_fields(ROOT / "chatglm/presets/chatglm-6b-v0")
     other = ChatGLMTokenizer(str(ROOT / "ice_text.model"), **fields)
     gmask = model.config.gmask_token_id
     words = rf"\[gMASK\] is {gmask + 20000}, the model's is {gmask}: .* different generations"

@@ -1,7 +1,7 @@
 """Owns the report on a training that is planned: what it takes, printed before anything is loaded.
 
-    python -m chatglm.training.planning presets/chatglm-6b --config configs/stages/sft_lora.yaml
-    python -m chatglm.training.planning presets/chatglm-6b --bf16 --gpus 8 --sharding zero3
+    python -m chatglm.training.planning ../chatglm-6b --config configs/stages/sft_lora.yaml
+    python -m chatglm.training.planning ../chatglm-6b --bf16 --gpus 8 --sharding zero3
 
 Reads a model's config.json, a stage's YAML file and a DeepSpeed file, and nothing else. Does not
 know how bytes and operations follow from them (`memory`).

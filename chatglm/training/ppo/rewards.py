@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
 
+from chatglm import door
 from chatglm.loading import check_model_folder
 from chatglm.training.data.batches import pad_rows
 from chatglm.training.models import ADAPTER_FILE
@@ -197,8 +198,8 @@ def load_reward_model(
     check_vocabulary(base, policy_config, tokenizer)
     # The head of a whole reward model is its own; below adapters there is none yet.
     options = {"num_labels": 1} if adapter else {}
-    scorer: Any = AutoModelForSequenceClassification.from_pretrained(
-        base, trust_remote_code=True, dtype=compute_dtype or torch.float32, **options
+    scorer: Any = door.load_from(
+        base, AutoModelForSequenceClassification, dtype=compute_dtype or torch.float32, **options
     )
     if adapter:
         from peft import PeftModel
@@ -253,12 +254,12 @@ def check_vocabulary(folder: Path, policy_config: Any, tokenizer: Any) -> None:
     Raises:
         ValueError: naming what differs.
     """
-    config = AutoConfig.from_pretrained(folder, trust_remote_code=True)
+    config = door.load_from(folder, AutoConfig)
     for key in ("vocab_size", *SPECIAL_IDS):
         theirs, ours = getattr(config, key), getattr(policy_config, key)
         if theirs != ours:
             _refuse_vocabulary(folder, f"its {key} is {theirs}, the policy's {ours}")
-    theirs = AutoTokenizer.from_pretrained(folder, trust_remote_code=True).get_vocab()
+    theirs = door.load_from(folder, AutoTokenizer).get_vocab()
     ours = tokenizer.get_vocab()
     if theirs != ours:
         piece, number = min(theirs.items() ^ ours.items(), key=lambda item: (item[1], item[0]))

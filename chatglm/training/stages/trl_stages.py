@@ -35,7 +35,7 @@ _NO_EXPERTS = "ChatGLM has no experts to balance"
 # Why a key of trl's arguments is refused. A value that holds without the key may be written down.
 REFUSED = {
     "model_init_kwargs": _LOADED,
-    "trust_remote_code": "the code of a model folder is the model",
+    "trust_remote_code": "--trust-folder-code says whose code runs",
     "chat_template_path": _RENDERED,
     "chat_template_kwargs": _RENDERED,
     "eos_token": _RENDERED,

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import nox
 
-ROOT = Path(__file__).resolve().parent
+ROOT = Path(__file__).resolve().parent.parent
 NEWEST = "newest"
 STYLE_TOOLS = ("ruff", "pyright", "nox")
 REPORTS = ROOT / "build" / "compat"
@@ -24,12 +24,14 @@ def read_releases() -> tuple[str, ...]:
 
 
 RELEASES = (*read_releases(), NEWEST)
+nox.options.envdir = str(ROOT / ".nox")  # and not beside this file
 
 
 @nox.session
 @nox.parametrize("transformers", RELEASES, ids=RELEASES)
 def tests(session: nox.Session, transformers: str) -> None:
     """All tests with one transformers release and CI's other pins, or with all that is newest."""
+    session.chdir(ROOT)
     if transformers == NEWEST:
         session.install("--no-compile", "--upgrade", *without_bounds())
     else:
