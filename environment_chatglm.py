@@ -106,11 +106,6 @@ def rename_cache(arguments: dict[str, Any]) -> None:
         arguments[CACHE_NAME] = cache
 
 
-def cache_of(output: Any) -> Any:
-    """Return the cache in an output of a model, or None."""
-    return getattr(output, CACHE_NAME)
-
-
 def read_load_settings(args: tuple[Any, ...], options: dict[str, Any]) -> Mapping[str, Any]:
     """Return what `_load_pretrained_model` was told, by name.
 
@@ -328,7 +323,6 @@ __all__ = [
     "TESTED_TRANSFORMERS",
     "PendingTensor",
     "StoredTensor",
-    "cache_of",
     "change_load_settings",
     "check_transformers",
     "choose_cache",

@@ -30,7 +30,6 @@ from .conversation_chatglm import ChatMixin
 from .environment_chatglm import (
     CACHE_NAME,
     CACHE_NAMES,
-    cache_of,
     choose_cache,
     try_first,
     with_fast_products,
@@ -45,7 +44,6 @@ from .masking_chatglm import (
     locate,
     pick_places,
 )
-from .quantization import QuantizedLinear
 
 # Not used here: transformers copies the files that this one imports, and not theirs.
 from .quantization_cuda import find_kernels  # noqa: F401
@@ -190,8 +188,7 @@ def eager_attention_forward(
 class SelfAttention(nn.Module):
     """Multi-head attention with one matrix for queries, keys and values.
 
-    The rows of that matrix are grouped by head, each head's query, key and value side by side, so
-    a shard of the rows is a set of whole heads.
+    Its rows are grouped by head, query, key and value side by side: some of them are whole heads.
     """
 
     def __init__(self, config: ChatGLMConfig, layer_idx: int) -> None:
@@ -326,9 +323,7 @@ class BlockStack(nn.ModuleList):
     ) -> tuple[Tensor, tuple[Tensor, ...], tuple[Any, ...]]:
         """Return the last output, the blocks' inputs if asked for, and their attention weights.
 
-        Args:
-            hidden_states: `(B, S, H)`, the embedded tokens. Others: as of each block, with a prefix
-                for each. A cache that is passed by name is dropped in training by some releases.
+        A cache that is passed to a block by name is dropped in training by some releases.
         """
         all_inputs, all_attentions = (), ()
         for layer, prefix_states in zip(self, prefixes):
@@ -379,19 +374,14 @@ class ChatGLMPreTrainedModel(QuantizationMixin, QuantizedLoadingMixin, PreTraine
         The normed, scaled residual stays at the unigram plateau with the usual N(0, 0.02); Xavier
         everywhere learns (docs/mini.md).
         """
-        if isinstance(module, QuantizedLinear):
-            return
-        if isinstance(module, nn.Linear):
+        if isinstance(module, PrefixTable):
+            nn.init.normal_(module.weight)
+        elif type(module) in (nn.Linear, nn.Embedding):
             nn.init.xavier_normal_(module.weight)
-            if module.bias is not None:
-                nn.init.zeros_(module.bias)
         elif isinstance(module, nn.LayerNorm):
             nn.init.ones_(module.weight)
+        if type(module) in (nn.Linear, nn.LayerNorm) and module.bias is not None:
             nn.init.zeros_(module.bias)
-        elif isinstance(module, PrefixTable):
-            nn.init.normal_(module.weight)
-        elif isinstance(module, nn.Embedding):
-            nn.init.xavier_normal_(module.weight)
 
 
 class ChatGLMModel(ChatGLMPreTrainedModel):
@@ -648,11 +638,8 @@ class ChatGLMForSequenceClassification(ChatGLMPreTrainedModel):
 
 def _states_of(outputs: BaseModelOutputWithPast) -> dict[str, Any]:
     """Return what a head passes on of its base model's output."""
-    return {
-        CACHE_NAME: cache_of(outputs),
-        "hidden_states": outputs.hidden_states,
-        "attentions": outputs.attentions,
-    }
+    names = (CACHE_NAME, "hidden_states", "attentions")
+    return {name: getattr(outputs, name) for name in names}
 
 
 __all__ = [

@@ -24,7 +24,7 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor, nn
 
-from .environment_chatglm import find_twin, may_use_kernels
+from .environment_chatglm import StoredTensor, find_twin, may_use_kernels
 from .quantization_cuda import find_kernels as find_cuda_kernels
 
 GROUP_SIZES = (32, 64, 128)
@@ -566,6 +566,35 @@ class QuantizedEmbedding(PackedMatrix):
 
     def extra_repr(self) -> str:
         return f"{self.num_embeddings}, {self.embedding_dim}, {self._format()}"
+
+
+class Packing:
+    """The packed form of one stored matrix, made at the first question for a part of it.
+
+    Args:
+        stored: float `(O, I)`.
+        layer: the packed layer that it is for.
+        name: what an error calls the matrix.
+    """
+
+    def __init__(self, stored: StoredTensor, layer: PackedMatrix, name: str) -> None:
+        self._stored, self._layer, self._name = stored, layer, name
+        self._parts: dict[str, Tensor] = {}
+
+    def take(self, kind: str) -> Tensor:
+        """Return the "weight" or the "weight_scale" and keep only the other."""
+        if kind not in self._parts:
+            self._parts = dict(zip(("weight", "weight_scale"), self._pack()))
+        return self._parts.pop(kind)
+
+    def _pack(self) -> tuple[Tensor, Tensor]:
+        layer = self._layer
+        packed = torch.empty(layer.weight.shape, dtype=torch.int8)
+        scale = torch.empty(layer.weight_scale.shape, dtype=torch.float16)
+        for rows, block in self._stored.iter_blocks():
+            name = f"{self._name}[{rows.start}:{rows.stop}]"
+            packed[rows], scale[rows] = quantize_weight(block, layer.bits, name, layer.group_size)
+        return packed, scale
 
 
 def is_packed(module: nn.Module) -> bool:

@@ -37,6 +37,7 @@ from .environment_chatglm import (
 from .quantization import (
     GROUP_SIZES,
     PackedMatrix,
+    Packing,
     QuantizedEmbedding,
     QuantizedLinear,
     WeightFormat,
@@ -601,35 +602,6 @@ def _check_index(checkpoint: Checkpoint, weight_map: Mapping[str, str]) -> None:
 
 
 # Packing while reading
-
-
-class Packing:
-    """The packed form of one stored matrix, made at the first question for a part of it.
-
-    Args:
-        stored: float `(O, I)`.
-        layer: the packed layer that it is for.
-        name: what an error calls the matrix.
-    """
-
-    def __init__(self, stored: StoredTensor, layer: PackedMatrix, name: str) -> None:
-        self._stored, self._layer, self._name = stored, layer, name
-        self._parts: dict[str, Tensor] = {}
-
-    def take(self, kind: str) -> Tensor:
-        """Return the "weight" or the "weight_scale" and keep only the other."""
-        if kind not in self._parts:
-            self._parts = dict(zip(("weight", "weight_scale"), self._pack()))
-        return self._parts.pop(kind)
-
-    def _pack(self) -> tuple[Tensor, Tensor]:
-        layer = self._layer
-        packed = torch.empty(layer.weight.shape, dtype=torch.int8)
-        scale = torch.empty(layer.weight_scale.shape, dtype=torch.float16)
-        for rows, block in self._stored.iter_blocks():
-            name = f"{self._name}[{rows.start}:{rows.stop}]"
-            packed[rows], scale[rows] = quantize_weight(block, layer.bits, name, layer.group_size)
-        return packed, scale
 
 
 def pack_checkpoint(checkpoint: Checkpoint, are_files: bool) -> dict[str, Any]:

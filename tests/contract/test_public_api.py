@@ -44,7 +44,6 @@ PUBLIC_NAMES = {
         "PendingTensor",
         "StoredTensor",
         "TESTED_TRANSFORMERS",
-        "cache_of",
         "change_load_settings",
         "check_transformers",
         "choose_cache",

@@ -24,8 +24,7 @@ from transformers.dynamic_module_utils import get_imports, get_relative_imports
 from chatglm.model_files import find_model_files
 
 REQUIRED = {"torch", "transformers", "sentencepiece", "packaging"}
-NOT_THE_MODEL = {"noxfile"}  # the only other Python file at the top
-FLAT_FILES = sorted(path for path in ROOT.glob("*.py") if path.stem not in NOT_THE_MODEL)
+FLAT_FILES = sorted(ROOT.glob("*.py"))
 MODULES = {path.stem: path.read_text(encoding="utf-8") for path in FLAT_FILES}
 TREES = {name: ast.parse(text) for name, text in MODULES.items()}
 CALLS_WHILE_IMPORTING = {"check_transformers(transformers.__version__)"}

@@ -11,7 +11,6 @@ from chatglm_6b.environment_chatglm import (
     CACHE_NAME,
     CACHE_NAMES,
     TESTED_TRANSFORMERS,
-    cache_of,
     change_load_settings,
     check_transformers,
     choose_cache,
@@ -70,7 +69,7 @@ def test_the_cache_is_called_as_transformers_calls_it() -> None:
     assert (CACHE_NAME == "cache") == is_renamed
     assert CACHE_NAME in {field.name for field in dataclasses.fields(BaseModelOutputWithPast)}
     cache: Any = object()
-    assert cache_of(BaseModelOutputWithPast(**{CACHE_NAME: cache})) is cache
+    assert getattr(BaseModelOutputWithPast(**{CACHE_NAME: cache}), CACHE_NAME) is cache
 
 
 def test_either_name_is_taken_but_not_two_caches() -> None:
