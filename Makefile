@@ -36,7 +36,7 @@ parity: $(WORKING) ## compare with the original code's numbers
 	$(BIN)/python -m pytest tests/parity $(ARGS)
 
 compat: $(WORKING) ## test on every supported transformers; COMPAT="tests(newest)" on what is newest
-	$(BIN)/nox --session "$(COMPAT)" -- $(ARGS)
+	$(BIN)/nox --noxfile tools/noxfile.py --session "$(COMPAT)" -- $(ARGS)
 
 lint: $(WORKING) ## check style and format
 	$(BIN)/ruff check .

@@ -12,24 +12,26 @@ Shapes: `B` rows, `N` heads, `S` new columns, `T` all columns so far, `D` head d
 from collections.abc import Iterable
 from functools import partialmethod
 from operator import attrgetter
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from transformers.cache_utils import DynamicCache, DynamicLayer
+from transformers import DynamicCache, DynamicLayer
 
 ROOM_STEP = 64  # columns; every head's integers and scales then begin on a cache line
 ROOM_SHARE = 8  # an eighth of what is in use: a column is moved about 8 times while a cache grows
 
 MAX_INTEGER = 127
 
-# torch promises no such count. Without it a cache is only slower, as nothing proves room free.
+# torch promises neither this count nor `_cdata`. Without them a cache is only slower: nothing
+# proves room free.
 _count_users = getattr(torch._C, "_storage_Use_Count", None)
 
 
 def _count_holders(tensor: Tensor) -> int:
     """Count the tensors that share a tensor's memory, and the object that asks."""
-    return 0 if _count_users is None else _count_users(tensor.untyped_storage()._cdata)
+    address = getattr(tensor.untyped_storage(), "_cdata", None)
+    return 0 if _count_users is None or address is None else _count_users(address)
 
 
 ALONE = max(_count_holders(torch.empty(1)), 1)
@@ -292,53 +294,52 @@ class ChatGLMCache(DynamicCache):
                 self.update(key_states, value_states, layer_idx)
 
 
-def find_reserved_layer(cache: Any, layer_idx: int) -> ReservedLayer | None:
-    """Return a layer that can be extended in place; None if the cache has another, or no columns.
+class KeyValues(NamedTuple):
+    """Keys and values as they stand: `(B, N, K, D)`, or integers with scales `(B, N, K)`."""
 
-    Args:
-        cache: a cache of transformers, ours, or None.
-        layer_idx: whose.
-    """
-    layers = getattr(cache, "layers", ())
-    layer = layers[layer_idx] if layer_idx < len(layers) else None
-    if type(layer) is not ReservedLayer or layer.keys is None or layer.get_seq_length() == 0:
-        return None
-    return layer
+    key: Tensor
+    value: Tensor
+    key_scale: Tensor | None = None
+    value_scale: Tensor | None = None
 
-
-def find_reserved_layers(cache: Any, count: int) -> list[ReservedLayer] | None:
-    """Return the first `count` layers if all of them can be extended in place, or None."""
-    layers = [find_reserved_layer(cache, layer_idx) for layer_idx in range(count)]
-    found = [layer for layer in layers if layer is not None]
-    return found if len(found) == count else None
+    def as_floats(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """Return keys and values, `(B, N, K, D)` each, in a float dtype."""
+        if self.key_scale is None or self.value_scale is None:
+            return self.key, self.value
+        key = self.key * self.key_scale.unsqueeze(-1)
+        return key.to(dtype), (self.value * self.value_scale.unsqueeze(-1)).to(dtype)
 
 
 def extend_cache(
-    cache: Any, layer_idx: int, key_states: Tensor, value_states: Tensor, where: dict[str, Any]
-) -> tuple[Tensor, ...]:
-    """Append keys and values to any cache, and return all of them.
+    cache: Any, layer_idx: int, new: KeyValues, cache_position: Tensor | None = None
+) -> KeyValues:
+    """Append keys and values to any cache, and return all of them; without a cache, the new ones.
 
     Args:
-        cache: a cache of transformers, or ours.
+        cache: a cache of transformers, ours, or None.
         layer_idx: whose they are.
-        key_states, value_states: `(B, N, S, D)`.
-        where: what transformers' `update` takes beside them.
+        new: `(B, N, S, D)` each.
+        cache_position: `(S,)`, the columns that they take in a static cache; only transformers
+            before 5.13 asks for it.
 
     Returns:
-        Keys and values, `(B, N, T, D)`; of a layer that keeps integers those, and scales
-        `(B, N, T)` for each.
+        `(B, N, T, D)` each; of a layer that keeps integers those, and scales `(B, N, T)`.
     """
+    if cache is None:
+        return new
     layer = cache.layers[layer_idx] if layer_idx < len(cache.layers) else None
     if not isinstance(layer, QuantizedReservedLayer):
-        return cache.update(key_states, value_states, layer_idx, where)
-    layer.append(key_states, value_states)
-    return layer.key_integers, layer.value_integers, layer.key_scales, layer.value_scales
+        where = {"cache_position": cache_position}
+        return KeyValues(*cache.update(new.key, new.value, layer_idx, where))
+    layer.append(new.key, new.value)
+    scales = layer.key_scales, layer.value_scales
+    return KeyValues(layer.key_integers, layer.value_integers, *scales)
 
 
 __all__ = [
     "ChatGLMCache",
+    "KeyValues",
     "QuantizedReservedLayer",
     "ReservedLayer",
     "extend_cache",
-    "find_reserved_layer",
 ]

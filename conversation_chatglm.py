@@ -11,10 +11,9 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from transformers.generation.logits_process import LogitsProcessorList
-from transformers.generation.stopping_criteria import StoppingCriteria, StoppingCriteriaList
+from transformers import LogitsProcessorList, StoppingCriteria, StoppingCriteriaList
 
-from .sampling_chatglm import InvalidScoreLogitsProcessor
+from .generation_chatglm import InvalidScoreLogitsProcessor
 
 History = list[tuple[str, str]]
 

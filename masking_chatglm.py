@@ -251,6 +251,64 @@ def pick_places(states: Tensor, places: int | Tensor) -> Tensor:
     return states[places] if places.dim() == 2 else states[:, places]
 
 
+def locate(
+    input_ids: Tensor | None,
+    inputs_embeds: Tensor,
+    attention_mask: Tensor | None,
+    position_ids: Tensor | None,
+    past_key_values: Any,
+    special_ids: SpecialIds,
+    num_positions: int,
+) -> tuple[Tensor, Tensor | None]:
+    """Return the positions `(B, P, S)` and the mask (True = hidden) of new tokens.
+
+    What a caller gives in GLM's own shape is used; the rest follows from the ids.
+
+    Args:
+        input_ids: `(B, S)`, or None if only embeddings are known.
+        inputs_embeds: `(B, S, H)`.
+        attention_mask: as `accept_hidden_mask` takes it, or `(B, T)`.
+        position_ids: `(B, P, S)`; ranges of fewer dimensions, as trainers and peft hand them over,
+            say nothing with two axes. None to work them out.
+        past_key_values: a cache, which is told of the tokens, or None.
+        special_ids, num_positions: as for `build_geometry`.
+    """
+    position_ids = _accept_position_ids(position_ids, num_positions)
+    hidden_mask = accept_hidden_mask(attention_mask)
+    is_static = reserved_length(past_key_values) is not None
+    if input_ids is None:
+        input_ids = _imagine_ids(inputs_embeds, position_ids, special_ids)
+    if position_ids is not None and hidden_mask is not None:
+        if not is_static:  # a compiled step may not touch what grows
+            note_tokens(past_key_values, input_ids)
+        return position_ids, hidden_mask
+    if hidden_mask is not None:
+        attention_mask = fold_attention_mask(hidden_mask).expand(input_ids.shape[0], -1)
+    geometry = locate_new_tokens(
+        input_ids, attention_mask, past_key_values, special_ids, num_positions
+    )
+    is_masked = attention_mask is not None or is_static or input_ids.shape[1] > 1
+    if hidden_mask is None and is_masked:
+        hidden_mask = geometry.attention_mask
+    return geometry.position_ids if position_ids is None else position_ids, hidden_mask
+
+
+def _accept_position_ids(position_ids: Tensor | None, num_positions: int) -> Tensor | None:
+    if position_ids is None or position_ids.dim() == 3:
+        return position_ids
+    return None if num_positions == 2 else position_ids.unsqueeze(1)
+
+
+def _imagine_ids(
+    inputs_embeds: Tensor, position_ids: Tensor | None, special_ids: SpecialIds
+) -> Tensor:
+    """Stand in for ids that are not known, `(B, S)`, with `<sop>` where the answer begins."""
+    unknown = inputs_embeds.new_full(inputs_embeds.shape[:2], UNKNOWN_TOKEN, dtype=torch.long)
+    if position_ids is None or position_ids.shape[1] == 1:
+        return unknown
+    return unknown.masked_fill(position_ids[:, 1] == 1, special_ids.bos)
+
+
 def locate_new_tokens(
     input_ids: Tensor,
     attention_mask: Tensor | None,

@@ -1,23 +1,22 @@
 """The ChatGLM network: modules only, leaves first.
 
-Owns the blocks, the heads and their losses. Knows nothing of text; where a token stands and what
-it sees comes from `masking_chatglm`, tokens from `generation_chatglm`, talk from
-`conversation_chatglm`, a trained prefix from `prefix_chatglm`, packed weights from `quantization`
-and `packing_chatglm`.
+Owns the blocks, the rotation by positions, the P-Tuning v2 prefix, the heads and their losses.
+Knows nothing of text; where a token stands and what it sees comes from `masking_chatglm`, tokens
+from `generation_chatglm`, talk from `conversation_chatglm`, packed weights from `quantization` and
+`quantizer_chatglm`. What is decorated here has a faster twin on a CPU (`environment_chatglm`); the
+model is the code below.
 
 Shapes: `B` batch, `S` new tokens, `K` keys (past, new and prefix), `N` heads, `D` head dim,
 `H` hidden, `P` position axes, `L` layers, `V` vocabulary.
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
-from transformers.cache_utils import Cache
-from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers import Cache, GradientCheckpointingLayer, PreTrainedModel
 from transformers.modeling_outputs import (
     BaseModelOutputWithPast,
     CausalLMOutputWithPast,
@@ -25,48 +24,132 @@ from transformers.modeling_outputs import (
 )
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from .attention_cpu import Past, attend, attend_step, takes_step
-from .cache_chatglm import ChatGLMCache, extend_cache, find_reserved_layer, find_reserved_layers
+from .cache_chatglm import ChatGLMCache, KeyValues, extend_cache
 from .configuration_chatglm import ChatGLMConfig
 from .conversation_chatglm import ChatMixin
-from .decoding_cpu import decode_step
+from .environment_chatglm import (
+    CACHE_NAME,
+    CACHE_NAMES,
+    choose_cache,
+    try_first,
+    with_fast_products,
+)
 from .generation_chatglm import GLMGenerationMixin
-
-# Not used here: transformers copies the files that this one imports, and not theirs.
-from .kernels_cpu import find_kernel  # noqa: F401
 from .masking_chatglm import (
-    UNKNOWN_TOKEN,
     SpecialIds,
-    accept_hidden_mask,
     build_attention_bias,
     build_document_geometry,
     find_last_columns,
     find_static_columns,
-    fold_attention_mask,
-    locate_new_tokens,
-    note_tokens,
+    locate,
     pick_places,
-    reserved_length,
 )
-from .memory_cpu import release_gaps
-from .packing_chatglm import QuantizationMixin, WeightFormat, note_ties, swap_layers
-from .prefix_chatglm import PrefixEncoder, PrefixTable, prepend_prefix
-from .products_cpu import DOTS  # noqa: F401
-from .program_cpu import Program  # noqa: F401
-from .quantization import QuantizedLinear
-from .quantization_cpu import Linear, wants_graph
+
+# Not used here: transformers copies the files that this one imports, and not theirs.
 from .quantization_cuda import find_kernels  # noqa: F401
-from .quantizer_chatglm import QuantizedLoadingMixin
-from .releases_chatglm import CACHE_NAME, CACHE_NAMES, cache_of, choose_cache
-from .rotary_chatglm import RotaryEmbedding, apply_rotary
-from .rounding_cpu import ROUNDING  # noqa: F401
-from .sampling_chatglm import quicken  # noqa: F401
+from .quantizer_chatglm import (
+    QuantizationMixin,
+    QuantizedLoadingMixin,
+    WeightFormat,
+    note_ties,
+    swap_layers,
+)
 
 # The released weights were trained with 28 layers, and the original code uses this number for a
 # model of any depth.
 RESIDUAL_LAYERS = 28
-PART_COLUMNS = 512  # of a prompt that are four times as wide at once
 IGNORED_LABEL = -100  # no loss is wanted there; torch's number
+ROTARY_BASE = 10000.0
+PREFIX_DROPOUT = 0.1
+
+
+class RotaryEmbedding(nn.Module):
+    """Turns position ids into the cosines and sines that rotate queries and keys.
+
+    Every position axis owns `D / P` of a head's dimensions.
+    """
+
+    def __init__(self, config: ChatGLMConfig) -> None:
+        super().__init__()
+        self.rotary_dim = config.head_dim // config.num_positions
+
+    def forward(self, position_ids: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """Return cosines and sines, each `(B, 1, P, S, D / P)`, for `position_ids` `(B, P, S)`."""
+        exponents = torch.arange(0, self.rotary_dim, 2, device=position_ids.device).float()
+        frequencies = 1.0 / ROTARY_BASE ** (exponents / self.rotary_dim)
+        # The weights were trained with frequencies rounded to half; the angles stay in float32,
+        # since half angles are off by up to 0.5 rad at position 2047.
+        frequencies = frequencies.half().float()
+        angles = position_ids.unsqueeze(-1).float() * frequencies  # (B, P, S, D/2P)
+        angles = torch.cat((angles, angles), dim=-1).unsqueeze(1)  # (B, 1, P, S, D/P)
+        return angles.cos().to(dtype), angles.sin().to(dtype)
+
+
+def rotate_half(states: Tensor) -> Tensor:
+    """Map the two halves (a, b) of the last dimension to (-b, a)."""
+    first, second = states.chunk(2, dim=-1)
+    return torch.cat((-second, first), dim=-1)
+
+
+def apply_rotary(states: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotate queries or keys by all of their positions.
+
+    With two axes the first half of every head turns with the token's position, the second half
+    with its block position, which is 0 (no turn) over the context.
+
+    Args:
+        states: `(B, N, S, D)`.
+        cos, sin: `(B, 1, P, S, D / P)`.
+    """
+    num_positions = cos.shape[2]
+    parts = states.unflatten(-1, (num_positions, -1)).transpose(2, 3)  # (B, N, P, S, D/P)
+    rotated = parts * cos + rotate_half(parts) * sin
+    return rotated.transpose(2, 3).flatten(-2)  # (B, N, S, D)
+
+
+class PrefixTable(nn.Embedding):
+    """The rows that make a prefix, which start wider than those of tokens."""
+
+
+class PrefixEncoder(nn.Module):
+    """The states of a P-Tuning v2 prefix, trained keys and values before every layer's own.
+
+    A table, with `prefix_projection` behind a two-layer network. Source:
+    https://arxiv.org/abs/2110.07602.
+    """
+
+    def __init__(self, config: ChatGLMConfig, pre_seq_len: int) -> None:
+        super().__init__()
+        self.num_layers = config.num_layers
+        self.head_dim = config.head_dim
+        self.prefix_projection = config.prefix_projection
+        self.dropout = nn.Dropout(PREFIX_DROPOUT)
+        states_size = config.num_layers * config.hidden_size * 2
+        if config.prefix_projection:
+            self.embedding = PrefixTable(pre_seq_len, config.hidden_size)
+            self.trans = nn.Sequential(
+                nn.Linear(config.hidden_size, config.hidden_size),
+                nn.Tanh(),
+                nn.Linear(config.hidden_size, states_size),
+            )
+        else:
+            self.embedding = PrefixTable(pre_seq_len, states_size)
+
+    def forward(self, batch_size: int, dtype: torch.dtype) -> tuple[Tensor, ...]:
+        """Return each layer's keys and values, L times `(2, B, N, pre_seq_len, D)`."""
+        states = self.embedding.weight
+        states = self.trans(states) if self.prefix_projection else states
+        states = states.to(dtype).expand(batch_size, -1, -1)  # (B, pre_seq_len, L * 2 * H)
+        states = states.unflatten(-1, (self.num_layers, 2, -1, self.head_dim))
+        return self.dropout(states).permute(2, 3, 0, 4, 1, 5).unbind(0)
+
+
+def prepend_prefix(prefix_states: Tensor | None, past: KeyValues, dtype: torch.dtype) -> KeyValues:
+    """Put a layer's prefix `(2, B, N, pre_seq_len, D)`, if it has one, before `(B, N, K, D)`."""
+    if prefix_states is None:
+        return past
+    pairs = zip(prefix_states.to(dtype), past.as_floats(dtype))
+    return KeyValues(*(torch.cat((prefix, states), dim=2) for prefix, states in pairs))
 
 
 def eager_attention_forward(
@@ -105,8 +188,7 @@ def eager_attention_forward(
 class SelfAttention(nn.Module):
     """Multi-head attention with one matrix for queries, keys and values.
 
-    The rows of that matrix are grouped by head, each head's query, key and value side by side, so
-    a shard of the rows is a set of whole heads.
+    Its rows are grouped by head, query, key and value side by side: some of them are whole heads.
     """
 
     def __init__(self, config: ChatGLMConfig, layer_idx: int) -> None:
@@ -116,8 +198,8 @@ class SelfAttention(nn.Module):
         self.head_dim = config.head_dim
         self.scaling = config.head_dim**-0.5
         self.is_causal = False
-        self.query_key_value = Linear(config.hidden_size, 3 * config.hidden_size)
-        self.dense = Linear(config.hidden_size, config.hidden_size)
+        self.query_key_value = nn.Linear(config.hidden_size, 3 * config.hidden_size)
+        self.dense = nn.Linear(config.hidden_size, config.hidden_size)
 
     def forward(
         self,
@@ -127,79 +209,47 @@ class SelfAttention(nn.Module):
         prefix_states: Tensor | None = None,
         past_key_values: Cache | None = None,
         output_attentions: bool = False,
-        **kwargs: Any,
+        cache_position: Tensor | None = None,
     ) -> tuple[Tensor, Tensor | None]:
-        input_shape = hidden_states.shape[:-1]  # (B, S)
-        mixed = self.query_key_value(hidden_states).view(*input_shape, -1, 3 * self.head_dim)
-        if prefix_states is None and not output_attentions:
-            attn_output = self._attend_in_step(
-                mixed, attention_mask, position_embeddings, past_key_values
-            )
-            if attn_output is not None:
-                return self.dense(attn_output), None
+        """Return the attended `(B, S, H)` and, if asked for, the weights `(B, N, S, K)`."""
+        mixed = self.query_key_value(hidden_states).unflatten(-1, (-1, 3 * self.head_dim))
         query_states, key_states, value_states = mixed.transpose(1, 2).chunk(3, dim=-1)
         query_states = apply_rotary(query_states, *position_embeddings)  # (B, N, S, D)
-        key_states = apply_rotary(key_states, *position_embeddings)
-        past = Past(key_states, value_states)
+        past = KeyValues(apply_rotary(key_states, *position_embeddings), value_states)
         del mixed, key_states, value_states  # a cache has them too, and prompts may be long
-        if past_key_values is not None:
-            # transformers before 5.13 needs to be told where a static cache is written.
-            where = {"cache_position": kwargs.get("cache_position")}
-            past = Past(*extend_cache(past_key_values, self.layer_idx, *past[:2], where))
-        if prefix_states is not None:
-            past = Past(*prepend_prefix(prefix_states, *past.as_floats(query_states.dtype)))
-        attn_output, attn_weights = self._attend(
-            query_states, past, attention_mask, output_attentions
+        past = extend_cache(past_key_values, self.layer_idx, past, cache_position)
+        past = prepend_prefix(prefix_states, past, query_states.dtype)
+        attn_output, attn_weights = attend(
+            self, query_states, past, attention_mask, output_attentions
         )
-        attn_output = attn_output.reshape(*input_shape, -1)  # (B, S, N * D)
-        return self.dense(attn_output), attn_weights
+        return self.dense(attn_output.flatten(2)), attn_weights  # (B, S, N, D) -> (B, S, H)
 
-    def _attend_in_step(
-        self,
-        mixed: Tensor,
-        attention_mask: Tensor | None,
-        position_embeddings: tuple[Tensor, Tensor],
-        past_key_values: Cache | None,
-    ) -> Tensor | None:
-        """Do all of a decoding step at once, `(B, S, N * D)`; None where no kernel does that."""
-        layer = find_reserved_layer(past_key_values, self.layer_idx)
-        if layer is None or self.config._attn_implementation != "sdpa":
-            return None
-        axes = self.config.num_positions
-        if not takes_step(mixed, layer.keys, layer.values, axes, attention_mask is not None):
-            return None
-        past = Past(*layer.extend(mixed.shape[1]))
-        attended = attend_step(mixed, position_embeddings, past, attention_mask, self.scaling)
-        return attended.flatten(2)  # (B, S, N, D) -> (B, S, N * D)
 
-    def _attend(
-        self,
-        query_states: Tensor,
-        past: Past,
-        attention_mask: Tensor | None,
-        output_attentions: bool,
-    ) -> tuple[Tensor, Tensor | None]:
-        """Attend with a kernel of ours if it takes these operands, or as configured."""
-        if self.config._attn_implementation == "sdpa" and not output_attentions:
-            attended = attend(query_states, past, attention_mask, self.scaling)
-            if attended is not None:
-                return attended, None
-        return self._attention_function(output_attentions)(
-            self,
-            query_states,
-            *past.as_floats(query_states.dtype),
-            attention_mask,
-            scaling=self.scaling,
-            is_causal=False,
-        )
+@try_first("attend")
+def attend(
+    module: SelfAttention,
+    query_states: Tensor,
+    past: KeyValues,
+    attention_mask: Tensor | None,
+    output_attentions: bool,
+) -> tuple[Tensor, Tensor | None]:
+    """Attend by the kernel that the configuration names; only the eager one returns weights.
 
-    def _attention_function(self, output_attentions: bool) -> Callable[..., tuple[Tensor, Any]]:
-        """Choose the kernel; only the eager one returns weights."""
-        # Releases from 5.1 on search this source for "ALL_ATTENTION_FUNCTIONS.get_interface(",
-        # earlier ones for the lookup below, which works in all.
-        if output_attentions or self.config._attn_implementation in (None, "eager"):
-            return eager_attention_forward
-        return ALL_ATTENTION_FUNCTIONS[self.config._attn_implementation]
+    Args:
+        query_states: `(B, N, S, D)`.
+        past: what they attend to, themselves included.
+        attention_mask: `(B, 1, S, K)`, added to the scores, or None.
+
+    Returns:
+        The attended values `(B, S, N, D)`, and the weights `(B, N, S, K)` or None.
+    """
+    # Releases from 5.1 on search this source for "ALL_ATTENTION_FUNCTIONS.get_interface(",
+    # earlier ones for "ALL_ATTENTION_FUNCTIONS[self.config._attn_implementation]".
+    name = "eager" if output_attentions else module.config._attn_implementation or "eager"
+    kernel = eager_attention_forward if name == "eager" else ALL_ATTENTION_FUNCTIONS[name]
+    key, value = past.as_floats(query_states.dtype)
+    options = {"scaling": module.scaling, "is_causal": False}
+    return kernel(module, query_states, key, value, attention_mask, **options)
 
 
 class GLU(nn.Module):
@@ -207,20 +257,13 @@ class GLU(nn.Module):
 
     def __init__(self, config: ChatGLMConfig) -> None:
         super().__init__()
-        self.dense_h_to_4h = Linear(config.hidden_size, config.inner_hidden_size)
-        self.dense_4h_to_h = Linear(config.inner_hidden_size, config.hidden_size)
+        self.dense_h_to_4h = nn.Linear(config.hidden_size, config.inner_hidden_size)
+        self.dense_4h_to_h = nn.Linear(config.inner_hidden_size, config.hidden_size)
 
+    @try_first("map_in_parts")
     def forward(self, hidden_states: Tensor) -> Tensor:
-        """Map `(B, S, H)` to `(B, S, H)`; a long prompt on a CPU part by part, to save memory."""
-        is_short = hidden_states.shape[1] <= PART_COLUMNS or hidden_states.device.type != "cpu"
-        if is_short or wants_graph(hidden_states, self.dense_h_to_4h.bias):
-            return self._map(hidden_states)
-        parts = [self._map(part) for part in hidden_states.split(PART_COLUMNS, dim=1)]
-        release_gaps()  # of this block, which the next one might not fit into
-        return torch.cat(parts, dim=1)
-
-    def _map(self, hidden_states: Tensor) -> Tensor:
-        intermediate = self.dense_h_to_4h(hidden_states)
+        """Map `(B, S, H)` to `(B, S, H)`."""
+        intermediate = self.dense_h_to_4h(hidden_states)  # (B, S, 4 * H)
         return self.dense_4h_to_h(nn.functional.gelu(intermediate, approximate="tanh"))
 
 
@@ -264,6 +307,40 @@ class GLMBlock(GradientCheckpointingLayer):
         return mlp_input * self.alpha + self.mlp(mlp_input), attn_weights
 
 
+class BlockStack(nn.ModuleList):
+    """The blocks, one after another."""
+
+    @try_first("decode_step")
+    def forward(
+        self,
+        hidden_states: Tensor,
+        attention_mask: Tensor | None,
+        position_embeddings: tuple[Tensor, Tensor],
+        prefixes: Sequence[Tensor | None],
+        past_key_values: Cache | None,
+        output_hidden_states: bool = False,
+        **kwargs: Any,
+    ) -> tuple[Tensor, tuple[Tensor, ...], tuple[Any, ...]]:
+        """Return the last output, the blocks' inputs if asked for, and their attention weights.
+
+        A cache that is passed to a block by name is dropped in training by some releases.
+        """
+        all_inputs, all_attentions = (), ()
+        for layer, prefix_states in zip(self, prefixes):
+            if output_hidden_states:
+                all_inputs += (hidden_states,)
+            hidden_states, attn_weights = layer(
+                hidden_states,
+                attention_mask,
+                position_embeddings,
+                prefix_states,
+                past_key_values,
+                **kwargs,
+            )
+            all_attentions += (attn_weights,)
+        return hidden_states, all_inputs, all_attentions
+
+
 class ChatGLMPreTrainedModel(QuantizationMixin, QuantizedLoadingMixin, PreTrainedModel):
     """What transformers needs to know to load, place, split and initialize the network."""
 
@@ -274,21 +351,6 @@ class ChatGLMPreTrainedModel(QuantizationMixin, QuantizedLoadingMixin, PreTraine
     _skip_keys_device_placement = list(CACHE_NAMES)
     _keys_to_ignore_on_load_unexpected = [r"rotary_emb\.inv_freq"]
     _supports_sdpa = True
-    _supports_attention_backend = True
-    _can_compile_fullgraph = True
-
-    @classmethod
-    def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:
-        """Load as transformers does, quantizing on the way if asked to (`quantizer_chatglm`).
-
-        Raises:
-            ValueError: if the stored tensors are not those of the configuration.
-        """
-        loaded: Any = super().from_pretrained(*args, **kwargs)
-        model = loaded[0] if isinstance(loaded, tuple) else loaded
-        # transformers 5 makes all that it loads trainable, a P-Tuning model's frozen weights too.
-        model.base_model.freeze_around_prefix()
-        return loaded
 
     def get_input_embeddings(self) -> Any:
         return self.base_model.word_embeddings
@@ -312,19 +374,14 @@ class ChatGLMPreTrainedModel(QuantizationMixin, QuantizedLoadingMixin, PreTraine
         The normed, scaled residual stays at the unigram plateau with the usual N(0, 0.02); Xavier
         everywhere learns (docs/mini.md).
         """
-        if isinstance(module, QuantizedLinear):
-            return
-        if isinstance(module, nn.Linear):
+        if isinstance(module, PrefixTable):
+            nn.init.normal_(module.weight)
+        elif type(module) in (nn.Linear, nn.Embedding):
             nn.init.xavier_normal_(module.weight)
-            if module.bias is not None:
-                nn.init.zeros_(module.bias)
         elif isinstance(module, nn.LayerNorm):
             nn.init.ones_(module.weight)
+        if type(module) in (nn.Linear, nn.LayerNorm) and module.bias is not None:
             nn.init.zeros_(module.bias)
-        elif isinstance(module, PrefixTable):
-            nn.init.normal_(module.weight)
-        elif isinstance(module, nn.Embedding):
-            nn.init.xavier_normal_(module.weight)
 
 
 class ChatGLMModel(ChatGLMPreTrainedModel):
@@ -355,7 +412,7 @@ class ChatGLMModel(ChatGLMPreTrainedModel):
         )
         self.word_embeddings = nn.Embedding(config.vocab_size, config.hidden_size)
         self.rotary_emb = RotaryEmbedding(config)
-        self.layers = nn.ModuleList(GLMBlock(config, i) for i in range(config.num_layers))
+        self.layers = BlockStack(GLMBlock(config, i) for i in range(config.num_layers))
         self.final_layernorm = nn.LayerNorm(config.hidden_size, eps=config.layernorm_epsilon)
         self.gradient_checkpointing = False
         if self.pre_seq_len is not None:
@@ -371,6 +428,7 @@ class ChatGLMModel(ChatGLMPreTrainedModel):
             self.requires_grad_(False)
             self.prefix_encoder.requires_grad_(True)
 
+    @with_fast_products
     def forward(
         self,
         input_ids: Tensor | None = None,
@@ -394,18 +452,25 @@ class ChatGLMModel(ChatGLMPreTrainedModel):
         embeddings = self._embed(input_ids, inputs_embeds)
         if use_cache and past_key_values is None:
             past_key_values = ChatGLMCache()
-        position_ids, hidden_mask = self._locate(
-            input_ids, embeddings, attention_mask, position_ids, past_key_values
+        position_ids, hidden_mask = locate(
+            input_ids,
+            embeddings,
+            attention_mask,
+            position_ids,
+            past_key_values,
+            self.special_ids,
+            config.num_positions,
         )
         cache_position = kwargs.get("cache_position")
         if cache_position is None:
             cache_position = find_static_columns(past_key_values, embeddings)
-        hidden_states, all_hidden_states, all_attentions = self._run_blocks(
+        hidden_states, all_hidden_states, all_attentions = self.layers(
             embeddings,
             build_attention_bias(hidden_mask, embeddings.dtype, self.pre_seq_len or 0),
             self.rotary_emb(position_ids, embeddings.dtype),
-            output_hidden_states,
+            self._build_prefixes(embeddings),
             past_key_values,
+            output_hidden_states,
             output_attentions=output_attentions,
             cache_position=cache_position,
         )
@@ -442,105 +507,11 @@ class ChatGLMModel(ChatGLMPreTrainedModel):
             raise ValueError("Pass input_ids or inputs_embeds; both are None.")
         return self.word_embeddings(input_ids)
 
-    def _run_blocks(
-        self,
-        hidden_states: Tensor,
-        attention_bias: Tensor | None,
-        position_embeddings: tuple[Tensor, Tensor],
-        output_hidden_states: bool,
-        past_key_values: Cache | None,
-        **kwargs: Any,
-    ) -> tuple[Tensor, tuple[Tensor, ...], tuple[Any, ...]]:
-        """Return the last output, the blocks' inputs if asked for, and their attention weights."""
-        given = (attention_bias, position_embeddings)
-        if not output_hidden_states:
-            decoded = self._decode(hidden_states, *given, past_key_values, **kwargs)
-            if decoded is not None:
-                return decoded, (), ()
-        all_inputs, all_attentions = (), ()
-        for layer, prefix_states in zip(self.layers, self._build_prefixes(hidden_states)):
-            if output_hidden_states:
-                all_inputs += (hidden_states,)
-            # A cache that is passed by name is dropped in training by some releases only.
-            hidden_states, attn_weights = layer(
-                hidden_states, *given, prefix_states, past_key_values, **kwargs
-            )
-            all_attentions += (attn_weights,)
-        return hidden_states, all_inputs, all_attentions
-
-    def _decode(
-        self,
-        hidden_states: Tensor,
-        attention_bias: Tensor | None,
-        position_embeddings: tuple[Tensor, Tensor],
-        past_key_values: Cache | None,
-        output_attentions: bool,
-        **kwargs: Any,
-    ) -> Tensor | None:
-        """Run all blocks at once, if they can be and nobody looks at what is between them."""
-        if output_attentions or self.pre_seq_len or self.config._attn_implementation != "sdpa":
-            return None
-        reserved_layers = find_reserved_layers(past_key_values, len(self.layers))
-        if reserved_layers is None:
-            return None
-        return decode_step(
-            self.layers, hidden_states, position_embeddings, attention_bias, reserved_layers
-        )
-
     def _build_prefixes(self, inputs_embeds: Tensor) -> Sequence[Tensor | None]:
         """Return every layer's P-Tuning prefix, `(2, B, N, pre_seq_len, D)`, or Nones."""
         if self.pre_seq_len is None:
             return [None] * len(self.layers)
         return self.prefix_encoder(inputs_embeds.shape[0], inputs_embeds.dtype)
-
-    def _locate(
-        self,
-        input_ids: Tensor | None,
-        inputs_embeds: Tensor,
-        attention_mask: Tensor | None,
-        position_ids: Tensor | None,
-        past_key_values: Cache | None,
-    ) -> tuple[Tensor, Tensor | None]:
-        """Return the positions and the mask (True = hidden) of the new tokens.
-
-        What the caller gave in GLM's own shape is used; the rest follows from the ids.
-        """
-        position_ids = self._accept_position_ids(position_ids)
-        hidden_mask = accept_hidden_mask(attention_mask)
-        is_static = reserved_length(past_key_values) is not None
-        if input_ids is None:
-            input_ids = self._imagine_ids(inputs_embeds, position_ids)
-        if position_ids is not None and hidden_mask is not None:
-            if not is_static:  # a compiled step may not touch what grows
-                note_tokens(past_key_values, input_ids)
-            return position_ids, hidden_mask
-        if hidden_mask is not None:
-            attention_mask = fold_attention_mask(hidden_mask).expand(input_ids.shape[0], -1)
-        geometry = locate_new_tokens(
-            input_ids,
-            attention_mask,
-            past_key_values,
-            self.special_ids,
-            self.config.num_positions,
-        )
-        if hidden_mask is None and (
-            attention_mask is not None or is_static or input_ids.shape[1] > 1
-        ):
-            hidden_mask = geometry.attention_mask
-        return geometry.position_ids if position_ids is None else position_ids, hidden_mask
-
-    def _accept_position_ids(self, position_ids: Tensor | None) -> Tensor | None:
-        """Pass on `(B, P, S)`; trainers and peft hand over plain ranges, which say nothing here."""
-        if position_ids is None or position_ids.dim() == 3:
-            return position_ids
-        return None if self.config.position_encoding_2d else position_ids.unsqueeze(1)
-
-    def _imagine_ids(self, inputs_embeds: Tensor, position_ids: Tensor | None) -> Tensor:
-        """Stand in for ids that are not known, `(B, S)`, with `<sop>` where the answer begins."""
-        unknown = inputs_embeds.new_full(inputs_embeds.shape[:2], UNKNOWN_TOKEN, dtype=torch.long)
-        if position_ids is None or position_ids.shape[1] == 1:
-            return unknown
-        return unknown.masked_fill(position_ids[:, 1] == 1, self.special_ids.bos)
 
 
 def _default(value: bool | None, default: Any) -> bool:
@@ -555,7 +526,7 @@ class ChatGLMForConditionalGeneration(ChatGLMPreTrainedModel, ChatMixin, GLMGene
     def __init__(self, config: ChatGLMConfig) -> None:
         super().__init__(config)
         self.transformer = ChatGLMModel(config)
-        self.lm_head: nn.Module = Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.lm_head: nn.Module = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         if config.quantization_bit:
             swap_layers(self, WeightFormat.of_config(config), empty_init=True)
         note_ties(self)
@@ -567,6 +538,7 @@ class ChatGLMForConditionalGeneration(ChatGLMPreTrainedModel, ChatMixin, GLMGene
     def set_output_embeddings(self, new_embeddings: nn.Module) -> None:
         self.lm_head = new_embeddings
 
+    @with_fast_products
     def forward(
         self,
         input_ids: Tensor | None = None,
@@ -666,11 +638,8 @@ class ChatGLMForSequenceClassification(ChatGLMPreTrainedModel):
 
 def _states_of(outputs: BaseModelOutputWithPast) -> dict[str, Any]:
     """Return what a head passes on of its base model's output."""
-    return {
-        CACHE_NAME: cache_of(outputs),
-        "hidden_states": outputs.hidden_states,
-        "attentions": outputs.attentions,
-    }
+    names = (CACHE_NAME, "hidden_states", "attentions")
+    return {name: getattr(outputs, name) for name in names}
 
 
 __all__ = [

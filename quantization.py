@@ -2,7 +2,7 @@
 
 Owns how a float matrix becomes integers with a scale per row or per group of columns, how two 4-bit
 integers share a byte, and the layers that compute with them. Knows nothing of attention, of text,
-or of how a model gets such layers (`packing_chatglm`). Kernels for a device come from a file of
+or of how a model gets such layers (`quantizer_chatglm`). Kernels for a device come from a file of
 their own; what none of them takes is computed by plain torch, on whatever torch runs on.
 
 The official scheme is the original's (absmax rounding as in GLM-130B,
@@ -19,12 +19,12 @@ Shapes: `O` output features, `I` input features, `C` stored columns: `I`, or `I 
 """
 
 from collections.abc import Callable, Iterator
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
 
-from .quantization_cpu import find_kernels as find_cpu_kernels
+from .environment_chatglm import StoredTensor, find_twin, may_use_kernels
 from .quantization_cuda import find_kernels as find_cuda_kernels
 
 GROUP_SIZES = (32, 64, 128)
@@ -75,6 +75,36 @@ def check_columns(
         raise ValueError(
             f"{name} has {in_features} columns, which groups of {group_size} do not divide: use "
             "another group_size, or None for a scale per row."
+        )
+
+
+class WeightFormat(NamedTuple):
+    """What `quantize` takes: the format of the packed weights.
+
+    Attributes:
+        bits: 4 or 8.
+        group_size: columns that share a scale; None for whole rows, the official format.
+        embeddings: whether the embedding and the head are packed too.
+        activations: "int8" if a CPU's kernels may round the input of products, or "exact".
+    """
+
+    bits: int
+    group_size: int | None = None
+    embeddings: bool = False
+    activations: str = ACTIVATIONS[0]
+
+    def __str__(self) -> str:
+        group = "" if self.group_size is None else f" in groups of {self.group_size}"
+        return f"{self.bits} bits{group}"
+
+    @classmethod
+    def of_config(cls, config: Any) -> "WeightFormat":
+        """Return the format that a model's configuration names; 0 bits for plain weights."""
+        return cls(
+            config.quantization_bit,
+            config.quantization_group_size,
+            config.quantization_embeddings,
+            check_activations(config.quantization_activations),
         )
 
 
@@ -205,17 +235,52 @@ class LinearKernels(Protocol):
         """Return what `dequantize_weight` returns, bit for bit."""
 
 
+class TorchKernels:
+    """What torch itself has for packed weights on a CPU, where there is no engine.
+
+    It is a product of bfloat16 numbers with 8-bit weights; 4-bit ones are unpacked to 8 bits.
+    """
+
+    def multiply(
+        self, input: Tensor, weight: Tensor, weight_scale: Tensor, bits: int, activations: str
+    ) -> Tensor | None:
+        """Return `input @ W.T` for bfloat16 inputs and a scale per row; None for others."""
+        # torch promises no such operation; without it products are torch's plain ones.
+        multiply_integers = getattr(torch.ops.aten, "_weight_int8pack_mm", None)
+        if input.dtype != torch.bfloat16 or weight_scale.dim() != 1 or activations == "exact":
+            return None
+        if multiply_integers is None:
+            return None
+        rows = input.reshape(-1, input.shape[-1]).contiguous()
+        if bits == 4:
+            weight = unpack_int4(weight)
+        ones = torch.ones_like(weight_scale, dtype=torch.bfloat16)
+        product = multiply_integers(rows, weight, ones)
+        return (product * weight_scale).to(input.dtype).view(*input.shape[:-1], -1)
+
+    def dequantize(
+        self, weight: Tensor, weight_scale: Tensor, bits: int, dtype: torch.dtype
+    ) -> Tensor | None:
+        """Leave whole matrices to plain torch."""
+        return None
+
+
+def _find_cpu_kernels(device: torch.device) -> LinearKernels:
+    twin = find_twin("find_kernels")
+    found = None if twin is None else twin()
+    return TorchKernels() if found is None else found
+
+
 # How to find the kernels of a device, by its type; None where they cannot run.
 KERNEL_FINDERS: dict[str, Callable[[torch.device], LinearKernels | None]] = {
-    "cpu": find_cpu_kernels,
+    "cpu": _find_cpu_kernels,
     "cuda": find_cuda_kernels,
 }
 
 
 def _find_kernels(tensor: Tensor) -> LinearKernels | None:
     finder = KERNEL_FINDERS.get(tensor.device.type)
-    # A compiled graph is torch's own: it cannot look into a kernel of ours.
-    return None if finder is None or torch.compiler.is_compiling() else finder(tensor.device)
+    return finder(tensor.device) if finder is not None and may_use_kernels() else None
 
 
 def _dequantize(weight: Tensor, weight_scale: Tensor, bits: int, dtype: torch.dtype) -> Tensor:
@@ -485,9 +550,7 @@ class QuantizedEmbedding(PackedMatrix):
 
     def to_embedding(self, dtype: torch.dtype) -> nn.Embedding:
         """Return a plain embedding with the values that this one gives."""
-        embedding = nn.Embedding(
-            self.num_embeddings, self.embedding_dim, _weight=self.unpack(dtype)
-        )
+        embedding = nn.Embedding.from_pretrained(self.unpack(dtype), freeze=False)
         return embedding.train(self.training)
 
     def forward(self, input_ids: Tensor) -> Tensor:
@@ -503,6 +566,40 @@ class QuantizedEmbedding(PackedMatrix):
 
     def extra_repr(self) -> str:
         return f"{self.num_embeddings}, {self.embedding_dim}, {self._format()}"
+
+
+class Packing:
+    """The packed form of one stored matrix, made at the first question for a part of it.
+
+    Args:
+        stored: float `(O, I)`.
+        layer: the packed layer that it is for.
+        name: what an error calls the matrix.
+    """
+
+    def __init__(self, stored: StoredTensor, layer: PackedMatrix, name: str) -> None:
+        self._stored, self._layer, self._name = stored, layer, name
+        self._parts: dict[str, Tensor] = {}
+
+    def take(self, kind: str) -> Tensor:
+        """Return the "weight" or the "weight_scale" and keep only the other."""
+        if kind not in self._parts:
+            self._parts = dict(zip(("weight", "weight_scale"), self._pack()))
+        return self._parts.pop(kind)
+
+    def _pack(self) -> tuple[Tensor, Tensor]:
+        layer = self._layer
+        packed = torch.empty(layer.weight.shape, dtype=torch.int8)
+        scale = torch.empty(layer.weight_scale.shape, dtype=torch.float16)
+        for rows, block in self._stored.iter_blocks():
+            name = f"{self._name}[{rows.start}:{rows.stop}]"
+            packed[rows], scale[rows] = quantize_weight(block, layer.bits, name, layer.group_size)
+        return packed, scale
+
+
+def is_packed(module: nn.Module) -> bool:
+    """Tell whether a layer's weights are packed."""
+    return isinstance(module, PackedMatrix)
 
 
 def freeze(tensor: Tensor) -> nn.Parameter:

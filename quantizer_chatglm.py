@@ -1,8 +1,8 @@
-"""Quantizing a checkpoint while it is read, and checking that it is what the configuration says.
+"""How a model gets packed weights: in memory, or from a checkpoint while it is read.
 
-Owns transformers' quantization method "chatglm", the way from a shard to the model's tensors, and
-what is refused on it. Which layers are packed is the business of `packing_chatglm`, the rounding
-that of `quantization`.
+Owns which layers are packed and the walks that swap them, transformers' quantization method
+"chatglm", the way from a shard to the model's tensors, and what is refused on it. Storage and
+arithmetic are `quantization`'s.
 
 A float checkpoint is handed to transformers as if it had been saved quantized: under each packed
 name stands a `PendingTensor` that is read, rounded and released when it is asked for. So one way
@@ -13,30 +13,254 @@ official integers.
 Shapes: `O` output features, `I` input features of a packed layer.
 """
 
-import ctypes
-import mmap
-import sys
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from functools import partial
 from typing import Any, NamedTuple, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.modeling_utils import load_state_dict
 from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_QUANTIZER_MAPPING
 from transformers.quantizers.base import HfQuantizer
+from transformers.utils import logging
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from .packing_chatglm import WeightFormat, is_packed
-from .quantization import GROUP_SIZES, PackedMatrix, check_columns, quantize_weight
-from .releases_chatglm import change_load_settings, read_load_settings
+from .environment_chatglm import (
+    PendingTensor,
+    StoredTensor,
+    change_load_settings,
+    read_load_settings,
+    renew_ties,
+)
+from .quantization import (
+    GROUP_SIZES,
+    PackedMatrix,
+    Packing,
+    QuantizedEmbedding,
+    QuantizedLinear,
+    WeightFormat,
+    check_activations,
+    check_bits,
+    check_columns,
+    has_finite_scales,
+    is_packed,
+    quantize_weight,
+)
+
+logger = logging.get_logger(__name__)
+
+# The layers of a block whose weights are packed; biases, norms and prefix stay as they are.
+PACKED_LAYERS = (
+    "attention.query_key_value",
+    "attention.dense",
+    "mlp.dense_h_to_4h",
+    "mlp.dense_4h_to_h",
+)
+# Packed on demand: the embedding, and the head that is tied to it.
+EMBEDDING_LAYERS = ("word_embeddings", "lm_head")
 
 METHOD = "chatglm"
-# Shards are read by so many weights at once. Larger blocks are no faster, and what is freed between
-# the results leaves holes in the heap: with 2**24 they were 2 GB after the 6B model.
-WEIGHTS_AT_ONCE = 2**20
+
+
+class QuantizationMixin:
+    """The methods that pack and unpack a whole model."""
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Number format of the model; scales, which bfloat16 never narrows, do not count."""
+        model = cast(nn.Module, self)
+        return next(
+            tensor.dtype
+            for name, tensor in model.named_parameters()
+            if tensor.is_floating_point() and not name.endswith("weight_scale")
+        )
+
+    def quantize(
+        self,
+        bits: int,
+        empty_init: bool = False,
+        group_size: int | None = None,
+        embeddings: bool = False,
+        activations: str | None = None,
+        **ignored: Any,
+    ) -> Any:
+        """Swap the model's large layers for packed ones, in place and one at a time.
+
+        Works on any device and in any floating dtype. The format is also written to the model's
+        config. A second call may pack the embedding too or change `activations`, nothing else.
+
+        Args:
+            bits: 4 or 8; 0 leaves the model as it is.
+            empty_init: only change the storage, for values that will be loaded afterwards.
+            group_size: 32, 64 or 128 columns that share a scale; None for a scale per row, the
+                official format.
+            embeddings: whether to pack the embedding and the head too.
+            activations: "int8" lets the kernels of a CPU round the input of every product to 8
+                bits, with a scale for every few columns (the default; not while training);
+                "exact" keeps it, at up to twice the time.
+            ignored: options of the original's own kernels.
+
+        Returns:
+            The model itself.
+
+        Raises:
+            ValueError: for an unknown format, another one than before, or a layer that cannot be
+                packed. The model is as before then.
+        """
+        if bits == 0:
+            return self
+        check_bits(bits)
+        activations = check_activations(
+            activations or cast(Any, self).config.quantization_activations
+        )
+        if ignored:
+            logger.warning("quantize() ignores %s.", ", ".join(sorted(ignored)))
+        weight_format = WeightFormat(bits, group_size, embeddings, activations)
+        model = cast(PreTrainedModel, self)
+        if not swap_layers(model, weight_format, empty_init):
+            logger.info("The model is already quantized to %s.", weight_format)
+        has_packed_embedding = isinstance(model.get_input_embeddings(), QuantizedEmbedding)
+        note_format(model, weight_format._replace(embeddings=has_packed_embedding))
+        return self
+
+    def dequantize(self, dtype: torch.dtype | None = None) -> Any:
+        """Swap packed layers for plain ones with the values that they compute with, in place.
+
+        Adapters around packed layers stay, and can be merged afterwards.
+
+        Args:
+            dtype: of the matrices; that of the rest of the model by default.
+
+        Returns:
+            The model itself.
+        """
+        model = cast(PreTrainedModel, self)
+        dtype = dtype or model.dtype
+        for name in [name for name, layer in model.named_modules() if is_packed(layer)]:
+            layer = model.get_submodule(name)
+            plain: nn.Module = (
+                layer.to_linear(dtype)
+                if isinstance(layer, QuantizedLinear)
+                else cast(QuantizedEmbedding, layer).to_embedding(dtype)
+            )
+            del layer
+            _replace_module(model, name, plain)
+        activations = cast(Any, model.config).quantization_activations
+        note_format(model, WeightFormat(0, activations=activations))
+        return self
+
+    def _tie_weights(self) -> None:
+        """Share a packed head's scales too; transformers 4 knows only of its weight."""
+        model = cast(Any, self)
+        if isinstance(model.get_output_embeddings(), QuantizedLinear) and _is_tied(model):
+            model.lm_head.weight_scale = model.get_input_embeddings().weight_scale
+
+
+def _is_tied(model: PreTrainedModel) -> bool:
+    return bool(cast(Any, model.config).tie_word_embeddings)
+
+
+def note_format(model: PreTrainedModel, weight_format: WeightFormat) -> None:
+    """Write a model's format to its configuration, and tie what belongs together."""
+    config = cast(Any, model.config)
+    config.quantization_bit = weight_format.bits
+    config.quantization_group_size = weight_format.group_size
+    config.quantization_embeddings = weight_format.embeddings
+    config.quantization_activations = weight_format.activations
+    if model.get_output_embeddings() is not None:
+        note_ties(model)
+        renew_ties(model)
+        model.tie_weights()
+
+
+def note_ties(model: PreTrainedModel) -> None:
+    """Tell transformers what a head shares with the embedding: packed, also the scales."""
+    ties = {"lm_head.weight": "transformer.word_embeddings.weight"}
+    if isinstance(model.get_output_embeddings(), QuantizedLinear):
+        ties["lm_head.weight_scale"] = "transformer.word_embeddings.weight_scale"
+    model._tied_weights_keys = cast(Any, ties)
+
+
+def swap_layers(
+    model: nn.Module, weight_format: WeightFormat, empty_init: bool = False
+) -> list[str]:
+    """Put packed layers into the place of those that the format names; return their names.
+
+    Args:
+        model: a ChatGLM model or its stack of blocks.
+        weight_format: what to pack and how.
+        empty_init: only change the storage, for values that will be loaded afterwards.
+
+    Raises:
+        ValueError: before any layer is changed, if one cannot be packed.
+    """
+    names = _find_layers_to_pack(model, weight_format, empty_init)
+    for name in names:
+        layer = model.get_submodule(name)
+        pack: Any = QuantizedLinear.from_linear
+        if isinstance(layer, nn.Embedding):
+            pack = QuantizedEmbedding.from_embedding
+        packed = pack(layer, weight_format.bits, empty_init, name, weight_format.group_size)
+        del layer  # or the float matrix would outlive its replacement by one round
+        _replace_module(model, name, packed)
+    for layer in filter(is_packed, model.modules()):
+        cast(PackedMatrix, layer).activations = weight_format.activations
+    return names
+
+
+def _replace_module(model: nn.Module, name: str, module: nn.Module) -> None:
+    parent, _, child = name.rpartition(".")
+    setattr(model.get_submodule(parent), child, module)
+
+
+def _find_layers_to_pack(
+    model: nn.Module, weight_format: WeightFormat, empty_init: bool
+) -> list[str]:
+    """Name the layers to be packed, or refuse before any of them is.
+
+    Names, since a list of the modules would keep the replaced matrices alive.
+    """
+    endings = PACKED_LAYERS + (EMBEDDING_LAYERS if weight_format.embeddings else ())
+    names = []
+    for name, module in model.named_modules():
+        if not name.endswith(endings):
+            continue
+        if isinstance(module, PackedMatrix):
+            _check_same_format(module, weight_format)
+            continue
+        _check_layer(name, module, weight_format, empty_init)
+        names.append(name)
+    return names
+
+
+def _check_same_format(layer: PackedMatrix, asked: WeightFormat) -> None:
+    found = WeightFormat(layer.bits, layer.group_size)
+    if found != WeightFormat(asked.bits, asked.group_size):
+        raise ValueError(
+            f"The model is quantized to {found} and cannot be quantized to {asked}: load the "
+            "unquantized weights and quantize those."
+        )
+
+
+def _check_layer(
+    name: str, module: nn.Module, weight_format: WeightFormat, empty_init: bool
+) -> None:
+    if not isinstance(module, nn.Linear | nn.Embedding):
+        raise ValueError(
+            f"{name} is a {type(module).__name__}, and only linear layers can be quantized: "
+            "quantize before adding adapters, or merge them first."
+        )
+    if module.weight.is_meta and not empty_init:
+        raise ValueError(f"{name} has no values (meta device): load the weights first.")
+    bits, group_size = weight_format.bits, weight_format.group_size
+    check_columns(module.weight.shape[1], bits, group_size, name)
+    if not empty_init and not has_finite_scales(module.weight, bits):
+        quantize_weight(module.weight, bits, name, group_size)  # raises, naming the row
+
+
+# While a checkpoint is loaded
 
 
 class ChatGLMQuantizationConfig(QuantizationConfigMixin):
@@ -134,7 +358,9 @@ class QuantizedLoadingMixin:
         loaded = cast(Any, super()).from_pretrained(*args, **kwargs)
         model = loaded[0] if isinstance(loaded, tuple) else loaded
         if asked is not None:
-            _check_same_format(WeightFormat.of_config(model.config), asked)
+            _check_asked_format(WeightFormat.of_config(model.config), asked)
+        # transformers 5 makes all that it loads trainable, a P-Tuning model's frozen weights too.
+        model.base_model.freeze_around_prefix()
         return loaded
 
     @classmethod
@@ -178,7 +404,7 @@ def _read_format(options: dict[str, Any]) -> WeightFormat | None:
     return WeightFormat(config.bits, config.group_size, config.embeddings)
 
 
-def _check_same_format(found: WeightFormat, asked: WeightFormat) -> None:
+def _check_asked_format(found: WeightFormat, asked: WeightFormat) -> None:
     """Notice where transformers preferred a config.json's format to the one asked for."""
     if found[:2] != asked[:2]:
         raise ValueError(
@@ -378,101 +604,6 @@ def _check_index(checkpoint: Checkpoint, weight_map: Mapping[str, str]) -> None:
 # Packing while reading
 
 
-class StoredTensor:
-    """A tensor of a checkpoint, read block by block.
-
-    Args:
-        tensor: as stored.
-        is_file: whether it comes from a file of ours, whose pages are given back once read: they
-            count as memory of the process until then.
-    """
-
-    def __init__(self, tensor: Tensor, is_file: bool) -> None:
-        self.tensor = tensor
-        self._is_mapped = is_file and tensor.is_contiguous() and is_mapped(tensor)
-
-    def iter_blocks(self) -> Iterator[tuple[slice, Tensor]]:
-        """Yield blocks of rows and where they stand; each is given back after its turn."""
-        rows = self.tensor.shape[0]
-        step = max(1, WEIGHTS_AT_ONCE * rows // max(1, self.tensor.numel()))
-        for start in range(0, rows, step):
-            block = self.tensor[start : start + step]
-            yield slice(start, start + block.shape[0]), block
-            if self._is_mapped:
-                forget_pages(block)
-
-    def read(self, dtype: torch.dtype) -> Tensor:
-        """Return a copy that no file stands behind."""
-        result = torch.empty(self.tensor.shape, dtype=dtype)
-        for rows, block in self.iter_blocks():
-            result[rows] = block
-        return result
-
-    def equals(self, other: "StoredTensor") -> bool:
-        """Tell whether two tensors of the same sizes have the same values."""
-        if self.tensor.data_ptr() == other.tensor.data_ptr():
-            return True
-        pairs = zip(self.iter_blocks(), other.iter_blocks())
-        return all(torch.equal(block, twin) for (_, block), (_, twin) in pairs)
-
-
-class Packing:
-    """The packed form of one stored matrix, made at the first question for a part of it.
-
-    Args:
-        stored: float `(O, I)`.
-        layer: the packed layer that it is for.
-        name: what an error calls the matrix.
-    """
-
-    def __init__(self, stored: StoredTensor, layer: PackedMatrix, name: str) -> None:
-        self._stored, self._layer, self._name = stored, layer, name
-        self._parts: dict[str, Tensor] = {}
-
-    def take(self, kind: str) -> Tensor:
-        """Return the "weight" or the "weight_scale" and keep only the other."""
-        if kind not in self._parts:
-            self._parts = dict(zip(("weight", "weight_scale"), self._pack()))
-        return self._parts.pop(kind)
-
-    def _pack(self) -> tuple[Tensor, Tensor]:
-        layer = self._layer
-        packed = torch.empty(layer.weight.shape, dtype=torch.int8)
-        scale = torch.empty(layer.weight_scale.shape, dtype=torch.float16)
-        for rows, block in self._stored.iter_blocks():
-            name = f"{self._name}[{rows.start}:{rows.stop}]"
-            packed[rows], scale[rows] = quantize_weight(block, layer.bits, name, layer.group_size)
-        return packed, scale
-
-
-class PendingTensor:
-    """A tensor that is made when transformers asks for it, which it does as for a shard's slice.
-
-    Args:
-        shape, dtype: those of what will be made.
-        make: makes it, on the CPU.
-        lock: held meanwhile; transformers 5 reads in threads, whose matrices would add up.
-    """
-
-    def __init__(
-        self,
-        shape: torch.Size,
-        dtype: torch.dtype,
-        make: Callable[[], Tensor],
-        lock: threading.Lock,
-    ) -> None:
-        self.shape, self.dtype = shape, dtype
-        self._make, self._lock = make, lock
-
-    def __getitem__(self, index: Any) -> Tensor:
-        with self._lock:
-            return self._make()[index]
-
-    def to(self, device: Any) -> Tensor:
-        """Make it on a device."""
-        return self[...].to(device)
-
-
 def pack_checkpoint(checkpoint: Checkpoint, are_files: bool) -> dict[str, Any]:
     """Return a float checkpoint as the quantized one that it would make.
 
@@ -508,27 +639,11 @@ def _is_copy(checkpoint: Checkpoint, name: str, are_files: bool) -> bool:
     return StoredTensor(stored, are_files).equals(StoredTensor(origin, are_files))
 
 
-def is_mapped(tensor: Tensor) -> bool:
-    """Tell whether a tensor lies in memory that a file stands behind; False where unknown."""
-    if sys.platform != "linux":
-        return False
-    address = tensor.data_ptr()
-    with open("/proc/self/maps", encoding="utf-8") as maps:
-        for line in maps:
-            area, _, _, _, inode = line.split(maxsplit=5)[:5]
-            start, end = (int(number, 16) for number in area.split("-"))
-            if start <= address < end:
-                return inode != "0"
-    return False
-
-
-def forget_pages(tensor: Tensor) -> None:
-    """Give the pages that only this mapped tensor touches back; they can be read again."""
-    start = -(-tensor.data_ptr() // mmap.PAGESIZE) * mmap.PAGESIZE
-    length = (tensor.data_ptr() + tensor.nbytes) // mmap.PAGESIZE * mmap.PAGESIZE - start
-    if length > 0:
-        advise = ctypes.CDLL(None).madvise
-        advise(ctypes.c_void_p(start), ctypes.c_size_t(length), ctypes.c_int(mmap.MADV_DONTNEED))
-
-
-__all__ = ["ChatGLMQuantizationConfig", "ChatGLMQuantizer", "QuantizedLoadingMixin"]
+__all__ = [
+    "ChatGLMQuantizationConfig",
+    "ChatGLMQuantizer",
+    "QuantizationMixin",
+    "QuantizedLoadingMixin",
+    "note_ties",
+    "swap_layers",
+]

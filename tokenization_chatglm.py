@@ -301,12 +301,17 @@ class ChatGLMTokenizer(PreTrainedTokenizer):
 
     def get_vocab(self) -> dict[str, int]:
         """Every token and its id, image and added tokens included."""
-        return {**self._vocab, **self._added_tokens_encoder}
+        return {**self._vocab, **self.get_added_vocab()}
 
-    def _convert_token_to_id_with_added_voc(self, token: str) -> int:
-        """Id of a token, added ones included; 5.8 sorts them all anew for every single look-up."""
-        index = self._added_tokens_encoder.get(token)
-        return self._convert_token_to_id(token) if index is None else index
+    def convert_tokens_to_ids(self, tokens: Any) -> Any:
+        """Id of a token or ids of several, added ones included; None of None.
+
+        transformers 5.8 sorts all added tokens anew for every single one.
+        """
+        added = self.get_added_vocab()
+        if tokens is None or isinstance(tokens, str):
+            return None if tokens is None else added.get(tokens, self._convert_token_to_id(tokens))
+        return [added.get(token, self._convert_token_to_id(token)) for token in tokens]
 
     def _convert_token_to_id(self, token: str) -> int:
         """Id of a token; an unknown one has that of `<unk>`."""
@@ -349,15 +354,15 @@ class ChatGLMTokenizer(PreTrainedTokenizer):
             markup: "named" for the special tokens of the base class and all added tokens, "none"
                 for added tokens that are not special, "all" for every special and added token.
         """
-        added = self._added_tokens_decoder.values()
+        added = self.added_tokens_decoder.values()
         marks = [token.content for token in added if markup != "none" or not token.special]
         return (*marks, *SPECIAL_TEXTS) if markup == "all" else tuple(marks)
 
     def _sides(self, mark: str, markup: str) -> _Sides:
         """What a mark does to the text beside it."""
-        index = self._added_tokens_encoder.get(mark, 0)
+        index = self.get_added_vocab().get(mark, 0)
         if index >= self.vocab_size:
-            token = self._added_tokens_decoder[index]
+            token = self.added_tokens_decoder[index]
             return _Sides(token.lstrip, token.rstrip, is_added=True)
         # The original lost white space beside its special tokens; a template means what it says.
         return _Sides(markup == "named", markup == "named")

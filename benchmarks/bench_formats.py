@@ -136,7 +136,9 @@ def load_class(reference: str) -> Any:
 
 def count_full_bytes(options: dict[str, Any]) -> int:
     """Return the bytes of the 6B model's tensors in a format."""
-    preset = json.loads((ROOT / "presets" / "chatglm-6b" / "config.json").read_text("utf-8"))
+    preset = json.loads(
+        (ROOT / "chatglm" / "presets" / "chatglm-6b" / "config.json").read_text("utf-8")
+    )
     model_class = load_class("modeling_chatglm.ChatGLMForConditionalGeneration")
     config = load_class("configuration_chatglm.ChatGLMConfig").from_dict(preset)
     with torch.device("meta"):

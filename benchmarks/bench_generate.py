@@ -40,7 +40,7 @@ from benchmarks.workers import (
     share_of_probe,
     start_probe,
 )
-from chatglm.benching.memory import read_status
+from chatglm.process_memory import read_status
 
 ROOT = Path(__file__).resolve().parent.parent
 CASES = ("prefill", "decode", "batch", "overhead", "start", "memory", "own")

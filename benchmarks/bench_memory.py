@@ -31,8 +31,10 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoModel
 
+from chatglm.model_files import find_model_files
+
 ROOT = Path(__file__).resolve().parent.parent
-PRESET = ROOT / "presets" / "chatglm-6b"
+PRESET = ROOT / "chatglm" / "presets" / "chatglm-6b"
 INDEX = "pytorch_model.bin.index.json"
 LIMIT = 10**9  # what a load may take beside its result, in bytes
 
@@ -106,9 +108,8 @@ def shrink_index(layers: int) -> dict[str, list[str]]:
 
 def prepare_folder(folder: Path, layers: int) -> None:
     """Put the model's code and a configuration of so many blocks into a folder."""
-    for pattern in ("*_chatglm.py", "*_cpu.py", "*_cuda.py", "quantization.py"):
-        for file in ROOT.glob(pattern):
-            shutil.copy(file, folder)
+    for name in find_model_files(ROOT):
+        shutil.copy(ROOT / name, folder)
     config = json.loads((PRESET / "config.json").read_text(encoding="utf-8"))
     config["num_layers"] = layers
     (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")

@@ -32,8 +32,8 @@ def main() -> None:
     import transformers
 
     from chatglm.benching.measuring import draw_prompt, never_end, time_answer
-    from chatglm.benching.memory import read_peak
     from chatglm.loading import load_model
+    from chatglm.process_memory import read_peak
 
     torch.set_num_threads(args.threads)
     transformers.logging.set_verbosity_error()

@@ -18,8 +18,10 @@ import torch
 from torch import Tensor, nn
 from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
+from chatglm.model_files import find_model_files
+
 ROOT = Path(__file__).resolve().parent.parent
-PRESET = ROOT / "presets" / "chatglm-6b"
+PRESET = ROOT / "chatglm" / "presets" / "chatglm-6b"
 TOKENIZER_FILES = ("ice_text.model", "tokenizer_config.json", "generation_config.json")
 SPECIAL_IDS = ("bos_token_id", "eos_token_id", "gmask_token_id", "mask_token_id", "pad_token_id")
 DEVIATION = 0.02
@@ -118,16 +120,9 @@ def repeat_into(tensor: Tensor, pattern: Tensor) -> None:
 
 
 def copy_code(folder: Path) -> None:
-    """Copy the model files: those that begin the imports, and what they import beside them."""
-    files = {"configuration_chatglm.py", "modeling_chatglm.py", "tokenization_chatglm.py"}
-    files |= {file.name for file in ROOT.glob("*.py") if _is_imported(file.stem)}
-    for name in files:
+    """Copy the model files."""
+    for name in find_model_files(ROOT):
         shutil.copy(ROOT / name, folder)
-
-
-def _is_imported(module: str) -> bool:
-    statement = f"\nfrom .{module} import "
-    return any(statement in file.read_text(encoding="utf-8") for file in ROOT.glob("*.py"))
 
 
 def save_folder(folder: Path, recipe: Recipe) -> int:

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.full_size import load_class
+from chatglm.cpu import fast_products
 
 Product = Callable[[Tensor], Tensor]
 SCALE = 2.0**-8
@@ -75,13 +76,16 @@ def pack_ours(bits: int, group_size: int | None = None) -> Callable[[Tensor], Pr
 
 
 def pack_plain(dtype: torch.dtype) -> Callable[[Tensor], Product]:
-    """Return the packing of this repository's plain linear layer."""
+    """Return the packing of a plain linear layer beside this repository's engine."""
 
     def pack(integers: Tensor) -> Product:
-        rows, columns = integers.shape
-        layer = load_class("quantization_cpu.Linear")(columns, rows, bias=False)
-        layer.weight = nn.Parameter(integers.to(dtype).mul_(SCALE), requires_grad=False)
-        return layer.eval()
+        weight = integers.to(dtype).mul_(SCALE)
+
+        def multiply(rows: Tensor) -> Tensor:
+            with fast_products():
+                return nn.functional.linear(rows, weight)
+
+        return multiply
 
     return pack
 

@@ -25,7 +25,7 @@ from typing import Any, BinaryIO, NamedTuple
 from benchmarks.serving import serve
 
 ROOT = Path(__file__).resolve().parent.parent
-PRESET = ROOT / "presets" / "chatglm-6b" / "config.json"
+PRESET = ROOT / "chatglm" / "presets" / "chatglm-6b" / "config.json"
 F32, Q4_0 = 0, 2  # numbers of the format
 GROUP_SIZE, ALIGNMENT = 32, 16
 PATTERN_GROUPS = 2**16  # random groups of weights that are repeated

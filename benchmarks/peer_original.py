@@ -70,8 +70,8 @@ class Original:
 
     def train(self, length: int, batch: int) -> dict[str, Any]:
         """Return the seconds of a training step, and the most bytes that were in use so far."""
-        from chatglm.benching.memory import read_peak
         from chatglm.benching.training import TrainingStep, draw_rows
+        from chatglm.process_memory import read_peak
 
         if self.step is None:
             rows = draw_rows(self._markers(), length, batch, self.torch.device("cpu"))

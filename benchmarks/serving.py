@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from chatglm.benching.memory import read_peak, read_status
+from chatglm.process_memory import read_peak, read_status
 
 CALLS = ("prefill", "decode", "train", "describe", "read")
 

@@ -22,10 +22,11 @@ from torch.utils.checkpoint import checkpoint
 
 from benchmarks.full_size import Recipe, fill_model, make_model, read_config
 from benchmarks.serving import serve
-from chatglm.benching.command import METHODS, read_device_peak
+from chatglm.benching.command import METHODS
+from chatglm.benching.measuring import read_device_peak
 from chatglm.benching.training import RANK, TrainingStep, draw_rows
-from chatglm.training.batches import find_learned
-from chatglm.training.rendering import IGNORED_LABEL
+from chatglm.training.data.batches import find_learned
+from chatglm.training.data.rendering import IGNORED_LABEL
 
 TARGET = "query_key_value"
 ROTARY_BASE = 10000.0

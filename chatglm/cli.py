@@ -12,7 +12,7 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
-from chatglm import __version__
+from chatglm import __version__, door
 from chatglm.releases import list_untested
 
 COMMANDS = {
@@ -20,8 +20,10 @@ COMMANDS = {
     "quantize": ("chatglm.converting.quantize", "write a model folder with 4-bit or 8-bit weights"),
     "merge": ("chatglm.converting.merge", "write a model folder with a LoRA adapter in it"),
     "train": ("chatglm.training.command", "fine-tune or align a model, a stage at a time"),
+    "publish": ("chatglm.publishing.publish", "put a model folder on the Hugging Face Hub"),
     "bench": ("chatglm.benching.command", "measure how fast a model is on this machine"),
 }
+TRUST = "--trust-folder-code"
 BAD_INPUT = 2
 INTERRUPTED = 130  # 128 + SIGINT, what a shell expects
 
@@ -39,6 +41,36 @@ def open_parser(subparsers: Any, command: str, description: str) -> argparse.Arg
     if subparsers is not None:
         return subparsers.add_parser(command, description=description)
     return CommandParser(prog=f"python -m {COMMANDS[command][0]}", description=description)
+
+
+def add_trust(parser: argparse.ArgumentParser) -> None:
+    """Add the one option under which a command executes Python files of a model folder."""
+    trust = "run the folder's own Python files, in place of the installed model"
+    parser.add_argument(TRUST, action="store_true", help=trust)
+
+
+def add_folder(parser: argparse.ArgumentParser, name: str = "FOLDER") -> None:
+    """Add the model folder to a command's options, by its place or by its name.
+
+    Args:
+        parser: of the command.
+        name: of the place.
+    """
+    folder = "model folder (default: the small model of a clone)"
+    parser.add_argument("folder", metavar=name, nargs="?", help=folder)
+    parser.add_argument("--model", metavar="PATH", help=f"the same as {name}")
+    add_trust(parser)
+
+
+def choose_folder(folder: str | None, model: str | None) -> str | None:
+    """Return the folder that a caller named, either way, or None.
+
+    Raises:
+        ValueError: if there are two.
+    """
+    if folder and model and folder != model:
+        raise ValueError(f"two folders are named, {folder} and --model {model}: leave one out")
+    return folder or model
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -66,8 +98,10 @@ def run_command(run: Callable[[argparse.Namespace], int], args: argparse.Namespa
     _use_utf8()
     for line in list_untested():
         print(f"chatglm: {line}", file=sys.stderr)
+    trusts = getattr(args, "trust_folder_code", False)
     try:
-        return run(args)
+        with door.folder_code() if trusts else door.package_code():
+            return run(args)
     except BrokenPipeError:
         _discard_output()
         return 0

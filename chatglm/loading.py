@@ -1,8 +1,8 @@
 """Owns the way from a model folder to a model that is ready to answer.
 
 Checks what a user can get wrong before any weight is read, chooses the device and the number
-format, quantizes when asked. Does not know the model's classes: they come out of the folder through
-`AutoModel` and `AutoTokenizer`.
+format, quantizes when asked. Does not know the model's classes: they come through `AutoModel` and
+`AutoTokenizer`, by the door that is chosen (`door`): the installed ones, or those of the folder.
 """
 
 import json
@@ -13,6 +13,9 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 from transformers import AutoModel, AutoTokenizer
+
+from chatglm import door, model
+from chatglm.checkpoints.recognize import describe_stranger, recognize_folder
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 # One file or an index of shards, in the order in which transformers looks for them.
@@ -31,7 +34,7 @@ def load_model(
     """Load the model and the tokenizer of a folder, in evaluation mode.
 
     Args:
-        path: a model folder (config.json, the model's own files, the vocabulary, the weights).
+        path: a model folder (config.json, the vocabulary, the weights).
         bits: 4 or 8 to quantize the blocks' matrices, None to leave the weights as they are.
         device: "cpu", "cuda", "cuda:1", "mps"; the best one of this machine if None.
         dtype: "float32", "float16" or "bfloat16", or the torch dtype of that name; float16 if
@@ -51,7 +54,7 @@ def load_model(
     folder = check_model_folder(path)
     if dtype is None and (bits or is_packed(folder)):
         final_dtype = torch.float16  # what is not packed, the head above all, in half the size
-    tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=True)
+    tokenizer = door.load_from(folder, AutoTokenizer)
     try:
         return _read_model(folder, target, final_dtype, bits).eval(), tokenizer
     except torch.OutOfMemoryError as error:
@@ -67,25 +70,30 @@ def default_model_folder() -> Path:
     Raises:
         ValueError: if neither is a model folder.
     """
-    for folder in (Path(__file__).resolve().parent.parent, Path.cwd()):
+    for folder in (model.FOLDER, Path.cwd()):
         if (folder / "config.json").is_file():
             return folder
-    raise ValueError(f"{Path.cwd()} is no model folder: name one with --model PATH")
+    raise ValueError(
+        f"no model is named, and {Path.cwd()} is no model folder: name one, `chatglm chat FOLDER`; "
+        "a clone of the repository has a small one in it"
+    )
 
 
 def check_model_folder(path: str | Path) -> Path:
     """Resolve a model folder whose configuration and weight files are all there.
 
     Raises:
-        ValueError: if it does not exist, has no config.json, or misses or truncates a weight file.
+        ValueError: if it does not exist, is not of this family, or misses or truncates a weight
+            file.
     """
     folder = Path(path).expanduser().resolve()
     if not folder.is_dir():
         raise ValueError(f"{path} is no folder: name a model folder on this machine")
-    if not (folder / "config.json").is_file():
-        raise ValueError(f"{folder} is no model folder: it has no config.json")
+    found = recognize_folder(folder)
+    if not found.is_first_family:
+        raise ValueError(describe_stranger(folder, found))
     for name in list_weight_files(folder):
-        _check_weight_file(folder / name)
+        check_weight_file(folder / name)
     return folder
 
 
@@ -143,8 +151,12 @@ def list_weight_files(folder: Path) -> list[str]:
     )
 
 
-def _check_weight_file(file: Path) -> None:
-    """Refuse a file that is missing, or that cannot be the archive its name says."""
+def check_weight_file(file: Path) -> None:
+    """Refuse a file that is missing, or that cannot be the archive its name says.
+
+    Raises:
+        ValueError: saying so, with the remedy.
+    """
     if not file.is_file():
         raise ValueError(f"{file.parent} misses the shard {file.name}: download it again")
     if not _is_archive(file):
@@ -172,9 +184,9 @@ def _read_model(
     options: dict[str, Any] = {}
     if bits is not None:  # each matrix is packed as it is read; it is never whole on the device
         options["quantization_config"] = {"quant_method": "chatglm", "bits": bits}
-    model, report = AutoModel.from_pretrained(
+    loaded, report = door.load_from(
         folder,
-        trust_remote_code=True,
+        AutoModel,
         dtype=dtype,
         device_map={"": device},
         # Transformers 5 would only point to a log; the check below names the tensors.
@@ -183,7 +195,7 @@ def _read_model(
         **options,
     )
     _check_fit(folder, report)
-    return model
+    return loaded
 
 
 def _check_fit(folder: Path, report: dict[str, Any]) -> None:

@@ -6,12 +6,14 @@ Also builds what tests need a model for: a tiny random one, and a folder of remo
 import atexit
 import functools
 import importlib.util
+import inspect
 import json
 import os
 import re
 import shutil
 import sys
 import tempfile
+from collections import Counter
 from collections.abc import Iterator
 from importlib.machinery import ModuleSpec
 from pathlib import Path
@@ -19,6 +21,8 @@ from typing import Any
 
 import forking
 import pytest
+
+from chatglm.model_files import find_model_files
 
 ROOT = Path(__file__).resolve().parent.parent
 SHARED = ROOT.parent / "shared"
@@ -28,7 +32,8 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 for _variable in ("HF_MODULES_CACHE", "CHATGLM_KERNEL_CACHE"):
     os.environ[_variable] = tempfile.mkdtemp(prefix="chatglm-tests-")
     atexit.register(shutil.rmtree, os.environ[_variable], ignore_errors=True)
-os.environ.pop("CHATGLM_CPU_KERNELS", None)
+for _variable in ("CHATGLM_KERNELS", "CHATGLM_CPU_KERNELS"):
+    os.environ.pop(_variable, None)
 
 _spec = ModuleSpec("chatglm_6b", None, is_package=True)
 _spec.submodule_search_locations = [str(ROOT)]
@@ -49,31 +54,7 @@ TINY = {
     "bos_token_id": 304,
     "eos_token_id": 305,
 }
-MODEL_FILES = (
-    "attention_cpu.py",
-    "cache_chatglm.py",
-    "configuration_chatglm.py",
-    "conversation_chatglm.py",
-    "decoding_cpu.py",
-    "generation_chatglm.py",
-    "kernels_cpu.py",
-    "masking_chatglm.py",
-    "memory_cpu.py",
-    "modeling_chatglm.py",
-    "packing_chatglm.py",
-    "prefix_chatglm.py",
-    "products_cpu.py",
-    "program_cpu.py",
-    "quantization.py",
-    "quantization_cpu.py",
-    "quantization_cuda.py",
-    "quantizer_chatglm.py",
-    "releases_chatglm.py",
-    "rotary_chatglm.py",
-    "rounding_cpu.py",
-    "sampling_chatglm.py",
-    "tokenization_chatglm.py",
-)
+MODEL_FILES = find_model_files(ROOT)
 TOKENIZER_FILES = ("ice_text.model", "tokenizer_config.json", "chat_template.jinja")
 # What nearly all commands import of the libraries, and takes seconds.
 LIBRARIES = (
@@ -93,7 +74,7 @@ LONGEST_FIRST = (
     "training/test_grpo.py",
     "unit/test_fewer_passes.py",
     "e2e/test_quantize_command.py",
-    "unit/test_quantization_cpu.py",
+    "cpu/test_linear.py",
     "unit/test_packing.py",
     "e2e/test_cli.py",
     "training/test_distributed.py",
@@ -140,27 +121,6 @@ def build_model(
     return model
 
 
-@pytest.fixture(scope="session")
-def quick_python() -> Iterator[str]:
-    """A Python that runs a command without importing the libraries first: see `forking`."""
-    if not forking.IS_SUPPORTED:
-        yield sys.executable
-        return
-    server = forking.ForkServer(LIBRARIES)
-    yield server.executable
-    server.close()
-
-
-@pytest.fixture
-def pictures(monkeypatch: pytest.MonkeyPatch) -> dict[Path, list[Any]]:
-    """Keep what curves would be drawn of, by path: drawing takes longer than a tiny training."""
-    kept: dict[Path, list[Any]] = {}
-    for module in ("progress", "run_log"):
-        name = f"chatglm.training.{module}.draw_curves"
-        monkeypatch.setattr(name, lambda history, path: kept.update({path: list(history)}))
-    return kept
-
-
 @pytest.fixture
 def tiny_config() -> Any:
     return build_model().config
@@ -183,22 +143,59 @@ def tiny_repo(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.fixture
-def without_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Leave every product with packed weights to plain torch."""
-    from chatglm_6b import quantization
+@pytest.fixture(scope="session")
+def quick_python() -> Iterator[str]:
+    """A Python that runs a command without importing the libraries first: see `forking`."""
+    if not forking.IS_SUPPORTED:
+        yield sys.executable
+        return
+    server = forking.ForkServer(LIBRARIES)
+    yield server.executable
+    server.close()
 
-    monkeypatch.setattr(quantization, "KERNEL_FINDERS", {})
+
+@pytest.fixture
+def pictures(monkeypatch: pytest.MonkeyPatch) -> dict[Path, list[Any]]:
+    """Keep what curves would be drawn of, by path: drawing takes longer than a tiny training."""
+    kept: dict[Path, list[Any]] = {}
+    for module in ("progress", "run_log"):
+        name = f"chatglm.training.{module}.draw_curves"
+        monkeypatch.setattr(name, lambda history, path: kept.update({path: list(history)}))
+    return kept
+
+
+@pytest.fixture
+def without_kernels() -> Iterator[None]:
+    """Leave everything to plain torch."""
+    from chatglm_6b.environment_chatglm import kernels_off
+
+    with kernels_off():
+        yield
 
 
 def forget_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
     """Make CPU kernels be looked for, and compiled or read from the disk, as in a new process."""
     anew: dict[Any, Any] = {}
-    for module in [m for name, m in sys.modules.items() if re.match(r"chatglm_6b\.\w+_cpu$", name)]:
+    for module in [m for name, m in sys.modules.items() if re.match(r"chatglm\.cpu\.\w+$", name)]:
         for name, value in list(vars(module).items()):
             if hasattr(value, "cache_clear"):
                 fresh = anew.setdefault(value, functools.cache(value.__wrapped__))
                 monkeypatch.setattr(module, name, fresh)
+
+
+def count_calls(
+    monkeypatch: pytest.MonkeyPatch, owner: Any, name: str, calls: Counter[str]
+) -> None:
+    """Count the calls of a class's method, which goes on to do what it does."""
+    method = inspect.getattr_static(owner, name)
+    function = getattr(method, "__func__", method)
+
+    def count(*args: Any, **kwargs: Any) -> Any:
+        calls[name] += 1
+        return function(*args, **kwargs)
+
+    is_of_class = isinstance(method, classmethod)
+    monkeypatch.setattr(owner, name, classmethod(count) if is_of_class else count)
 
 
 def pad_rows(rows: list[list[int]], side: str) -> list[list[int]]:
@@ -210,3 +207,13 @@ def pad_rows(rows: list[list[int]], side: str) -> list[list[int]]:
         before = {"left": missing, "right": 0, "both": 1 + i % (missing - 1)}[side]
         padded.append([pad] * before + row + [pad] * (missing - before))
     return padded
+
+
+def load_as_told(folder: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    """Run what a folder's card says of loading, from inside of it; return the names it sets."""
+    card = (folder / "README.md").read_text(encoding="utf-8")
+    (code,) = re.findall(r"^```python\n(.*?)^```$", card, re.DOTALL | re.MULTILINE)
+    names: dict[str, Any] = {}
+    monkeypatch.chdir(folder)
+    exec(compile(code, str(folder / "README.md"), "exec"), names)
+    return names

@@ -1,6 +1,6 @@
 """Writes docs/compatibility.md: on which releases the tests passed, when, and beside what.
 
-    python tools/compatibility.py record REPORT   # note a run's outcome; noxfile.py does
+    python tools/compatibility.py record REPORT   # note a run's outcome; tools/noxfile.py does
     python tools/compatibility.py                 # take new notes over and write the page
     python tools/compatibility.py --check         # exit with 1 if the page is out of date
 
@@ -30,13 +30,13 @@ SHOWN_FAILURES = 20
 HEAD = """\
 # Which releases it works with
 
-Written by `python tools/compatibility.py` from what `make compat` noted; a test checks it. All tests
-were run with each release of transformers that is supported, and with the newest release of
+Written by `python tools/compatibility.py` from what `make compat` noted; a test checks it. All
+tests were run with each release of transformers that is supported, and with the newest release of
 everything at once ("newest", the canary), which is asked for without upper bounds. What the code
 leans on in those libraries is in [hooks.md](hooks.md).
 
-With a newer transformers than the last one here the model loads and says in one line that nobody has
-tried it. To try it: `make compat COMPAT="tests(newest)"`.
+With a newer transformers than the last one here the model loads and says in one line that nobody
+has tried it. To try it: `make compat COMPAT="tests(newest)"`.
 
 """
 

@@ -3,20 +3,22 @@
     python tools/hash_remote_code.py            # write the page
     python tools/hash_remote_code.py --check    # exit with 1 if the page is out of date
 
-Follows what transformers follows: from the classes that `auto_map` names, along the relative
-imports. Knows nothing of what the files do beyond their own first sentence.
+Which files these are, `chatglm/model_files.py` knows; what they do, their own first sentence.
+Needs the standard library alone.
 """
 
 import argparse
 import ast
 import hashlib
-import json
 import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))  # nothing is installed where only this page is written
+
+from chatglm.model_files import find_modules, read_entry_points  # noqa: E402
+
 PAGE = ROOT / "docs" / "remote_code.md"
-CONFIGURATIONS = ("config.json", "tokenizer_config.json")
 
 HEAD = """\
 # What `trust_remote_code=True` executes
@@ -24,44 +26,16 @@ HEAD = """\
 Written by `python tools/hash_remote_code.py`; a test checks it. These files of the folder, and no
 others, are copied into the cache of transformers and imported. They import each other, torch,
 transformers, sentencepiece, packaging and the standard library; importing them changes no global
-setting. On a CPU they also use llvmlite, where it is installed, to compile what they compute with,
-and keep the result in the user's cache (`CHATGLM_KERNEL_CACHE`). The hashes are of the files with
-LF line ends, as git stores them: compare with
-`sha256sum *_chatglm.py *_cpu.py *_cuda.py quantization.py`.
+setting. On a CPU they also use the installed package `chatglm.cpu`, where it is, which compiles
+what it computes with by llvmlite and keeps the result in the user's cache
+(`CHATGLM_KERNEL_CACHE`). The hashes are of the files with LF line ends, as git stores them: compare
+with `sha256sum $(python -m chatglm.model_files)`.
 
 """
 TABLE = """
 | file | needed by | what it owns | SHA-256 |
 |---|---|---|---|
 """
-
-
-def read_entry_points(root: Path) -> dict[str, list[str]]:
-    """Return the module of every class that `auto_map` names, with the `Auto*` names it serves."""
-    entry_points: dict[str, list[str]] = {}
-    for name in CONFIGURATIONS:
-        auto_map = json.loads((root / name).read_text(encoding="utf-8"))["auto_map"]
-        for auto_class, target in auto_map.items():
-            reference = target if isinstance(target, str) else target[0]
-            entry_points.setdefault(reference.partition(".")[0], []).append(auto_class)
-    return entry_points
-
-
-def read_relative_imports(root: Path, module: str) -> list[str]:
-    """Return the sibling modules that a module imports."""
-    tree = ast.parse((root / f"{module}.py").read_text(encoding="utf-8"))
-    nodes = [node for node in ast.walk(tree) if isinstance(node, ast.ImportFrom) and node.level]
-    return [node.module for node in nodes if node.module]
-
-
-def find_modules(root: Path, module: str) -> set[str]:
-    """Return a module and all that it imports, directly or not."""
-    found, waiting = set(), [module]
-    while waiting:
-        if (module := waiting.pop()) not in found:
-            found.add(module)
-            waiting += read_relative_imports(root, module)
-    return found
 
 
 def read_purpose(path: Path) -> str:

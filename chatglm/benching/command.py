@@ -11,21 +11,21 @@ a folder becomes a model (`chatglm.loading`).
 
 import argparse
 import json
-import os
-import platform
 import statistics
 import sys
 import time
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from chatglm.cli import open_parser, run_command
+from chatglm.cli import add_folder, choose_folder, open_parser, run_command
 
 DESCRIPTION = """\
 Measure a model on this machine: reading a prompt, giving tokens, memory; or a training step of it.
 Prompts and rows are random; speed does not depend on the words. Let nothing else run meanwhile."""
-METHODS = ("full", "lora", "qlora")  # of training
-ROUNDS = 3  # of the prompt; the first one, which also warms up, is not counted
+# The ways to train that can be measured.
+METHODS = ("full", "lora", "qlora")
+# The prompt is read and answered so many times; the first round, which warms up, is not counted.
+ROUNDS = 3
 
 
 @dataclass
@@ -77,8 +77,8 @@ class Report:
 def make_parser(subparsers: Any = None) -> argparse.ArgumentParser:
     """The options of `chatglm bench`, as a command of its own or of `subparsers`."""
     parser = open_parser(subparsers, "bench", DESCRIPTION)
+    add_folder(parser)
     add = parser.add_argument
-    add("model", metavar="MODEL", nargs="?", help="model folder (default: this repository)")
     add("--bits", type=int, choices=(4, 8), help="quantize the weights (default: as they are)")
     add("--device", metavar="D", help="cpu, cuda, cuda:N or mps (default: the best one here)")
     add("--dtype", metavar="D", help="float16, bfloat16 or float32 (default: the fitting one)")
@@ -129,29 +129,53 @@ def measure(args: argparse.Namespace) -> Report:
     """
     import torch
 
-    from chatglm.benching.measuring import (
-        count_position_bytes,
-        count_step_bytes,
-        draw_prompt,
-        never_end,
-        time_answer,
-    )
     from chatglm.loading import default_model_folder, load_model
 
     if args.threads:
         torch.set_num_threads(args.threads)
-    folder = args.model or default_model_folder()
+    folder = choose_folder(args.folder, args.model) or default_model_folder()
     began = time.perf_counter()
     model, _ = load_model(folder, args.bits, args.device, args.dtype)
     load_seconds = time.perf_counter() - began
-    step_bytes = count_step_bytes(model)
+    return measure_model(model, str(folder), load_seconds, args)
+
+
+def time_rounds(model: Any, args: argparse.Namespace) -> list[list[float]]:
+    """Return the seconds of each token of each round that counts; the first is the prompt's."""
+    from chatglm.benching.measuring import draw_prompt, never_end, time_answer
+
     never_end(model)
     prompt = draw_prompt(model, args.prompt_length, args.batch)
     # One token more than is timed: the first one is the prompt's.
-    rounds = [time_answer(model, prompt, args.new_tokens + 1) for _ in range(ROUNDS)][1:]
+    return [time_answer(model, prompt, args.new_tokens + 1) for _ in range(ROUNDS)][1:]
+
+
+def measure_model(model: Any, folder: str, load_seconds: float, args: argparse.Namespace) -> Report:
+    """Measure a model that is loaded.
+
+    Args:
+        model: that was loaded.
+        folder: that it came from.
+        load_seconds: that this took.
+        args: what `make_parser` parsed.
+
+    Raises:
+        ValueError: if the prompt is too short.
+    """
+    import torch
+
+    from chatglm.benching.measuring import (
+        count_position_bytes,
+        count_step_bytes,
+        list_versions,
+        read_device_peak,
+    )
+
+    step_bytes = count_step_bytes(model)
+    rounds = time_rounds(model, args)
     position_bytes = args.batch * count_position_bytes(model)
     return Report(
-        model=str(folder),
+        model=folder,
         bits=model.config.quantization_bit,
         device=str(model.device),
         dtype=str(model.dtype).removeprefix("torch."),
@@ -166,29 +190,6 @@ def measure(args: argparse.Namespace) -> Report:
         peak_bytes=read_device_peak(model.device),
         versions=list_versions(),
     )
-
-
-def read_device_peak(device: Any) -> int:
-    """Return the most bytes that were in use on a GPU, or by the process; 0 if not known."""
-    import torch
-
-    from chatglm.benching.memory import read_peak
-
-    is_gpu = device.type == "cuda"
-    return torch.cuda.max_memory_allocated(device) if is_gpu else read_peak()
-
-
-def list_versions() -> dict[str, str]:
-    """Return what the figures depend on."""
-    import torch
-    import transformers
-
-    return {
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-        "processor": f"{os.cpu_count()} x {platform.processor() or platform.machine()}",
-    }
 
 
 def format_report(report: Report) -> str:

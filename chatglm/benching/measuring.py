@@ -1,21 +1,28 @@
-"""Owns the timing of a model's two phases: reading a prompt, and giving one token after the other.
+"""Owns measuring: the seconds of a model's two phases, a device's memory, and what both depend on.
 
-Both go through `generate`, so that what is timed is what a user waits for. Prompts are random ids:
-speed does not depend on the words. Does not know where a model comes from, nor what is done with
-the seconds.
+The phases, reading a prompt and giving one token after the other, both go through `generate`, so
+that what is timed is what a user waits for. Prompts are random ids: speed does not depend on the
+words. Does not know where a model comes from, nor what is done with the seconds.
 
 Shapes: `B` batch, `S` tokens of a prompt, `N` heads, `D` head dim.
 """
 
+import os
+import platform
 import time
 from typing import Any
 
 import torch
+import transformers
 from torch import Tensor
 from transformers.generation.streamers import BaseStreamer
 
-FIRST_PLAIN_ID = 4  # behind the vocabulary's own markers
-MARKERS = 2  # at the end of every prompt
+from chatglm.process_memory import read_peak
+
+# The ids below this one are the vocabulary's own markers, which no prompt has inside.
+FIRST_PLAIN_ID = 4
+# Every prompt ends with two tokens, [gMASK] and <sop>.
+MARKERS = 2
 
 
 class TokenClock(BaseStreamer):
@@ -136,3 +143,19 @@ def count_step_bytes(model: Any) -> int:
 def count_position_bytes(model: Any) -> int:
     """Return the bytes of keys and values that a position of context adds to a step."""
     return 2 * model.config.num_layers * model.config.hidden_size * model.dtype.itemsize
+
+
+def read_device_peak(device: torch.device) -> int:
+    """Return the most bytes that were in use on a GPU, or by the process; 0 if not known."""
+    is_gpu = device.type == "cuda"
+    return torch.cuda.max_memory_allocated(device) if is_gpu else read_peak()
+
+
+def list_versions() -> dict[str, str]:
+    """Return what the figures depend on: releases, and the processor."""
+    return {
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "processor": f"{os.cpu_count()} x {platform.processor() or platform.machine()}",
+    }

@@ -20,15 +20,20 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from chatglm.benching.command import list_versions, read_device_peak
-from chatglm.training.batches import find_learned
-from chatglm.training.rendering import IGNORED_LABEL
+from chatglm.benching.measuring import list_versions, read_device_peak
+from chatglm.cli import choose_folder
+from chatglm.training.data.batches import find_learned
+from chatglm.training.data.rendering import IGNORED_LABEL
 
-RANK = 8  # of the adapters, at the joint projection of queries, keys and values
+# The adapters have this rank, at the joint projection of queries, keys and values.
+RANK = 8
 LEARNING_RATE = 1e-4
-LARGEST_NORM = 1.0  # of the gradients
-STEPS = 6  # the first one, which makes the optimizer's states, is not counted
-SHORTEST = 4  # tokens of a row: one and two markers, and one that is learned
+# Gradients are clipped to this norm.
+LARGEST_NORM = 1.0
+# So many steps are taken; the first one, which makes the optimizer's states, is not counted.
+STEPS = 6
+# A row has as many tokens at least: one of a question, two markers, and one that is learned.
+SHORTEST = 4
 
 
 @dataclass
@@ -76,13 +81,13 @@ class TrainingStep:
     Args:
         model: that gives a `loss`; what of it requires a gradient is trained.
         batch: its inputs.
-        half: the format that products are computed in by autocast; None for that of the weights.
+        compute_dtype: that products are computed in by autocast; None for that of the weights.
     """
 
     def __init__(
-        self, model: nn.Module, batch: Mapping[str, Any], half: torch.dtype | None = None
+        self, model: nn.Module, batch: Mapping[str, Any], compute_dtype: torch.dtype | None = None
     ) -> None:
-        self.model, self.batch, self.half = model.train(), batch, half
+        self.model, self.batch, self.compute_dtype = model.train(), batch, compute_dtype
         self.trained = [p for p in model.parameters() if p.requires_grad]
         self.device = self.trained[0].device
         is_fused = self.device.type in ("cpu", "cuda")
@@ -95,8 +100,10 @@ class TrainingStep:
             ValueError: if the loss is no number, since such a step measures nothing.
         """
         began = time.perf_counter()
-        is_cast = self.half is not None
-        with torch.autocast(self.device.type, self.half or torch.bfloat16, enabled=is_cast):
+        is_cast = self.compute_dtype is not None
+        with torch.autocast(
+            self.device.type, self.compute_dtype or torch.bfloat16, enabled=is_cast
+        ):
             loss: Tensor = self.model(**self.batch).loss
         loss.backward()  # pyright: ignore[reportUnknownMemberType]
         nn.utils.clip_grad_norm_(self.trained, LARGEST_NORM)
@@ -157,11 +164,11 @@ def measure(args: argparse.Namespace) -> TrainingReport:
     if args.threads:
         torch.set_num_threads(args.threads)
     began = time.perf_counter()
-    model, half = load(args)
+    model, compute_dtype = load(args)
     load_seconds = time.perf_counter() - began
     rows = draw_rows(model.config, args.length, args.batch, model.device)
     rows["logits_to_keep"] = find_learned(rows["labels"])
-    step = TrainingStep(model, {**rows, "use_cache": False}, half)
+    step = TrainingStep(model, {**rows, "use_cache": False}, compute_dtype)
     if model.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(model.device)
     seconds = [step.run() for _ in range(STEPS)][1:]
@@ -170,7 +177,7 @@ def measure(args: argparse.Namespace) -> TrainingReport:
         train=args.train,
         bits=model.config.quantization_bit,
         device=str(model.device),
-        dtype=str(half or model.dtype).removeprefix("torch."),
+        dtype=str(compute_dtype or model.dtype).removeprefix("torch."),
         threads=torch.get_num_threads(),
         length=args.length,
         batch_size=args.batch,
@@ -184,7 +191,7 @@ def measure(args: argparse.Namespace) -> TrainingReport:
 
 
 def load(args: argparse.Namespace) -> tuple[Any, torch.dtype | None]:
-    """Return the model on its device as `chatglm train sft` has it, and its half format.
+    """Return the model on its device as `chatglm train sft` has it, and the dtype to compute in.
 
     Raises:
         ValueError: for options that do not go together, or a folder that is not whole.
@@ -194,25 +201,25 @@ def load(args: argparse.Namespace) -> tuple[Any, torch.dtype | None]:
     from chatglm.training.settings import Settings
 
     device = choose_device(args.device)
-    half = choose_half(args.dtype, device)
+    compute_dtype = choose_compute_dtype(args.dtype, device)
     if args.bits and args.train != "qlora":
         raise ValueError(f"--bits {args.bits} goes with --train qlora, got --train {args.train}")
     settings = Settings(
-        model=args.model or "",
+        model=choose_folder(args.folder, args.model) or "",
         bits=(args.bits or 4) if args.train == "qlora" else 0,
         lora_rank=0 if args.train == "full" else RANK,
     )
-    model: Any = load_policy(settings, half, device_map={"": device})
+    model: Any = load_policy(settings, compute_dtype, device_map={"": device})
     if model.config.quantization_bit and args.train != "qlora":
         raise ValueError(
             f"the weights are packed to {model.config.quantization_bit} bits and cannot be trained "
             "themselves: measure --train qlora, or name a folder with plain weights"
         )
-    return model, half
+    return model, compute_dtype
 
 
-def choose_half(dtype: str | None, device: torch.device) -> torch.dtype | None:
-    """Return the half format to compute in: bfloat16 on a GPU unless told otherwise, or None.
+def choose_compute_dtype(dtype: str | None, device: torch.device) -> torch.dtype | None:
+    """Return the dtype to compute in: bfloat16 on a GPU unless told otherwise, or None.
 
     Raises:
         ValueError: for a format that training does not compute in.

@@ -8,14 +8,28 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+from chatglm.cli import choose_folder
 from chatglm.converting.staging import unfinished_folder
 
 
 def add_folders(parser: argparse.ArgumentParser) -> None:
-    """Add the two folders to a command's options."""
+    """Add the two folders to a command's options; the first one also has a name."""
     source = "model folder with float weights, of any generation or fork"
-    parser.add_argument("source", metavar="SRC", help=source)
+    parser.add_argument("source", metavar="SRC", nargs="?", help=source)
     parser.add_argument("target", metavar="DST", help="folder to be made")
+    parser.add_argument("--model", metavar="SRC", help="the same as SRC")
+
+
+def choose_source(args: argparse.Namespace) -> str:
+    """Return the folder to convert.
+
+    Raises:
+        ValueError: if none is named, or two.
+    """
+    source = choose_folder(args.source, args.model)
+    if source is None:
+        raise ValueError(f"no folder to make {args.target} from is named: SRC DST, or --model SRC")
+    return source
 
 
 def run_conversion(convert: Callable[[], int], target: str) -> str:

@@ -2,8 +2,8 @@
 
 The packed layers of the model itself do the packing, so that the format is the model's own. Only
 one matrix and one shard of the result are in memory at a time. Does not know what may be converted
-(`planning`), how an adapter is merged (`adapters`), how tensors are read (`checkpoint`) nor how the
-result survives a kill (`staging`).
+(`planning`), how an adapter is merged (`adapters`), how tensors are read (`checkpoint`), what the
+card says (`describing`) nor how the result survives a kill (`staging`).
 """
 
 import copy
@@ -19,8 +19,10 @@ from safetensors.torch import save_file  # pyright: ignore[reportUnknownVariable
 from torch import Tensor
 from tqdm import tqdm
 
+from chatglm.cards import CARD_FILE
 from chatglm.converting.adapters import Adapter
 from chatglm.converting.checkpoint import TensorReader
+from chatglm.converting.describing import describe_conversion
 from chatglm.converting.planning import (
     FILE_KINDS,
     FLOAT_WEIGHTS,
@@ -95,6 +97,8 @@ def _convert_checkpoint(
     staging.begin()
     write_shards(staging, plan)
     _write_rest(staging, plan)
+    card = describe_conversion(origin.folder, plan, form, lora)
+    staging.write(CARD_FILE, partial(_write_text, card))
     staging.finish()
     return sum(plan.shard_sizes().values())
 
@@ -203,4 +207,8 @@ def _stored_names(plan: Plan, shard: str) -> list[str]:
 
 
 def _write_json(fields: Mapping[str, Any], path: Path) -> None:
-    path.write_text(json.dumps(fields, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    _write_text(json.dumps(fields, indent=2, sort_keys=True) + "\n", path)
+
+
+def _write_text(text: str, path: Path) -> None:
+    path.write_text(text, encoding="utf-8", newline="\n")

@@ -11,7 +11,7 @@ import sys
 from typing import Any
 
 from chatglm.cli import open_parser, run_command
-from chatglm.converting.command import add_folders, run_conversion
+from chatglm.converting.command import add_folders, choose_source, run_conversion
 
 DESCRIPTION = """\
 Write a model folder whose weights have a LoRA adapter in them, under the official names, shard by
@@ -45,9 +45,10 @@ def main(args: argparse.Namespace) -> int:
     from chatglm.converting.conversion import merge_checkpoint
     from chatglm.loading import DTYPES
 
+    source = choose_source(args)
     dtype = DTYPES.get(args.dtype)
     size = run_conversion(
-        lambda: merge_checkpoint(args.source, args.target, args.lora, dtype, args.format),
+        lambda: merge_checkpoint(source, args.target, args.lora, dtype, args.format),
         args.target,
     )
     sys.stdout.write(f"{args.target}: merged, {size}\n")

@@ -13,18 +13,24 @@ from typing import Any, NamedTuple, cast
 
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoModel
+from transformers import AutoModel
 
+from chatglm import door
+from chatglm.cards import BASE_CARD_FILE, CARD_FILE
+from chatglm.checkpoints.complete import complete_fields, find_auto_map, list_settings
 from chatglm.converting.adapters import Adapter, read_adapter
 from chatglm.converting.checkpoint import StoredTensor, list_tensors, read_json
 from chatglm.converting.staging import describe_files
-from chatglm.loading import WEIGHT_FILES, default_model_folder
+from chatglm.loading import WEIGHT_FILES
+from chatglm.model import FOLDER as CODE_FOLDER
+from chatglm.model_files import find_model_files
 
 MAX_SHARD_BYTES = 10**9
+# What official weights carry and no model has: it is computed.
+UNUSED_TENSORS = re.compile(r"rotary_emb\.inv_freq")
 # One file or an index of shards, by the kind of file.
 FILE_KINDS: dict[str, tuple[str, str]] = dict(zip(("safetensors", "bin"), WEIGHT_FILES))
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-CODE = ("*_chatglm.py", "*_cpu.py", "*_cuda.py", "quantization.py")
 VOCABULARY = "ice_text.model"
 TEMPLATE = "chat_template.jinja"
 SETTINGS = ("generation_config.json", "tokenizer_config.json")
@@ -174,17 +180,14 @@ def read_source(folder: Path) -> Source:
         ValueError: if the weights are quantized already, a file is missing, or the generation is
             not known.
     """
-    code = default_model_folder()
-    if not (code / "packing_chatglm.py").is_file():
-        raise ValueError(f"{code} has not the model's code: run this in a clone of the repository")
+    code = CODE_FOLDER
     own = read_json(folder / "config.json")
     _refuse_foreign(folder, own)
-    auto_map = read_json(code / "config.json")["auto_map"]
-    is_ours = own.get("auto_map") == auto_map
+    is_ours = own.get("auto_map") == find_auto_map()
     settings = folder
     if not is_ours or not all((folder / name).is_file() for name in SETTINGS):
-        settings = _find_generation(code, folder, own.get("vocab_size"))
-    fields = own if is_ours else _modernize(own, read_json(settings / "config.json"))
+        settings = _find_generation(folder, own.get("vocab_size"))
+    fields = own if is_ours else complete_fields(own)
     for name in ("_name_or_path", "dtype", "torch_dtype"):
         fields.pop(name, None)
     return Source(folder, fields | FLOAT_WEIGHTS.fields(), _find_companions(folder, code, settings))
@@ -203,11 +206,9 @@ def _refuse_foreign(folder: Path, fields: Mapping[str, Any]) -> None:
         )
 
 
-def _find_generation(code: Path, folder: Path, vocab_size: int | None) -> Path:
+def _find_generation(folder: Path, vocab_size: int | None) -> Path:
     """Return the folder with the settings of a model whose embedding has so many rows."""
-    known: dict[int, Path] = {}
-    for candidate in (code, *sorted((code / "presets").glob("*"))):
-        known[read_json(candidate / "config.json")["vocab_size"]] = candidate
+    known = list_settings()
     if vocab_size in known:
         return known[vocab_size]
     raise ValueError(
@@ -217,17 +218,10 @@ def _find_generation(code: Path, folder: Path, vocab_size: int | None) -> Path:
     )
 
 
-def _modernize(own: Mapping[str, Any], preset: Mapping[str, Any]) -> dict[str, Any]:
-    """Complete an old configuration; its generation decides the classes and the token ids."""
-    decided = {"architectures", "auto_map", "model_type"}
-    decided |= {name for name in preset if name.endswith("_token_id")}
-    return {**preset, **own, **{name: preset[name] for name in decided}}
-
-
 def _find_companions(folder: Path, code: Path, settings: Path) -> dict[str, Path]:
     """Return the files that the result takes over, by name: code, settings, vocabulary, licences.
 
-    What the folder has of its own goes before the repository's.
+    What the folder has of its own goes before the repository's. Its card is that of the base now.
     """
     if not (folder / VOCABULARY).is_file():
         raise ValueError(
@@ -236,25 +230,25 @@ def _find_companions(folder: Path, code: Path, settings: Path) -> dict[str, Path
     template = settings / TEMPLATE
     files = [code / "LICENSE", folder / VOCABULARY, *(settings / name for name in SETTINGS)]
     files += [path for pattern in LICENSES for path in folder.glob(pattern)]
-    files += [path for pattern in CODE for path in code.glob(pattern)]
+    files += [code / name for name in find_model_files(code)]
     files.append(template if template.is_file() else code / TEMPLATE)
     if settings == folder:
         files += [folder / name for name in MORE_SETTINGS]
-    return {path.name: path for path in files if path.is_file()}
+    found = {path.name: path for path in files if path.is_file()}
+    if (folder / CARD_FILE).is_file():
+        found[BASE_CARD_FILE] = folder / CARD_FILE
+    return found
 
 
 def build_skeleton(fields: Mapping[str, Any]) -> nn.Module:
-    """Return the model of a configuration without values, built by this repository's code.
+    """Return the model of a configuration without values, built by the installed code.
 
     Raises:
         ValueError: if the configuration is wrong, or its matrices cannot be packed so.
     """
-    code = default_model_folder()
-    repository: Any = cast(Any, AutoConfig).from_pretrained(code, trust_remote_code=True)
-    config: Any = cast(Any, type(repository)).from_dict(dict(fields))
-    config.name_or_path = str(code)  # where the classes of its auto_map are
-    with torch.device("meta"):
-        return cast(Any, AutoModel).from_config(config, trust_remote_code=True)
+    with torch.device("meta"), door.package_code():
+        config: Any = door.find_class(CODE_FOLDER, "AutoConfig").from_dict(dict(fields))
+        return cast(Any, AutoModel).from_config(config)
 
 
 def match_tensors(folder: Path, plain: nn.Module) -> dict[str, list[StoredTensor]]:
@@ -270,9 +264,7 @@ def match_tensors(folder: Path, plain: nn.Module) -> dict[str, list[StoredTensor
     _check_dtypes(folder, [tensor for tensors in found.values() for tensor in tensors])
     _refuse(folder, "the weights lack", [name for name in found if not found[name]])
     known = {name for names in groups for name in names}
-    ignored = [re.compile(p) for p in cast(Any, plain)._keys_to_ignore_on_load_unexpected]
-    left_over = stored.keys() - known
-    left_over -= {name for name in left_over for pattern in ignored if pattern.search(name)}
+    left_over = {name for name in stored.keys() - known if not UNUSED_TENSORS.search(name)}
     _refuse(folder, "the model has no place for", left_over)
     misfits = [
         f"{tensor.name} as {shapes[name]}, and not {tensor.shape}"

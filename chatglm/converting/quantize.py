@@ -11,7 +11,7 @@ import sys
 from typing import Any
 
 from chatglm.cli import open_parser, run_command
-from chatglm.converting.command import add_folders, run_conversion
+from chatglm.converting.command import add_folders, choose_source, run_conversion
 
 DESCRIPTION = """\
 Write a model folder with quantized weights, shard by shard: a few GB of memory are enough for the
@@ -44,9 +44,10 @@ def main(args: argparse.Namespace) -> int:
     """
     from chatglm.converting.conversion import PackedFormat, quantize_checkpoint
 
+    source = choose_source(args)
     packed_format = PackedFormat(args.bits, args.group_size, args.embeddings)
     size = run_conversion(
-        lambda: quantize_checkpoint(args.source, args.target, packed_format, args.lora), args.target
+        lambda: quantize_checkpoint(source, args.target, packed_format, args.lora), args.target
     )
     sys.stdout.write(f"{args.target}: {args.bits} bits, {size}\n")
     return 0

@@ -13,10 +13,13 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from chatglm.cards import CARD_FILE
 from chatglm.converting.checkpoint import read_json
 
 RECORD = "job.json"
 SUMS = "SHA256SUMS"
+# The card is there to be completed by hand, and its hash would be wrong then.
+UNSUMMED = (CARD_FILE,)
 UNFINISHED = ".part"  # of a folder's name, and of a file's
 BLOCK_BYTES = 2**20
 
@@ -113,7 +116,8 @@ class Staging:
                 f"{self.folder / min(changed)} does not read back as it was written: check the "
                 "disk, and run the same command again"
             )
-        lines = [f"{digest}  {name}\n" for name, digest in sorted(self._sums.items())]
+        fixed = [item for item in sorted(self._sums.items()) if item[0] not in UNSUMMED]
+        lines = [f"{digest}  {name}\n" for name, digest in fixed]
         (self.folder / SUMS).write_text("".join(lines), encoding="utf-8", newline="\n")
         _flush(self.folder / SUMS)
         _flush(self.folder)

@@ -1,7 +1,7 @@
 """Owns `chatglm chat`: reads questions, streams the answers, remembers the rounds.
 
-    chatglm chat                                # the model of this repository
-    chatglm chat --model ../chatglm-6b --bits 4
+    chatglm chat ../chatglm-6b --bits 4
+    chatglm chat                                # in a clone: its small model
     echo 你好 | chatglm chat --greedy           # one answer a line of input, nothing else
 
 Does not know how a prompt looks or how a token is chosen (the model does), nor how a folder becomes
@@ -16,7 +16,7 @@ from contextlib import closing, suppress
 from dataclasses import dataclass, field
 from typing import Any
 
-from chatglm.cli import open_parser, run_command
+from chatglm.cli import add_folder, choose_folder, open_parser, run_command
 
 WELCOME = """\
 ChatGLM: {folder} ({device})
@@ -36,8 +36,8 @@ def make_parser(subparsers: Any = None) -> argparse.ArgumentParser:
     """The options of `chatglm chat`, as a command of its own or of `subparsers`."""
     description = "Chat in the terminal; through a pipe, answer every line of standard input."
     parser = open_parser(subparsers, "chat", description)
+    add_folder(parser)
     add = parser.add_argument
-    add("--model", metavar="PATH", help="model folder (default: this repository)")
     add("--bits", type=int, choices=(4, 8), help="quantize the weights (default: as they are)")
     add("--device", metavar="D", help="cpu, cuda, cuda:N or mps (default: the best one here)")
     add("--dtype", metavar="D", help="float16, bfloat16 or float32 (default: the fitting one)")
@@ -67,7 +67,7 @@ def main(args: argparse.Namespace) -> int:
     transformers.logging.set_verbosity_error()
     if not sys.stderr.isatty():
         transformers.logging.disable_progress_bar()
-    folder = args.model or default_model_folder()
+    folder = choose_folder(args.folder, args.model) or default_model_folder()
     model, tokenizer = load_model(folder, args.bits, args.device, args.dtype)
     if args.seed is not None:
         transformers.set_seed(args.seed)

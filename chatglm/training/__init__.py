@@ -1,1 +1,1 @@
-"""`chatglm train`: fine-tuning and alignment, one module for each stage."""
+"""`chatglm train`: fine-tuning and alignment; what its wings share lies here."""

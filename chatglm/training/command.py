@@ -1,10 +1,10 @@
 """Owns `chatglm train`: picks the stage, reads its settings, runs it.
 
-    chatglm train sft --train_data data.jsonl --output out
+    chatglm train sft ../chatglm-6b --train_data data.jsonl --output out
     chatglm train dpo --config dpo.yaml --learning_rate 1e-6
 
-Does not know what a stage does: each module brings `SETTINGS`, `ARGUMENTS` and `main(settings,
-given)`, and is imported only when it is the one asked for.
+Does not know what a stage does: each module brings a record `STAGE` (`stage`), and is imported only
+when it is the one asked for.
 """
 
 import argparse
@@ -12,9 +12,12 @@ import dataclasses
 import importlib
 import json
 import sys
+from collections.abc import Sequence
+from itertools import pairwise
 from typing import Any
 
-from chatglm.cli import open_parser, run_command
+from chatglm import door
+from chatglm.cli import TRUST, choose_folder, open_parser, run_command
 
 STAGES = {
     "pretrain": "go on with the pre-training: blanks in plain text",
@@ -26,8 +29,9 @@ STAGES = {
     "grpo": "practise in groups of answers, without a value model",
     "eval": "measure perplexity, choices, or the text of answers",
 }
-MODULES = {name: f"chatglm.training.{name}" for name in STAGES} | {
-    "eval": "chatglm.training.evaluation"
+MODULES = {name: f"chatglm.training.stages.{name}" for name in STAGES} | {
+    "ppo": "chatglm.training.ppo.trainer",
+    "eval": "chatglm.evaluating.evaluation",
 }
 
 
@@ -40,8 +44,9 @@ def make_parser(subparsers: Any = None) -> argparse.ArgumentParser:
     parser.add_argument(
         "keys",
         nargs=argparse.REMAINDER,
-        metavar="--config FILE --KEY VALUE",
-        help="a YAML file of keys, and keys that go before it; STAGE --help lists them",
+        metavar="[FOLDER] [--trust-folder-code] --config FILE --KEY VALUE",
+        help="the model folder, a YAML file of keys, and keys that go before it; STAGE --help "
+        "lists them; --trust-folder-code runs the folder's own Python files",
     )
     parser.set_defaults(run=main)
     return parser
@@ -66,21 +71,48 @@ def main(args: argparse.Namespace) -> int:
 
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
-    stage = importlib.import_module(MODULES[args.stage])
-    settings, given = read_settings(stage.SETTINGS, stage.ARGUMENTS, args.keys)
-    figures = stage.main(settings, given)
+    stage = find_stage(args.stage)
+    keys = [word for word in args.keys if word != TRUST]
+    settings, given = read_settings(stage.settings, stage.arguments, name_folder(keys))
+    with door.folder_code() if TRUST in args.keys else door.package_code():
+        figures = stage.run(settings, given)
     if PartialState().is_main_process:
         sys.stdout.write(json.dumps(figures, ensure_ascii=False) + "\n")
     return 0
+
+
+def find_stage(name: str) -> Any:
+    """Return the record of a stage, a `Stage` or a `TrainerStage`.
+
+    Raises:
+        ImportError: if a library that the stage is built on is not installed.
+    """
+    return importlib.import_module(MODULES[name]).STAGE
+
+
+def name_folder(keys: Sequence[str]) -> list[str]:
+    """Return the words of a command line with the folder at their head as a key.
+
+    Raises:
+        ValueError: if another folder is named as the key `model` too.
+    """
+    if not keys or keys[0].startswith("-"):
+        return list(keys)
+    folder, *rest = keys
+    named = [word.removeprefix("--model=") for word in rest if word.startswith("--model=")]
+    named += [value for word, value in pairwise(rest) if word == "--model"]
+    for other in named:
+        choose_folder(folder, other)
+    return rest if named else ["--model", folder, *rest]
 
 
 def describe_stage(name: str) -> str:
     """Return the keys of a stage, for `--help`."""
     from chatglm.training.settings import describe_settings
 
-    stage = importlib.import_module(MODULES[name])
-    own = f"keys, with their defaults:\n{describe_settings(stage.SETTINGS)}\n"
-    library = stage.ARGUMENTS
+    stage = find_stage(name)
+    own = f"keys, with their defaults:\n{describe_settings(stage.settings)}\n"
+    library = stage.arguments
     more = f"\nand every field of {library.__module__}.{library.__name__}\n"
     has_more = bool(dataclasses.fields(library))
     return f"chatglm train {name}: {STAGES[name]}\n\n{own}{more if has_more else ''}"

@@ -1,6 +1,6 @@
 """Owns how a model folder becomes a model that is trained, and a trained model a folder again.
 
-Adapters, packed base weights and number formats are settled here. Does not know data or losses.
+Adapters, packed base weights and dtypes are settled here. Does not know data or losses.
 """
 
 import json
@@ -11,14 +11,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import (
-    AutoConfig,
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
     AutoTokenizer,
 )
-from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
+from chatglm import door
+from chatglm.cards import copy_licenses, read_own_card, write_card
 from chatglm.loading import DTYPES, check_model_folder, default_model_folder
+from chatglm.training.describing import describe_training
 from chatglm.training.settings import KeyProblem, Settings
 
 TASK_TYPES = {AutoModelForCausalLM: "CAUSAL_LM", AutoModelForSequenceClassification: "SEQ_CLS"}
@@ -37,39 +38,42 @@ def find_base(settings: Settings) -> Path:
 
 def load_tokenizer(settings: Settings) -> Any:
     """Return the tokenizer of the model to start from."""
-    return AutoTokenizer.from_pretrained(find_base(settings), trust_remote_code=True)
+    return door.load_from(find_base(settings), AutoTokenizer)
 
 
 def load_policy(
-    settings: Settings, half: torch.dtype | None = None, is_trained: bool = True, **fields: Any
+    settings: Settings,
+    compute_dtype: torch.dtype | None = None,
+    is_trained: bool = True,
+    **fields: Any,
 ) -> Any:
     """Return the language model to train, with its adapters.
 
     Args:
         settings: which model, how packed, with which adapters.
-        half: the number format that the training computes in, if it is a half.
+        compute_dtype: bfloat16 or float16 if the training computes in it; None for float32.
         is_trained: False if nothing of it is to be trained.
         fields: of the configuration, other than the folder's.
 
     Raises:
         ValueError: for settings that do not go together, or a folder that is not whole.
     """
-    return _load(settings, AutoModelForCausalLM, half, is_trained, **fields)
+    return _load(settings, AutoModelForCausalLM, compute_dtype, is_trained, **fields)
 
 
-def load_scorer(settings: Settings, half: torch.dtype | None = None) -> Any:
+def load_scorer(settings: Settings, compute_dtype: torch.dtype | None = None) -> Any:
     """Return the model with one score a row, a reward model, to train.
 
     Raises:
         ValueError: as `load_policy`.
     """
-    return _load(settings, AutoModelForSequenceClassification, half, True, num_labels=1)
+    return _load(settings, AutoModelForSequenceClassification, compute_dtype, True, num_labels=1)
 
 
 def _load(
     settings: Settings,
     auto_class: Any,
-    half: torch.dtype | None,
+    compute_dtype: torch.dtype | None,
     is_trained: bool,
     **fields: Any,
 ) -> Any:
@@ -83,19 +87,17 @@ def _load(
             )
         packing = {"bits": settings.bits, "group_size": settings.group_size or None}
         options["quantization_config"] = {"quant_method": "chatglm", **packing}
-    dtype = choose_weights(settings, half, is_frozen)
-    model = auto_class.from_pretrained(
-        find_base(settings), trust_remote_code=True, dtype=dtype, **options
-    )
+    dtype = choose_weights(settings, compute_dtype, is_frozen)
+    model = door.load_from(find_base(settings), auto_class, dtype=dtype, **options)
     if settings.uses_lora:
         model = add_adapters(model, settings, TASK_TYPES[auto_class], is_trained)
-    if is_frozen and half is not None:
+    if is_frozen and compute_dtype is not None:
         _widen_trained(model)
     return model
 
 
 def _widen_trained(model: nn.Module) -> None:
-    """Train in float32 what is trained beside frozen halves, in which small steps are lost.
+    """Train in float32 what is trained beside frozen 16-bit weights, which would lose small steps.
 
     peft does so for adapters, but not for a score head.
     """
@@ -104,15 +106,17 @@ def _widen_trained(model: nn.Module) -> None:
             parameter.data = parameter.data.float()
 
 
-def choose_weights(settings: Settings, half: torch.dtype | None, is_frozen: bool) -> torch.dtype:
-    """Return the number format of the weights: float32 for what is trained, unless told otherwise.
+def choose_weights(
+    settings: Settings, compute_dtype: torch.dtype | None, is_frozen: bool
+) -> torch.dtype:
+    """Return the dtype of the weights: float32 for what is trained, unless told otherwise.
 
     Raises:
         KeyProblem: for float16 weights that are trained: steps smaller than their last digit are
             lost, and a scaled loss cannot be scaled back on them.
     """
     if not settings.dtype:
-        return half if half is not None and is_frozen else torch.float32
+        return compute_dtype if compute_dtype is not None and is_frozen else torch.float32
     if settings.dtype == "float16" and not is_frozen:
         raise KeyProblem("dtype float16 cannot be trained in: use fp16: true on float32 weights")
     return DTYPES[settings.dtype]
@@ -158,12 +162,7 @@ def _check_adapter(folder: Path, task_type: str) -> None:
 
 def find_prompt_format(settings: Settings) -> Any:
     """Return the model's `build_prompt`, which models without a language head do not have."""
-    folder = find_base(settings)
-    config = AutoConfig.from_pretrained(folder, trust_remote_code=True)
-    language_class: Any = get_class_from_dynamic_module(
-        config.auto_map[AutoModelForCausalLM.__name__], str(folder)
-    )
-    return language_class.build_prompt
+    return door.find_class(find_base(settings), AutoModelForCausalLM.__name__).build_prompt
 
 
 def find_core(model: Any) -> Any:
@@ -192,12 +191,33 @@ def save_trained(
         weights: its whole state, if the model itself was cut into parts.
     """
     folder.mkdir(parents=True, exist_ok=True)
+    own_card = read_own_card(folder)  # peft writes over it
     name_as_before(model)
     whole = {} if weights is None else {"state_dict": share_ties(model, weights)}
     model.save_pretrained(folder, **whole)
     if not hasattr(model, "peft_config"):
         save_tokenizer(settings, folder)
         _complete(find_base(settings), folder)
+    copy_licenses(find_base(settings), folder)
+    write_card(folder, own_card or _describe(model, settings, weights or model.state_dict()))
+
+
+def _describe(model: Any, settings: Settings, state: dict[str, Tensor]) -> str:
+    """Return the card of a trained model, or of its adapters."""
+    is_adapter = hasattr(model, "peft_config")
+    written = {name: w for name, w in state.items() if ".lora_" in name or not is_adapter}
+    kind = "adapter" if is_adapter else "model"
+    return describe_training(settings, find_base(settings), written, kind)
+
+
+def enable_checkpointing(core: Any) -> None:
+    """Have the blocks of a model computed again for their gradients, instead of kept.
+
+    transformers has another name for it since 5.23, and will drop this one.
+    """
+    names = ("activation_checkpointing_enable", "gradient_checkpointing_enable")
+    enable = next(getattr(core, name) for name in names if hasattr(core, name))
+    enable({"use_reentrant": False})  # the other way needs inputs with gradients
 
 
 def name_as_before(model: Any) -> None:
@@ -223,7 +243,7 @@ def share_ties(model: nn.Module, weights: dict[str, Tensor]) -> dict[str, Tensor
 
 def _complete(base: Path, folder: Path) -> None:
     """Copy what a model folder has beside weights, code and vocabulary."""
-    for name in ("generation_config.json", "chat_template.jinja", "MODEL_LICENSE", "LICENSE"):
+    for name in ("generation_config.json", "chat_template.jinja"):
         if (base / name).is_file() and not (folder / name).exists():
             shutil.copy(base / name, folder)
 

@@ -12,8 +12,8 @@ import torch
 
 from chatglm.converting.checkpoint import StoredTensor, TensorReader, list_tensors
 from chatglm.training.models import ADAPTER_FILE, load_policy
-from chatglm.training.ptuning import PREFIX_NAME
 from chatglm.training.settings import Settings
+from chatglm.training.stages.ptuning import PREFIX_NAME
 
 
 def load_with_prefix(settings: Settings, dtype: torch.dtype) -> Any:

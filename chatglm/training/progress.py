@@ -10,29 +10,70 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import Trainer, TrainerCallback
+from tqdm.auto import tqdm
+from transformers import PrinterCallback, ProgressCallback, Trainer, TrainerCallback
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
-from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from chatglm.training.models import find_core
 from chatglm.training.settings import KeyProblem, Settings
 
 SAMPLE_TOKENS = 128
-# Figures about the run itself, which no curve is drawn of.
+# No curve is drawn of these figures, which are about the run itself, nor of those that end so.
 NO_CURVES = ("epoch", "step", "total_flos")
 NO_CURVES_END = ("runtime", "per_second", "flos")
 
 
-class FigureBar(ProgressCallback):
-    """transformers' bar, with the last figures at its end instead of lines between."""
+class FigureBar(TrainerCallback):
+    """A bar of the steps, with the last figures at its end instead of lines between.
+
+    While held-out rows are gone through a second one shows how far that is.
+    """
 
     shown = ("loss", "eval_loss", "reward", "tokens/s", "GB")
 
+    def __init__(self) -> None:
+        self.steps: Any = None
+        self.held_out: Any = None
+        self.figures: dict[str, str] = {}
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Begin at the step that the training begins at."""
+        if state.is_world_process_zero:
+            total, begun = state.max_steps, state.global_step
+            self.steps = tqdm(total=total, initial=begun, dynamic_ncols=True)
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Count a step."""
+        if self.steps is not None:
+            self.steps.update(state.global_step - self.steps.n)
+
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
-        """Show the newest figures."""
-        if state.is_world_process_zero and self.training_bar is not None and logs:
-            figures = {key: _shorten(logs[key]) for key in self.shown if key in logs}
-            self.training_bar.set_postfix(figures)
+        """Show the newest value of every figure, whichever a line of the log has."""
+        if self.steps is not None and logs:
+            self.figures |= {key: _shorten(logs[key]) for key in self.shown if key in logs}
+            self.steps.set_postfix(self.figures)
+
+    def on_prediction_step(
+        self, args: Any, state: Any, control: Any, eval_dataloader: Any = None, **kwargs: Any
+    ) -> None:
+        """Count a batch of held-out rows."""
+        if state.is_world_process_zero:
+            if self.held_out is None:
+                total, stays = len(eval_dataloader), self.steps is None
+                self.held_out = tqdm(total=total, leave=stays, dynamic_ncols=True)
+            self.held_out.update(1)
+
+    def on_evaluate(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Take the second bar away."""
+        if self.held_out is not None:
+            self.held_out.close()
+        self.held_out = None
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """End the first."""
+        if self.steps is not None:
+            self.steps.close()
+        self.steps = None
 
 
 class Meter:
@@ -62,7 +103,7 @@ def read_memory() -> int:
     """Return the most bytes that were in use: of the GPU, or of the process."""
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated()
-    from chatglm.benching.memory import read_peak
+    from chatglm.process_memory import read_peak
 
     return read_peak()
 

@@ -149,7 +149,8 @@ def cut_lines(path: Path, begun: int | None) -> list[dict[str, Any]]:
         try:
             lines.append(json.loads(text))
         except json.JSONDecodeError:
-            break  # the run was killed while it wrote this one
+            # The run was killed while it wrote this line, which is the last one.
+            break
     kept = [line for line in lines if begun is not None and line["step"] <= begun]
     part = path.with_name(f"part-{path.name}")
     part.write_text(

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar, get_args, get_origin, get_type_hints
 
-# What the fork's scripts and the official P-Tuning scripts call a key of ours.
+# The names that the fork's scripts and the official P-Tuning scripts have for keys of ours.
 ALIASES = {
     "model_name_or_path": "model",
     "output_dir": "output",
@@ -57,7 +57,7 @@ class Settings:
         max_length: tokens of prompt and answer; 0 is the model's window.
         resume: go on from the newest checkpoint in `output`.
         dtype: of the weights: "float32", "bfloat16", "float16" (only of those that are not
-            trained); "" is float32, or the half that is computed in for weights that stay as they
+            trained); "" is float32, or what `bf16` and `fp16` name for weights that stay as they
             are.
         bits: 4 or 8 to pack the weights that are not trained (QLoRA); 0 leaves them as they are.
         group_size: columns that share a scale of packed weights; 0 is a whole row.

@@ -17,15 +17,11 @@ from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
 from torch import Tensor, nn
 from transformers import Trainer, TrainingArguments, set_seed
+from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import EvalPrediction, get_last_checkpoint
 
-from chatglm.training.batches import LengthSampler, find_learned
-from chatglm.training.models import (
-    load_policy,
-    load_tokenizer,
-    name_as_before,
-    save_trained,
-)
+from chatglm.training.data.batches import LengthSampler, find_learned
+from chatglm.training.models import name_as_before, save_trained
 from chatglm.training.progress import Meter, build_callbacks
 from chatglm.training.settings import (
     SETTINGS_FILE,
@@ -36,7 +32,7 @@ from chatglm.training.settings import (
 )
 from chatglm.training.settings import write_settings as write_settings_file
 
-# What every stage starts from; the configuration file and the flags go before it.
+# Every stage starts from these values; the configuration file and the flags go before them.
 DEFAULTS: dict[str, Any] = {
     "learning_rate": 1e-4,
     "lr_scheduler_type": "cosine",
@@ -46,19 +42,21 @@ DEFAULTS: dict[str, Any] = {
     "eval_steps": 500,
     "remove_unused_columns": False,
     "logging_nan_inf_filter": False,
-    "ddp_find_unused_parameters": False,  # there are none, and the search takes time
+    # There are no unused parameters, and the search for them takes time.
+    "ddp_find_unused_parameters": False,
     "report_to": ["tensorboard"],
     "seed": 42,
 }
-# Ours, or settled by what was given.
+# These keys of the library are refused, since they follow from the keys of ours beside them.
 RESERVED = {"output_dir": "output", "resume_from_checkpoint": "resume", "do_train": "STAGE"}
 RESERVED |= {"train_sampling_strategy": "group_by_length"}
-# What newer releases of transformers call a key, and warn about by its old name.
+# Newer releases of transformers have other names for these keys, and warn about the old ones.
 RENAMED = {
     "gradient_checkpointing": "activation_checkpointing",
     "gradient_checkpointing_kwargs": "activation_checkpointing_kwargs",
 }
-# What may differ when a run goes on: it changes how long it runs and what is shown, not the steps.
+# These keys may differ when a run goes on: they change how long it is and what is shown, not what a
+# step does.
 FREE_ON_RESUME = ("resume", "logging_steps", "report_to", "disable_tqdm", "sample_prompts")
 FREE_ON_RESUME += ("sample_steps", "save_total_limit", "eval_steps", "max_steps", "save_steps")
 
@@ -101,8 +99,8 @@ def build_arguments(
     return arguments
 
 
-def find_half(arguments: Any) -> torch.dtype | None:
-    """Return the half number format that a training computes in: `bf16` or `fp16` say it."""
+def get_compute_dtype(arguments: Any) -> torch.dtype | None:
+    """Return what `bf16` or `fp16` say that a training computes in; None for float32."""
     if arguments.bf16:
         return torch.bfloat16
     return torch.float16 if arguments.fp16 else None
@@ -164,7 +162,7 @@ def find_checkpoint(folder: Path) -> Path | None:
     """Return the newest checkpoint that is whole: a killed run may leave half of one."""
     broken = []
     while (last := get_last_checkpoint(str(folder))) is not None:
-        state = Path(last) / "trainer_state.json"
+        state = Path(last) / TRAINER_STATE_NAME
         try:
             json.loads(state.read_text(encoding="utf-8"))
             break
@@ -224,11 +222,12 @@ class CheckedSteps:
     train_dataset: Any
     groups_rows = False
     meter: Meter | None = None
+    _num_tokens = 0
 
     @property
     def tokens_seen(self) -> int:
         """The tokens that this process was trained on since the start; 0 if nobody counts."""
-        return 0
+        return self._num_tokens
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         """Log what a step gave, and what it took."""
@@ -277,21 +276,15 @@ class ChatTrainer(CheckedSteps, Trainer):
     where something is learned.
     """
 
-    _num_tokens = 0
-
     def compute_loss(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any):
         """Return the loss of a batch, with the outputs if they are asked for."""
         inputs["use_cache"] = False
         if model.training:
             self._num_tokens += int((inputs["input_ids"] != self.pad_id).sum())
-        if self.label_smoother is None:  # which wants the logits of all places
+        # A label smoother wants the logits of all places.
+        if self.label_smoother is None:
             inputs["logits_to_keep"] = find_learned(inputs["labels"])
         return super().compute_loss(model, inputs, *args, **kwargs)
-
-    @property
-    def tokens_seen(self) -> int:
-        """The tokens that this process was trained on since the start."""
-        return self._num_tokens
 
     @property
     def pad_id(self) -> int:
@@ -345,44 +338,16 @@ def check_loss(loss: Tensor, step: int, folder: Path) -> None:
     )
 
 
-def run_stage(
-    build: Callable[..., Any],
-    settings: Settings,
-    given: Mapping[str, Any],
-    arguments: Any,
+def train_and_evaluate(
+    trainer: Any, settings: Settings, checkpoint: Path | None
 ) -> dict[str, float]:
-    """Open the output folder, load, train and write; returns the last figures.
-
-    Args:
-        build: makes the trainer, of model, tokenizer, settings and arguments.
-        settings, given: of the stage, and the library's keys that were set.
-        arguments: what became of those.
-
-    Raises:
-        ValueError: for settings, rows or a folder that cannot be used.
-    """
-    checkpoint = prepare_output(settings, given)
-    model, tokenizer = load_policy(settings, find_half(arguments)), load_tokenizer(settings)
-    return run_trainer(build(model, tokenizer, settings, arguments), settings, checkpoint)
-
-
-def run_trainer(trainer: Any, settings: Settings, checkpoint: Path | None) -> dict[str, float]:
-    """Train, evaluate, and write the model; returns the last figures.
+    """Train, and return the figures of the held-out rows.
 
     Args:
         trainer: with everything it needs.
         settings: of the stage.
         checkpoint: to go on from.
     """
-    figures = train_and_evaluate(trainer, settings, checkpoint)
-    write_outputs(trainer, settings)
-    return figures
-
-
-def train_and_evaluate(
-    trainer: Any, settings: Settings, checkpoint: Path | None
-) -> dict[str, float]:
-    """Train, and return the figures of the held-out rows; arguments as of `run_trainer`."""
     for callback in build_callbacks(settings, trainer):
         trainer.add_callback(callback)
     trainer.groups_rows = isinstance(settings, RowSettings) and settings.group_by_length
@@ -394,10 +359,18 @@ def write_outputs(trainer: Trainer, settings: Settings) -> None:
     """Write the trained model to the output folder, put together if it was cut into parts."""
     weights: Any = None
     if trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled:
-        weights = trainer.accelerator.get_state_dict(trainer.model_wrapped)  # by all processes
+        # All processes take part in putting the weights together.
+        weights = trainer.accelerator.get_state_dict(trainer.model_wrapped)
     if trainer.is_world_process_zero():
         model = trainer.accelerator.unwrap_model(trainer.model)
         save_trained(model, settings, Path(settings.output), weights)
 
 
-__all__ = ["ChatTrainer", "build_arguments", "find_half", "prepare_output", "run_trainer"]
+__all__ = [
+    "ChatTrainer",
+    "build_arguments",
+    "get_compute_dtype",
+    "prepare_output",
+    "train_and_evaluate",
+    "write_outputs",
+]

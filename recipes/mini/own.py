@@ -15,9 +15,9 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from chatglm.training.batches import pad_rows
-from chatglm.training.records import RecordFiles, read_prompts
-from chatglm.training.rendering import Renderer
+from chatglm.training.data.batches import pad_rows
+from chatglm.training.data.records import RecordFiles, read_prompts
+from chatglm.training.data.rendering import Renderer
 from recipes.mini.preferences import write_rows
 
 SEED = 20261124

@@ -163,6 +163,6 @@ def test_what_cannot_be_trained_is_refused(tiny_repo: Path, words: list[str], me
 
 
 def test_half_is_chosen_by_the_device() -> None:
-    assert training.choose_half(None, torch.device("cpu")) is None
-    assert training.choose_half(None, torch.device("cuda")) == torch.bfloat16
-    assert training.choose_half("float32", torch.device("cuda")) is None
+    assert training.choose_compute_dtype(None, torch.device("cpu")) is None
+    assert training.choose_compute_dtype(None, torch.device("cuda")) == torch.bfloat16
+    assert training.choose_compute_dtype("float32", torch.device("cuda")) is None

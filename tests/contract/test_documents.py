@@ -12,10 +12,10 @@ import pytest
 import torch
 import yaml
 from chatglm_6b.configuration_chatglm import ChatGLMConfig
+from chatglm_6b.environment_chatglm import TESTED_TRANSFORMERS
 from chatglm_6b.masking_chatglm import SpecialIds, build_geometry
 from chatglm_6b.modeling_chatglm import ChatGLMForConditionalGeneration
-from chatglm_6b.releases_chatglm import TESTED_TRANSFORMERS
-from conftest import ROOT
+from conftest import MODEL_FILES, ROOT
 
 import chatglm
 from chatglm.serving.chat import QUESTION_LABEL, WELCOME
@@ -23,7 +23,7 @@ from chatglm.serving.chat import QUESTION_LABEL, WELCOME
 READMES = ("README.md", "README_zh.md")
 DOCUMENTS = sorted(
     str(path.relative_to(ROOT))
-    for path in [*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("presets/*.md")]
+    for path in [*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("chatglm/presets/*.md")]
 )
 # Only the owner of the small model's training can write these.
 WEIGHTS = {"pytorch_model.bin.index.json", "pytorch_model-*-of-*.bin"}
@@ -67,7 +67,7 @@ def compatibility() -> Any:
 
 @cache
 def full_model() -> ChatGLMForConditionalGeneration:
-    config = json.loads(read("presets/chatglm-6b/config.json"))
+    config = json.loads(read("chatglm/presets/chatglm-6b/config.json"))
     with torch.device("meta"):
         return ChatGLMForConditionalGeneration(ChatGLMConfig(**config)).half()
 
@@ -98,8 +98,7 @@ def test_a_stale_remote_code_page_is_noticed(
     assert hash_remote_code.main(["--check"]) == 0
     text = page.read_text(encoding="utf-8")
     listed = set(re.findall(r"^\| `(\w+\.py)` .*`[0-9a-f]{64}` \|$", text, re.MULTILINE))
-    patterns = ("*_chatglm.py", "*_cpu.py", "*_cuda.py", "quantization.py")
-    assert listed == {path.name for pattern in patterns for path in ROOT.glob(pattern)}
+    assert listed == set(MODEL_FILES)
     page.write_text(re.sub(r"`[0-9a-f]{64}`", f"`{'0' * 64}`", text, count=1), encoding="utf-8")
     capsys.readouterr()
     assert hash_remote_code.main(["--check"]) == 1
@@ -267,7 +266,7 @@ def test_a_run_is_noted_and_shown(
 
 
 def test_the_sessions_of_nox_are_the_tested_releases_and_the_newest() -> None:
-    noxfile = load_script("noxfile.py")
+    noxfile = load_script("tools/noxfile.py")
     assert (*TESTED_TRANSFORMERS, "newest") == noxfile.RELEASES
     wanted = noxfile.without_bounds()
     assert {re.split("[<>=;]", line)[0] for line in wanted} >= {"torch", "transformers", "peft"}

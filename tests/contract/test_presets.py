@@ -1,4 +1,4 @@
-"""`presets/`: what the released 6B weights need around them, recomputed from the model's shapes."""
+"""The presets: what the released 6B weights need, recomputed from the model's shapes."""
 
 import json
 import math
@@ -14,7 +14,7 @@ from chatglm_6b.tokenization_chatglm import ChatGLMTokenizer
 from conftest import ROOT, SHARED
 from transformers import GenerationConfig
 
-PRESETS = ROOT / "presets"
+PRESETS = ROOT / "chatglm" / "presets"
 GENERATIONS = ("chatglm-6b", "chatglm-6b-v0")
 # The weights were cut into shards when the embedding still had the rows of the first generation.
 CUT_VOCAB_SIZE = 150528

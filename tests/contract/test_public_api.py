@@ -16,6 +16,7 @@ from chatglm.benching import command as bench
 from chatglm.cli import COMMANDS
 from chatglm.converting import merge, quantize
 from chatglm.loading import load_model
+from chatglm.publishing import publish
 from chatglm.serving import chat
 
 REQUIRED = inspect.Parameter.empty
@@ -28,28 +29,46 @@ AUTO_MAP = {
     "AutoModelForSequenceClassification": "modeling_chatglm.ChatGLMForSequenceClassification",
 }
 PUBLIC_NAMES = {
-    "attention_cpu": {"Past", "attend", "attend_step", "takes_step"},
     "cache_chatglm": {
         "ChatGLMCache",
+        "KeyValues",
         "QuantizedReservedLayer",
         "ReservedLayer",
         "extend_cache",
-        "find_reserved_layer",
     },
     "configuration_chatglm": {"ChatGLMConfig"},
     "conversation_chatglm": {"ChatMixin", "StopOnText", "check_history", "cut_at_stops"},
-    "decoding_cpu": {"decode_step"},
-    "generation_chatglm": {"GLMGenerationMixin"},
-    "memory_cpu": {"release_gaps"},
+    "environment_chatglm": {
+        "CACHE_NAME",
+        "CACHE_NAMES",
+        "PendingTensor",
+        "StoredTensor",
+        "TESTED_TRANSFORMERS",
+        "change_load_settings",
+        "check_transformers",
+        "choose_cache",
+        "find_twin",
+        "is_mapped",
+        "kernels_off",
+        "may_use_kernels",
+        "read_load_settings",
+        "rename_cache",
+        "renew_ties",
+        "try_first",
+        "with_fast_products",
+    },
+    "generation_chatglm": {
+        "GLMGenerationMixin",
+        "InvalidScoreLogitsProcessor",
+        "NucleusLogitsWarper",
+        "replace_top_p",
+    },
     "modeling_chatglm": {
         "ChatGLMForConditionalGeneration",
         "ChatGLMForSequenceClassification",
         "ChatGLMModel",
         "ChatGLMPreTrainedModel",
     },
-    "prefix_chatglm": {"PrefixEncoder", "PrefixTable", "prepend_prefix"},
-    "packing_chatglm": {"QuantizationMixin", "WeightFormat", "note_ties", "swap_layers"},
-    "program_cpu": {"BIAS", "GELU", "NORM", "Program", "Width", "can_run"},
     "quantization": {
         "QuantizedEmbedding",
         "QuantizedLinear",
@@ -57,15 +76,15 @@ PUBLIC_NAMES = {
         "quantize_weight",
         "quantized_linear",
     },
-    "quantization_cpu": {"Linear", "find_kernels", "multiply_plain"},
     "quantization_cuda": {"CudaKernels", "find_kernels"},
     "quantizer_chatglm": {
         "ChatGLMQuantizationConfig",
         "ChatGLMQuantizer",
+        "QuantizationMixin",
         "QuantizedLoadingMixin",
+        "note_ties",
+        "swap_layers",
     },
-    "rotary_chatglm": {"RotaryEmbedding", "apply_rotary", "rotate_half"},
-    "sampling_chatglm": {"InvalidScoreLogitsProcessor", "NucleusLogitsWarper", "quicken"},
 }
 # The original's parameters in its order, with its defaults. Ours may come behind them.
 CHAT_SAMPLING = {
@@ -164,8 +183,13 @@ TOKENIZER_OPTIONS: dict[str, Any] = {
     "num_image_tokens": 20000,
 }
 # Option: what it takes, its default.
-CHAT_OPTIONS: dict[str, tuple[Any, Any]] = {
+FOLDER_OPTIONS: dict[str, tuple[Any, Any]] = {
+    "FOLDER": ("FOLDER", None),
     "--model": ("PATH", None),
+    "--trust-folder-code": (None, False),
+}
+CHAT_OPTIONS: dict[str, tuple[Any, Any]] = {
+    **FOLDER_OPTIONS,
     "--bits": ((4, 8), None),
     "--device": ("D", None),
     "--dtype": ("D", None),
@@ -180,6 +204,7 @@ CHAT_OPTIONS: dict[str, tuple[Any, Any]] = {
 QUANTIZE_OPTIONS: dict[str, tuple[Any, Any]] = {
     "SRC": ("SRC", None),
     "DST": ("DST", None),
+    "--model": ("SRC", None),
     "--bits": ((4, 8), None),
     "--group-size": ((32, 64, 128), None),
     "--embeddings": (None, False),
@@ -188,12 +213,20 @@ QUANTIZE_OPTIONS: dict[str, tuple[Any, Any]] = {
 MERGE_OPTIONS: dict[str, tuple[Any, Any]] = {
     "SRC": ("SRC", None),
     "DST": ("DST", None),
+    "--model": ("SRC", None),
     "--lora": ("DIR", None),
     "--format": (("safetensors", "bin"), "safetensors"),
     "--dtype": (("float32", "float16", "bfloat16"), None),
 }
+PUBLISH_OPTIONS: dict[str, tuple[Any, Any]] = {
+    "FOLDER": ("FOLDER", None),
+    "--repo": ("OWNER/NAME", None),
+    "--private": (None, False),
+    "--dry-run": (None, False),
+    "--message": ("TEXT", None),
+}
 BENCH_OPTIONS: dict[str, tuple[Any, Any]] = {
-    "MODEL": ("MODEL", None),
+    **FOLDER_OPTIONS,
     "--bits": ((4, 8), None),
     "--device": ("D", None),
     "--dtype": ("D", None),
@@ -281,7 +314,7 @@ def test_the_loader_s_signature() -> None:
 
 
 def test_the_commands_are_frozen() -> None:
-    assert set(COMMANDS) == {"bench", "chat", "merge", "quantize", "train"}
+    assert set(COMMANDS) == {"bench", "chat", "merge", "publish", "quantize", "train"}
 
 
 @pytest.mark.parametrize(
@@ -290,9 +323,10 @@ def test_the_commands_are_frozen() -> None:
         (bench.make_parser(), BENCH_OPTIONS),
         (chat.make_parser(), CHAT_OPTIONS),
         (merge.make_parser(), MERGE_OPTIONS),
+        (publish.make_parser(), PUBLISH_OPTIONS),
         (quantize.make_parser(), QUANTIZE_OPTIONS),
     ],
-    ids=["bench", "chat", "merge", "quantize"],
+    ids=["bench", "chat", "merge", "publish", "quantize"],
 )
 def test_the_options_of_the_commands_are_frozen(
     parser: argparse.ArgumentParser, expected: dict[str, tuple[Any, Any]]

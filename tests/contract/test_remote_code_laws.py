@@ -21,9 +21,10 @@ import torch
 from conftest import ROOT
 from transformers.dynamic_module_utils import get_imports, get_relative_imports
 
+from chatglm.model_files import find_model_files
+
 REQUIRED = {"torch", "transformers", "sentencepiece", "packaging"}
-PATTERNS = ("*_chatglm.py", "*_cpu.py", "*_cuda.py", "quantization.py")
-FLAT_FILES = sorted(path for pattern in PATTERNS for path in ROOT.glob(pattern))
+FLAT_FILES = sorted(ROOT.glob("*.py"))
 MODULES = {path.stem: path.read_text(encoding="utf-8") for path in FLAT_FILES}
 TREES = {name: ast.parse(text) for name, text in MODULES.items()}
 CALLS_WHILE_IMPORTING = {"check_transformers(transformers.__version__)"}
@@ -66,7 +67,8 @@ def all_siblings(module: str) -> set[str]:
 def test_the_entry_files_are_the_known_ones() -> None:
     assert entry_modules() == {"configuration_chatglm", "tokenization_chatglm", "modeling_chatglm"}
     needed = set().union(*(all_siblings(module) | {module} for module in entry_modules()))
-    assert needed == set(MODULES), "a flat file that nobody loads, or one under another name"
+    assert needed == set(MODULES), "a flat file that nobody loads"
+    assert [path.name for path in FLAT_FILES] == find_model_files(ROOT)
 
 
 @each_module

@@ -23,7 +23,7 @@ each_preset = pytest.mark.parametrize("preset", PRESETS)
 
 
 def read_preset(preset: str, name: str = "config.json") -> dict[str, Any]:
-    return json.loads((ROOT / "presets" / preset / name).read_text(encoding="utf-8"))
+    return json.loads((ROOT / "chatglm" / "presets" / preset / name).read_text(encoding="utf-8"))
 
 
 def official_shapes(config: dict[str, Any]) -> Shapes:

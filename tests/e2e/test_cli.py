@@ -230,7 +230,7 @@ def test_a_wrong_folder_is_one_line(
 ) -> None:
     monkeypatch.setattr(sys, "stdin", io.StringIO(""))
     assert cli.main(["chat", "--model", str(tmp_path)]) == 2
-    reason = f"{tmp_path} is no model folder: it has no config.json"
+    reason = f"{tmp_path} is an empty folder: download a model into it, or name another folder"
     assert capsys.readouterr() == ("", f"chatglm: {reason}\n")
 
 
@@ -247,8 +247,10 @@ def test_version_help_and_an_unknown_command(capsys: pytest.CaptureFixture[str])
 
 def test_the_options_of_chat_are_frozen() -> None:
     actions = make_parser()._actions
-    assert {a.option_strings[-1]: a.type for a in actions if a.dest != "help"}.keys() == {
+    assert {(*a.option_strings, a.dest)[0]: a.type for a in actions[1:]}.keys() == {
+        "folder",
         "--model",
+        "--trust-folder-code",
         "--bits",
         "--device",
         "--dtype",

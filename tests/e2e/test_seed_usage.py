@@ -5,13 +5,20 @@ the numbers that a cast may give.
 """
 
 import builtins
+import re
+import shutil
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from conftest import SHARED
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoConfig, AutoModel, AutoTokenizer
+
+import chatglm
+from chatglm import door
 
 # peft says the old names of checkpointing, for which transformers 5.23 has new ones.
 pytestmark = pytest.mark.filterwarnings("ignore:.*gradient_checkpointing.* is deprecated")
@@ -70,6 +77,45 @@ def test_a_lora_on_the_official_model(
         plain = model(ids).logits
     with torch.no_grad():
         assert not torch.allclose(model(ids).logits, plain, atol=1e-2)
+
+
+def read_blocks() -> list[str]:
+    """The Python of the second seed's page, if it is here; one parameter, if not."""
+    pages = [page.read_text(encoding="utf-8") for page in SHARED.glob("seeds/*.txt")]
+    pages = [page for page in pages if "chatglm-fitness-RLHF" in page]
+    return re.findall(r"^```python\n(.*?)^```$", "".join(pages), re.DOTALL | re.MULTILINE)
+
+
+@pytest.mark.parametrize("number", [0, 1])
+def test_the_fork_s_own_page_runs_as_written(
+    number: int,
+    tiny_repo: Path,
+    adapter: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """With no trust for the model, some for the tokenizer, and a folder whose Python is dead."""
+    blocks = read_blocks()
+    if not blocks:
+        pytest.skip(f"needs the fork's page in {SHARED / 'seeds'}")
+    for name in ("THUDM/chatglm-6b", "fb700/chatglm-fitness-RLHF"):
+        folder = shutil.copytree(tiny_repo, tmp_path / name)
+        for file in folder.glob("*.py"):
+            file.write_text("import icetk\n")
+    shutil.copytree(adapter, tmp_path / "model" / "chatglm_fitness_lora")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    monkeypatch.setattr(torch.nn.Module, "cuda", lambda self, *args: self)
+    monkeypatch.setattr(door, "_is_registered", False)
+    chatglm.register()
+    names: dict[str, Any] = {}
+    exec(compile(blocks[number], f"block {number}", "exec"), names)
+    assert capsys.readouterr().out.startswith("('")
+    model = names["model"]
+    core = model.get_base_model() if number == 0 else model
+    assert type(core).__module__ == "chatglm.model.modeling_chatglm"
+    assert model.config.quantization_bit == (0 if number == 0 else 4)
 
 
 @pytest.mark.parametrize("bits", [None, 8, 4])

@@ -13,7 +13,7 @@ import pytest
 from conftest import ROOT
 
 from chatglm.cli import main
-from chatglm.training import planning
+from chatglm.training.estimate import report
 from chatglm.training.progress import draw_curves
 
 pytest.importorskip("trl", reason="the stages on trl need it")
@@ -78,7 +78,7 @@ def run(command: str, monkeypatch: pytest.MonkeyPatch) -> int:
         monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(said)))
     words = shlex.split(rest if pipe else command)
     if words[:3] == ["python", "-m", "chatglm.training.planning"]:
-        return planning.main(words[3:])
+        return report.main(words[3:])
     assert words[0] == "chatglm"
     if words[1] == "train":
         words += SMALLER.get(words[2], SHORT)

@@ -1,7 +1,8 @@
-"""`load_model` on a toy model folder with code of its own, loaded as the real one is."""
+"""`load_model` on a toy model folder whose own code is trusted, and on a real one."""
 
 import json
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from transformers import AutoModel, PreTrainedTokenizerFast
 
-from chatglm import loading
+from chatglm import folder_code, loading
 from chatglm.loading import choose_device, choose_dtype, default_model_folder, load_model
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -21,7 +22,7 @@ from transformers import PretrainedConfig
 
 
 class ToyConfig(PretrainedConfig):
-    model_type = "toy"
+    model_type = "chatglm"
 
     def __init__(self, size=4, **kwargs):
         self.size = size
@@ -62,19 +63,20 @@ def write_weights(folder: Path, weights: dict[str, torch.Tensor]) -> None:
 
 
 @pytest.fixture
-def folder(tmp_path: Path) -> Path:
-    """A model folder: configuration, code, tokenizer and two shards."""
+def folder(tmp_path: Path) -> Iterator[Path]:
+    """A model folder: configuration, code that the test trusts, tokenizer and two shards."""
     folder = tmp_path / "toy"
     folder.mkdir()
     (folder / "configuration_toy.py").write_text(CONFIGURATION)
     (folder / "modeling_toy.py").write_text(MODEL)
     auto_map = {"AutoConfig": "configuration_toy.ToyConfig", "AutoModel": "modeling_toy.ToyModel"}
-    config = {"model_type": "toy", "auto_map": auto_map, "size": 4}
+    config = {"model_type": "chatglm", "auto_map": auto_map, "size": 4}
     (folder / "config.json").write_text(json.dumps(config))
     words = Tokenizer(WordLevel({"[UNK]": 0, "hello": 1}, unk_token="[UNK]"))
     PreTrainedTokenizerFast(tokenizer_object=words, unk_token="[UNK]").save_pretrained(folder)
     write_weights(folder, WEIGHTS)
-    return folder
+    with folder_code():
+        yield folder
 
 
 def test_the_folder_s_own_model_and_tokenizer_come_back(folder: Path) -> None:
@@ -132,9 +134,12 @@ def test_a_quantized_folder_keeps_its_bits(tiny_repo: Path, tmp_path: Path) -> N
         load_model(folder, bits=4, device="cpu")
 
 
-def test_another_architecture_is_not_quantized(folder: Path) -> None:
-    with pytest.raises(ValueError, match="chatglm"):
-        load_model(folder, bits=4, device="cpu")
+@pytest.mark.parametrize("bits", [None, 4])
+def test_another_architecture_is_refused(folder: Path, bits: int | None) -> None:
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"model_type": "gpt2"}))
+    with pytest.raises(ValueError, match=f"{folder.name} is a model of type gpt2, and not the "):
+        load_model(folder, bits=bits, device="cpu")
 
 
 @pytest.mark.parametrize("bits", [0, 3, 16])
@@ -240,11 +245,11 @@ def test_the_best_device_is_the_default(
 def test_the_default_folder_is_the_repository_then_the_current_one(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(loading, "__file__", str(folder / "chatglm" / "loading.py"))
+    monkeypatch.setattr(loading.model, "FOLDER", folder)
     monkeypatch.chdir(folder.parent)
     assert default_model_folder() == folder
-    monkeypatch.setattr(loading, "__file__", str(folder.parent / "site" / "chatglm" / "loading.py"))
-    with pytest.raises(ValueError, match=r"is no model folder: name one with --model PATH"):
+    monkeypatch.setattr(loading.model, "FOLDER", folder.parent / "site" / "chatglm" / "model")
+    with pytest.raises(ValueError, match=r"no model is named, .*: name one, `chatglm chat FOLDER`"):
         default_model_folder()
     monkeypatch.chdir(folder)
     assert default_model_folder() == Path.cwd()

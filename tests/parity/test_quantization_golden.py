@@ -10,13 +10,14 @@ from typing import Any
 
 import pytest
 import torch
-from chatglm_6b.kernels_cpu import find_compiler
 from chatglm_6b.modeling_chatglm import ChatGLMForConditionalGeneration
 from chatglm_6b.quantization import dequantize_weight, pack_int4, quantize_weight, unpack_int4
 from conftest import SHARED
 from golden_model import DTYPES, load_arrays, load_config, load_model, load_weights
 from safetensors.torch import load_file
 from torch import Tensor
+
+from chatglm.cpu.compiler import find_compiler
 
 GOLDEN = SHARED / "golden"
 MATRICES = ("r8x16", "r192x64", "halfties", "edge")

@@ -89,11 +89,12 @@ def test_every_step_is_a_command_that_there_is(tmp_path: Path) -> None:
     for step in steps:
         if step.words[0] == "chatglm":
             pytest.importorskip("trl", reason="the stages on trl need it")
+            from chatglm.training.command import find_stage
             from chatglm.training.settings import read_settings
 
-            stage = importlib.import_module(f"chatglm.training.{step.name}")
+            stage = find_stage(step.name)
             assert step.words[:3] == ["chatglm", "train", step.name]
-            settings, _ = read_settings(stage.SETTINGS, stage.ARGUMENTS, step.words[3:])
+            settings, _ = read_settings(stage.settings, stage.arguments, step.words[3:])
             assert settings.output == str(tmp_path / "work" / step.name)
         else:
             assert importlib.util.find_spec(step.words[0]) is not None

@@ -65,7 +65,9 @@ def test_names_are_the_official_ones(work: Path, model: ChatGLMForConditionalGen
 
     names = set(read_weights(work / "state.pt"))
     assert names == set(model.state_dict())
-    official = json.loads((ROOT / "presets/chatglm-6b" / INDEX_NAME).read_text())["weight_map"]
+    official = json.loads((ROOT / "chatglm/presets/chatglm-6b" / INDEX_NAME).read_text())[
+        "weight_map"
+    ]
     expected = {shorten(name) for name in official if "inv_freq" not in name}
     assert {shorten(name) for name in names} == expected
 

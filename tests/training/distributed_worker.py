@@ -8,6 +8,7 @@
 Several of them may follow one another, with `then` between them.
 """
 
+import dataclasses
 import importlib
 import json
 import os
@@ -24,10 +25,10 @@ from torch.distributed.fsdp import fully_shard
 from torch.optim import AdamW
 from transformers import AutoModelForCausalLM, TrainerCallback
 
-from chatglm.training import sft
 from chatglm.training.command import make_parser
 from chatglm.training.models import save_trained
 from chatglm.training.settings import Settings
+from chatglm.training.stages import sft
 
 STEPS = 5
 RATE = 1e-4  # a larger one makes more of the last digits of small gradients
@@ -50,14 +51,14 @@ class Death(TrainerCallback):
 
 def die(step: str, *words: str) -> None:
     """Train until a step and die."""
-    build = sft.build_trainer
+    build = sft.STAGE.build_trainer
 
     def build_mortal(*arguments: Any) -> Any:
         trainer = build(*arguments)
         trainer.add_callback(Death(int(step)))
         return trainer
 
-    sft.build_trainer = build_mortal
+    sft.STAGE = dataclasses.replace(sft.STAGE, build_trainer=build_mortal)
     args = make_parser().parse_args(["sft", *words])
     args.run(args)
 

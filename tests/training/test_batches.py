@@ -10,7 +10,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from chatglm.training.batches import (
+from chatglm.training.data.batches import (
     Examples,
     LengthSampler,
     Packed,
@@ -19,8 +19,8 @@ from chatglm.training.batches import (
     find_learned,
     pack_lengths,
 )
-from chatglm.training.records import RecordFiles, read_answers
-from chatglm.training.rendering import IGNORED_LABEL, Example, Renderer
+from chatglm.training.data.records import RecordFiles, read_answers
+from chatglm.training.data.rendering import IGNORED_LABEL, Example, Renderer
 from chatglm.training.trainer import count_token_losses
 
 ROWS = [

@@ -11,8 +11,8 @@ from chatglm_6b.tokenization_chatglm import ChatGLMTokenizer
 from conftest import SHARED
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from chatglm.training.choices import (
-    Asker,
+from chatglm.evaluating.multiple_choice import (
+    PromptTemplate,
     Question,
     Subject,
     mark_subject,
@@ -20,10 +20,10 @@ from chatglm.training.choices import (
     read_questions,
     read_subjects,
 )
-from chatglm.training.picking import Picker, Prompt, find_letters
-from chatglm.training.rendering import Example, Renderer, RowProblem
-from chatglm.training.scoring import Judge
-from chatglm.training.subjects import CATEGORIES, CHINESE_NAMES
+from chatglm.evaluating.ranking import ChoiceRanker, Prompt, encode_letters
+from chatglm.evaluating.scoring import BatchedModel
+from chatglm.evaluating.subjects import CATEGORIES, CHINESE_NAMES
+from chatglm.training.data.rendering import Example, Renderer, RowProblem
 
 CEVAL_HEADER = ["id", "question", "A", "B", "C", "D", "answer", "explanation"]
 CEVAL_ROWS = [
@@ -146,7 +146,7 @@ def test_other_files_and_folders_are_refused(mmlu: Path) -> None:
 
 def test_the_words_around_chinese_questions(ceval: Path) -> None:
     (subject, _), _ = read_subjects(ceval, "val", 1, [])
-    record = Asker(subject).build_record(subject.questions[1], 1)
+    record = PromptTemplate(subject).build_record(subject.questions[1], 1)
     assert record.history == [
         (
             "以下是中国关于逻辑学考试的单项选择题，请选出其中的正确答案。\n\n"
@@ -155,19 +155,25 @@ def test_the_words_around_chinese_questions(ceval: Path) -> None:
         )
     ]
     assert record.query == "天空是什么颜色？\nA. 蓝色\nB. 绿色\nC. 红色\nD. 黑色\n答案："
-    assert Asker(subject).build_record(subject.questions[0], 0).query == record.history[0][0]
+    assert (
+        PromptTemplate(subject).build_record(subject.questions[0], 0).query == record.history[0][0]
+    )
 
 
 def test_the_words_around_english_questions(mmlu: Path) -> None:
     (subject,), _ = read_subjects(mmlu, "test", 2, [])
     header = "The following are multiple choice questions (with answers) about global facts.\n\n"
-    record = Asker(subject, lists_options=False).build_record(subject.questions[2], 2)
+    record = PromptTemplate(subject, lists_options=False).build_record(subject.questions[2], 2)
     assert record.history == [
         (f"{header}What is 2 + 2?\nAnswer:", "4"),
         ('Which, of "these", is a fruit?\nAnswer:', "apple"),
     ]
     assert record.query == "How many legs has a dog?\nAnswer:"
-    assert Asker(subject, "zh").build_record(subject.questions[2], 0).query.startswith("以下是中国")
+    assert (
+        PromptTemplate(subject, "zh")
+        .build_record(subject.questions[2], 0)
+        .query.startswith("以下是中国")
+    )
 
 
 def test_all_subjects_of_both_tests_have_a_category() -> None:
@@ -191,7 +197,7 @@ class Pieces:
 
 def test_letters_share_what_stands_before_them() -> None:
     renderer: Any = Pieces({"A": [5, 8], "B": [5, 9], "C": [5, 2]})
-    assert find_letters(renderer, 3) == ([5], [8, 9, 2])
+    assert encode_letters(renderer, 3) == ([5], [8, 9, 2])
 
 
 @pytest.mark.parametrize(
@@ -205,7 +211,7 @@ def test_letters_share_what_stands_before_them() -> None:
 def test_letters_without_a_token_are_refused(ids: dict[str, list[int]]) -> None:
     with pytest.raises(ValueError, match=r"token of its own for each of A, B, C .*answer_by to te"):
         renderer: Any = Pieces(ids)
-        find_letters(renderer, 3)
+        encode_letters(renderer, 3)
 
 
 @pytest.mark.skipif(not SHARED.is_dir(), reason="the official vocabularies are not there")
@@ -221,7 +227,7 @@ def test_letters_of_the_official_vocabularies(name: str, first_id: int, ids: lis
     tokenizer = ChatGLMTokenizer(str(SHARED / "tokenizers" / name), num_image_tokens=first_id)
     texts = {letter: tokenizer(letter, add_special_tokens=False)["input_ids"] for letter in "ABCD"}
     renderer: Any = Pieces(texts)
-    assert find_letters(renderer, 4) == ([], ids)
+    assert encode_letters(renderer, 4) == ([], ids)
     assert tokenizer.convert_ids_to_tokens(ids) == ["▁A", "▁B", "▁C", "▁D"]
 
 
@@ -238,9 +244,9 @@ def model(tiny_repo: Path) -> Any:
     return model.eval()
 
 
-def make_picker(model: Any, tokenizer: Any, answer_by: str, **options: Any) -> Picker:
+def make_picker(model: Any, tokenizer: Any, answer_by: str, **options: Any) -> ChoiceRanker:
     renderer = Renderer(model, tokenizer, **options)
-    return Picker(renderer, Judge(model, renderer.pad_id, 4), answer_by)
+    return ChoiceRanker(renderer, BatchedModel(model, renderer.pad_id, 4), answer_by)
 
 
 @torch.no_grad()
@@ -260,7 +266,7 @@ def test_the_likeliest_answer_is_picked(
     picker = make_picker(model, tokenizer, answer_by)
     picked, mean_shots = picker.answer(subject)
     assert mean_shots == shots
-    asker = Asker(subject, lists_options=answer_by == "letter")
+    asker = PromptTemplate(subject, lists_options=answer_by == "letter")
     for question, letter in zip(subject.questions, picked):
         record = asker.build_record(question, shots)
         prompt = model.build_prompt(record.query, record.history)
@@ -278,32 +284,32 @@ def test_the_likeliest_answer_is_picked(
 
 def test_letters_are_compared_behind_what_they_share() -> None:
     """And only as many as a question has options."""
-    judge = Judge(None, 3, 2)
+    judge = BatchedModel(None, 3, 2)
     asked: list[list[int]] = []
     scores = torch.tensor([[0.1, 0.2, 0.9], [0.1, 0.2, 0.9]])
     judge.score_next = lambda prompts, ids: asked.extend(prompts) or scores  # type: ignore
     renderer: Any = Pieces({"A": [5, 8], "B": [5, 9], "C": [5, 2]})
     prompts = [Prompt([7], 0, [[1], [1], [1]]), Prompt([6, 7], 0, [[1], [1]])]
-    assert Picker(renderer, judge, "letter")._pick_letters(prompts) == [2, 1]
+    assert ChoiceRanker(renderer, judge, "letter")._pick_letters(prompts) == [2, 1]
     assert asked == [[7, 5], [6, 7, 5]]
 
 
 def test_the_mean_forgives_a_long_answer_its_length() -> None:
-    judge, renderer = Judge(None, 3, 2), Pieces({})
+    judge, renderer = BatchedModel(None, 3, 2), Pieces({})
     measured = torch.tensor([[3.0, 1.0, 0.0], [4.0, 4.0, 0.0]])
     rows: list[Example] = []
     judge.measure_answers = lambda given, _: rows.extend(given) or measured  # type: ignore
     renderer.end_id = 1  # type: ignore[attr-defined]
     prompts = [Prompt([7], 0, [[5], [5, 6, 7]])]
     stand_in: Any = renderer
-    assert Picker(stand_in, judge, "text")._pick_texts(prompts) == [0]
+    assert ChoiceRanker(stand_in, judge, "text")._pick_texts(prompts) == [0]
     assert [row.answer_ids for row in rows] == [[5, 1], [5, 6, 7, 1]]  # each with its end token
-    assert Picker(stand_in, judge, "text_mean")._pick_texts(prompts) == [1]
+    assert ChoiceRanker(stand_in, judge, "text_mean")._pick_texts(prompts) == [1]
 
 
 def test_shots_that_do_not_fit_are_left_out(model: Any, tokenizer: Any, ceval: Path) -> None:
     (subject, _), _ = read_subjects(ceval, "val", 3, [])
-    asker = Asker(subject)
+    asker = PromptTemplate(subject)
     room = make_picker(model, tokenizer, "letter")
     lengths = [len(room.encode(question, asker).ids) for question in subject.questions]
     picker = make_picker(model, tokenizer, "letter", max_length=max(lengths) - 1)
@@ -349,6 +355,6 @@ def test_marks_of_a_test() -> None:
 
 def test_subjects_are_asked_in_their_own_language() -> None:
     question = Question("", "0", "What?", ("a", "b"), "A")
-    assert Asker(Subject("law", [question], [])).header.startswith("The following")
-    assert "about law." in Asker(Subject("law", [question], [])).header
-    assert "关于法学考试" in Asker(Subject("law", [question], []), "zh").header
+    assert PromptTemplate(Subject("law", [question], [])).header.startswith("The following")
+    assert "about law." in PromptTemplate(Subject("law", [question], [])).header
+    assert "关于法学考试" in PromptTemplate(Subject("law", [question], []), "zh").header

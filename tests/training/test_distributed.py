@@ -19,9 +19,9 @@ from conftest import ROOT
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from chatglm.training import sft
 from chatglm.training.progress import build_callbacks
 from chatglm.training.settings import KeyProblem, Settings, read_settings
+from chatglm.training.stages import sft
 
 WORKER = Path(__file__).with_name("distributed_worker.py")
 CONFIGS = ROOT / "configs"
@@ -50,7 +50,7 @@ def one(keys: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Train in this process, on as many rows a step as two processes take."""
     output = tmp_path_factory.mktemp("one")
     words = [*keys, "--per_device_train_batch_size", "4", "--output", str(output / "sft")]
-    sft.main(*read_settings(sft.SETTINGS, sft.ARGUMENTS, words))
+    sft.STAGE.run(*read_settings(sft.STAGE.settings, sft.STAGE.arguments, words))
     return output / "sft"
 
 

@@ -24,10 +24,10 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from chatglm.cli import main
-from chatglm.training.alignment import build_trl_arguments
-from chatglm.training.dpo import ARGUMENTS, AnswerTrainer, DpoSettings, build_dpo_trainer
 from chatglm.training.models import load_policy, load_tokenizer
 from chatglm.training.settings import KeyProblem
+from chatglm.training.stages.dpo import STAGE, AnswerTrainer, DpoSettings, build_dpo_trainer
+from chatglm.training.stages.trl_stages import build_trl_arguments
 
 # trl and peft ask for an attribute by the name it had before.
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is dep:FutureWarning")
@@ -46,7 +46,7 @@ def build(repo: Path, folder: Path, fields: Any = None, **given: Any) -> AnswerT
     names = {"model": str(repo), "output": str(folder / "out"), "train_data": [str(data)]}
     settings = DpoSettings(**names, **(fields or {}))
     given |= {"report_to": "none", "beta": BETA}
-    arguments = build_trl_arguments(ARGUMENTS, settings, given, max_length=None)
+    arguments = build_trl_arguments(STAGE.arguments, settings, given, max_length=None)
     torch.manual_seed(0)
     model, tokenizer = load_policy(settings), load_tokenizer(settings)
     return build_dpo_trainer(model, tokenizer, settings, arguments)

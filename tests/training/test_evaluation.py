@@ -15,12 +15,12 @@ from conftest import ROOT
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from chatglm.training import evaluation
+from chatglm.evaluating import evaluation
+from chatglm.evaluating.evaluation import STAGE
+from chatglm.evaluating.scoring import BatchedModel
 from chatglm.training.command import describe_stage
-from chatglm.training.evaluation import ARGUMENTS, SETTINGS, main
-from chatglm.training.ptuning import PtuningSettings, save_prefix
-from chatglm.training.scoring import Judge
 from chatglm.training.settings import KeyProblem, read_settings
+from chatglm.training.stages.ptuning import PtuningSettings, save_prefix
 
 # peft asks transformers 5.23 by an old name.
 pytestmark = pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated")
@@ -53,7 +53,9 @@ def evaluate(tiny_repo: Path, tmp_path: Path) -> Callable[..., dict[str, Any]]:
 
     def run(*words: str, model: Path = tiny_repo, output: str = "out") -> dict[str, Any]:
         given = ["--model", str(model), "--output", str(tmp_path / output), "--device", "cpu"]
-        return main(*read_settings(SETTINGS, ARGUMENTS, [*given, "--dtype", "float32", *words]))
+        return STAGE.run(
+            *read_settings(STAGE.settings, STAGE.arguments, [*given, "--dtype", "float32", *words])
+        )
 
     return run
 
@@ -259,7 +261,7 @@ def test_empty_and_right_answers_are_scored(
     ids = [tokenizer(row["response"], add_special_tokens=False)["input_ids"] for row in ROWS]
     end, pad = tokenizer.eos_token_id, tokenizer.pad_token_id
     answers = [[end, pad], [end], [*ids[2], end, pad], [*ids[3], end], [*ids[4], end]]
-    monkeypatch.setattr(Judge, "generate", lambda *args: answers)
+    monkeypatch.setattr(BatchedModel, "generate", lambda *args: answers)
     figures = evaluate("--eval_data", data, "--task", "generation")
     assert figures["empty"] == 2
     # Orders that a short text has none of are smoothed: two of 巴黎, one of 蓝色。
@@ -311,7 +313,7 @@ def test_a_test_is_marked_and_its_answers_are_written(
     """The likeliest letter behind each prompt is B, whatever the model."""
     scores = torch.tensor([0.1, 0.9, 0.2, 0.3])
     monkeypatch.setattr(
-        Judge, "score_next", lambda self, prompts, ids: scores.expand(len(prompts), 4)
+        BatchedModel, "score_next", lambda self, prompts, ids: scores.expand(len(prompts), 4)
     )
     words = ["--task", "choices", "--eval_data", str(exam)]
     figures = evaluate(*words)
@@ -383,4 +385,4 @@ def test_no_data_and_a_full_folder_are_refused(tmp_path: Path, data: str, evalua
 
 def test_help_lists_every_key() -> None:
     text = describe_stage("eval")
-    assert all(f"--{field.name} " in text for field in dataclasses.fields(SETTINGS))
+    assert all(f"--{field.name} " in text for field in dataclasses.fields(STAGE.settings))

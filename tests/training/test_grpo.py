@@ -21,10 +21,10 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
 from chatglm.cli import main
-from chatglm.training.alignment import REFUSED, build_trl_arguments
-from chatglm.training.grpo import ARGUMENTS, GroupTrainer, GrpoSettings, build_grpo_trainer
 from chatglm.training.models import load_policy, load_tokenizer
 from chatglm.training.settings import KeyProblem
+from chatglm.training.stages.grpo import STAGE, GroupTrainer, GrpoSettings, build_grpo_trainer
+from chatglm.training.stages.trl_stages import REFUSED, build_trl_arguments
 
 # trl and peft ask for an attribute by the name it had before.
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is dep:FutureWarning")
@@ -83,7 +83,9 @@ def build(repo: Path, data: Path, fields: dict[str, Any], **given: Any) -> Group
     names = {"model": str(repo), "output": str(data.parent / "out"), "train_data": [str(data)]}
     settings = GrpoSettings(**names, **fields)
     sizes = {"per_device_train_batch_size": 8, "num_generations": 2, "max_completion_length": 6}
-    arguments = build_trl_arguments(ARGUMENTS, settings, {**sizes, "report_to": "none", **given})
+    arguments = build_trl_arguments(
+        STAGE.arguments, settings, {**sizes, "report_to": "none", **given}
+    )
     torch.manual_seed(0)
     model, tokenizer = load_policy(settings), load_tokenizer(settings)
     return build_grpo_trainer(model, tokenizer, settings, arguments)

@@ -6,8 +6,8 @@ import sys
 
 import pytest
 
-from chatglm.training import metrics
-from chatglm.training.metrics import average_scores, compare_texts, load_packages
+from chatglm.evaluating import metrics
+from chatglm.evaluating.metrics import average_scores, compare_texts, load_packages
 
 needs_packages = pytest.mark.skipif(
     importlib.util.find_spec("rouge_chinese") is None, reason='the extra "train" is not installed'

@@ -1,6 +1,5 @@
 """The arithmetic of memory and work, beside what small models take; and every file of configs/."""
 
-import importlib
 import itertools
 import json
 import re
@@ -14,17 +13,17 @@ from conftest import ROOT, build_model
 from torch.profiler import ProfilerActivity
 from torch.utils.flop_counter import FlopCounterMode
 
-from chatglm.training import accounting, planning
-from chatglm.training.accounting import Job, Shape, plan_memory
-from chatglm.training.command import MODULES
+from chatglm.training.command import find_stage
+from chatglm.training.estimate import memory as estimate
+from chatglm.training.estimate.memory import Job, Shape, plan_memory
+from chatglm.training.estimate.report import main, read_job, read_shape
 from chatglm.training.models import add_adapters, load_policy
-from chatglm.training.planning import read_job, read_shape
 from chatglm.training.settings import KeyProblem, Settings, read_config, read_settings
 
 # Transformers 5.23 has new names for checkpointing; users and peft still say the old ones.
 pytestmark = pytest.mark.filterwarnings("ignore:.*gradient_checkpointing.* is deprecated")
 
-PRESET = ROOT / "presets" / "chatglm-6b"
+PRESET = ROOT / "chatglm" / "presets" / "chatglm-6b"
 STAGES = sorted((ROOT / "configs" / "stages").glob("*.yaml"))
 MEMORY_LINE = re.compile(
     r"# Memory for 6B: ([\d.]+) GB on each of (\d+) GPUs with (\w+)(, a pair two rows)?\n"
@@ -103,7 +102,7 @@ def test_activations_are_those_that_autograd_keeps(method: str, half: str) -> No
     # What is frozen would be held in half; on a CPU the norms give half then, on a GPU float32.
     job.dtype = "float32"
     memory = plan_memory(shape, job)
-    log_probs = memory.logits * 4 // accounting.LOGIT_BYTES
+    log_probs = memory.logits * 4 // estimate.LOGIT_BYTES
     expected = memory.activations + log_probs + memory.casts
     assert measure_saved(model, half == "autocast") == pytest.approx(expected, rel=0.1)
 
@@ -114,9 +113,9 @@ def test_checkpointing_keeps_what_goes_into_blocks(method: str) -> None:
     model.gradient_checkpointing_enable({"use_reentrant": False})
     shape, job = plan(model, gradient_checkpointing=True, **METHODS[method])
     memory = plan_memory(shape, job)
-    log_probs = memory.logits * 4 // accounting.LOGIT_BYTES
+    log_probs = memory.logits * 4 // estimate.LOGIT_BYTES
     # The block that is computed again is there later, when the logits are gone.
-    expected = memory.activations + log_probs - accounting.count_block(shape, job)
+    expected = memory.activations + log_probs - estimate.count_block(shape, job)
     assert measure_saved(model, False) == pytest.approx(expected, rel=0.1)
 
 
@@ -192,7 +191,7 @@ def test_prefixes_are_counted_exactly(projected: bool) -> None:
     model = build(method)
     shape, job = plan(model, **METHODS[method])
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    assert accounting.count_trained(shape, job) == trained
+    assert estimate.count_trained(shape, job) == trained
 
 
 @pytest.mark.parametrize("method", ["full", "lora", "lora everywhere", "prefix"])
@@ -205,7 +204,7 @@ def test_work_is_what_torch_counts(method: str, checkpointing: bool) -> None:
     counter = FlopCounterMode(display=False)
     with counter:
         model(**draw_rows(), use_cache=False).loss.backward()
-    work = accounting.count_work(shape, job)
+    work = estimate.count_work(shape, job)
     keys = LENGTH + job.pre_seq_len
     # The eager twin keeps its scores: two forwards, not two and a half.
     scores = 0.5 * 4 * shape.num_layers * keys * shape.hidden_size
@@ -218,12 +217,12 @@ def test_parts_are_shared_by_the_gpus_that_cut_them() -> None:
     keys = {"bf16": True, "per_device_train_batch_size": 1, "gpus": 8}
     plans = {
         name: plan_memory(shape, read_job({**keys, "sharding": name}, shape))
-        for name in accounting.SHARDINGS
+        for name in estimate.SHARDINGS
     }
     numbers = shape.parameters
-    ddp, zero2, zero3, fsdp2 = (plans[name] for name in accounting.SHARDINGS)
+    ddp, zero2, zero3, fsdp2 = (plans[name] for name in estimate.SHARDINGS)
     assert (ddp.weights, ddp.gradients, ddp.optimizer) == (4 * numbers, 4 * numbers, 8 * numbers)
-    assert ddp.buffers == 4 * numbers and ddp.casts > 2 * shape.block_numbers
+    assert ddp.buffers == 4 * numbers and ddp.casts > 2 * shape.block_parameters
     assert (zero2.weights, zero2.gradients) == (2 * numbers, 2 * numbers // 8)
     assert zero2.optimizer == 12 * numbers // 8
     assert zero3.weights == 2 * numbers // 8 and zero3.buffers > zero2.buffers
@@ -267,8 +266,8 @@ def test_stage_files_are_read_and_their_memory_is_planned(path: Path) -> None:
     stage_name = path.stem.partition("_")[0]
     if stage_name in ("reward", "dpo", "grpo"):
         pytest.importorskip("trl", reason="this stage is built on trl")
-    stage = importlib.import_module(MODULES[stage_name])
-    settings, _ = read_settings(stage.SETTINGS, stage.ARGUMENTS, ["--config", str(path)])
+    stage = find_stage(stage_name)
+    settings, _ = read_settings(stage.settings, stage.arguments, ["--config", str(path)])
     assert settings.output.startswith("out/")
     found = MEMORY_LINE.search(path.read_text(encoding="utf-8"))
     if found is None:
@@ -282,13 +281,13 @@ def test_stage_files_are_read_and_their_memory_is_planned(path: Path) -> None:
 
 def test_the_command_prints_a_plan(capsys: pytest.CaptureFixture[str]) -> None:
     words = [str(PRESET), "--config", str(STAGES[0].with_name("sft_qlora.yaml"))]
-    assert planning.main([*words, "--tflops", "100", "--tokens", "1e6"]) == 0
+    assert main([*words, "--tflops", "100", "--tokens", "1e6"]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert "6.173 billion parameters" in lines[0] and "over 4-bit weights" in lines[0]
     assert lines[1] == "1 x 2048 tokens at a time on one GPU, gradient checkpointing"
     assert any(line.startswith("  weights ") for line in lines)
     assert "tokens/s" in lines[-1] and "hours for 1,000,000 tokens" in lines[-1]
-    assert planning.main([*words, "--max_length", "512", "--json"]) == 0
+    assert main([*words, "--max_length", "512", "--json"]) == 0
     report = json.loads(capsys.readouterr().out)
     assert report["job"]["max_length"] == 512 and report["job"]["bits"] == 4
     assert report["bytes"]["peak"] > report["bytes"]["weights"] > 3.5e9
@@ -308,7 +307,7 @@ def test_the_command_prints_a_plan(capsys: pytest.CaptureFixture[str]) -> None:
 def test_what_cannot_be_planned_is_one_line(
     words: list[str], message: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert planning.main([str(PRESET), *words]) == 2
+    assert main([str(PRESET), *words]) == 2
     error = capsys.readouterr().err
     assert error.startswith("chatglm: ") and error.count("\n") == 1 and message in error
 

@@ -22,20 +22,21 @@ from transformers import (
     TrainingArguments,
 )
 
-from chatglm.training import ppo, run_log
-from chatglm.training.ppo_math import clip_policy_loss, clip_value_loss, find_ratios
-from chatglm.training.rollouts import (
+from chatglm.training import run_log
+from chatglm.training.ppo import trainer as ppo
+from chatglm.training.ppo.math import clip_policy_loss, clip_value_loss, compute_ratios
+from chatglm.training.ppo.rollouts import (
     Sampler,
     build_answers,
     cut_answer,
+    evaluate_answers,
     find_ended,
-    judge_answers,
     list_answers,
     pick_rows,
 )
+from chatglm.training.ppo.value_head import ActorCritic, list_trained
 from chatglm.training.run_log import cut_lines
 from chatglm.training.settings import KeyProblem, read_settings
-from chatglm.training.value_head import ActorCritic, list_trained
 
 # peft asks for transformers' old names.
 pytestmark = pytest.mark.filterwarnings("ignore:.*gradient_checkpointing.* is deprecated")
@@ -110,13 +111,13 @@ def make_words(repo: Path, folder: Path, output: str = "out", **keys: Any) -> li
 def run(repo: Path, folder: Path, output: str = "out", **keys: Any) -> dict[str, Any]:
     forget_accelerator()
     words = make_words(repo, folder, output, **keys)
-    return ppo.main(*read_settings(ppo.SETTINGS, ppo.ARGUMENTS, words))
+    return ppo.main(*read_settings(ppo.PpoSettings, ppo.PpoArguments, words))
 
 
 def build_trainer(repo: Path, folder: Path, output: str = "out", **keys: Any) -> ppo.PpoTrainer:
     """What a run works with, before its first step."""
     words = make_words(repo, folder, output, **keys)
-    settings, given = read_settings(ppo.SETTINGS, ppo.ARGUMENTS, words)
+    settings, given = read_settings(ppo.PpoSettings, ppo.PpoArguments, words)
     arguments = ppo.read_arguments(given)
     forget_accelerator()
     torch.manual_seed(0)
@@ -174,7 +175,7 @@ def learn(actor: ActorCritic, prompts: Any, answers: Any) -> tuple[Any, Tensor]:
     columns = torch.arange(mask.shape[1]).expand_as(mask)
     advantages = torch.where(mask, (columns % 3 - 0.8), torch.nan)  # a column's own, pads none
     old = torch.where(mask, judged.log_probs.detach() - 0.1 * (columns % 2), torch.nan)
-    ratios = find_ratios(judged.log_probs, old, mask)
+    ratios = compute_ratios(judged.log_probs, old, mask)
     losses = clip_policy_loss(ratios, advantages, mask, 0.2)[0]
     losses = losses + clip_value_loss(judged.values, advantages, advantages + 1, mask, 0.2)
     return (judged, mask), losses.sum()
@@ -200,7 +201,7 @@ def test_a_padded_batch_is_its_rows_alone(actor: ActorCritic, rows: Any) -> None
 
 
 def test_log_probs_are_those_of_the_models_own_logits(actor: ActorCritic, rows: Any) -> None:
-    judged = judge_answers(actor, build_answers(*rows, 3, "cpu"), 2, temperature=0.7)
+    judged = evaluate_answers(actor, build_answers(*rows, 3, "cpu"), 2, temperature=0.7)
     for number, (prompt, answer) in enumerate(zip(*rows)):
         ids = torch.tensor([prompt + answer])
         with torch.no_grad():
@@ -229,7 +230,7 @@ def test_answers_are_drawn_with_the_probabilities_that_are_recomputed(
 
     actor.policy.generate = generate_with_scores
     answers = sampler(rows[0])
-    judged = judge_answers(actor, answers, 3, temperature=0.8)
+    judged = evaluate_answers(actor, answers, 3, temperature=0.8)
     found = drawn[0].masked_fill(~answers.answer_mask, 0)
     torch.testing.assert_close(judged.log_probs, found, rtol=1e-4, atol=1e-4)
     assert actor.policy.generation_config is own
@@ -296,30 +297,30 @@ def test_the_reference_is_the_policy_in_the_beginning(
     tiny_repo: Path, folder: Path, lora: int
 ) -> None:
     trainer = build_trainer(tiny_repo, folder, lora_rank=lora)
-    assert (trainer.reference.beginning is None) == bool(lora)
+    assert (trainer.maker.reference.beginning is None) == bool(lora)
     prompts = trainer.pick_prompts()
-    answers, _, _ = trainer.practise(prompts)
-    before, kl = trainer.judge(answers)
+    answers, _, _ = trainer.maker.rollout(prompts)
+    before, kl = trainer.maker.evaluate(answers)
     assert torch.equal(kl, torch.zeros_like(kl))
     stir(list_trained(trainer.actor.policy))
-    after, moved = trainer.judge(answers)
+    after, moved = trainer.maker.evaluate(answers)
     assert (moved[answers.answer_mask] != 0).all()
-    with trainer.reference.put_in_place() as reference:
-        held = judge_answers(reference, answers, 4)
+    with trainer.maker.reference.put_in_place() as reference:
+        held = evaluate_answers(reference, answers, 4)
     assert torch.equal(held.log_probs, before.log_probs)
-    again, _ = trainer.judge(answers)
+    again, _ = trainer.maker.evaluate(answers)
     assert torch.equal(again.log_probs, after.log_probs)
 
 
 def test_the_first_mini_batch_has_ratios_of_one(tiny_repo: Path, folder: Path) -> None:
     trainer = build_trainer(tiny_repo, folder)
-    answers, _, scores = trainer.practise(trainer.pick_prompts())
-    experience, figures = trainer.weigh(answers, scores + torch.arange(8.0))
+    answers, _, scores = trainer.maker.rollout(trainer.pick_prompts())
+    experience, figures = trainer.maker.compute_advantages(answers, scores + torch.arange(8.0))
     assert figures["kl"] == 0
-    rows = torch.arange(trainer.num_rows)
-    first = trainer.learn_rows(experience, rows[: trainer.mini_batch])
-    mask = experience.answers.answer_mask[: trainer.mini_batch]
-    advantages = experience.advantages[: trainer.mini_batch][mask]
+    rows = torch.arange(trainer.run.batch_size)
+    first = trainer.updater.update_mini_batch(experience, rows[: trainer.run.mini_batch_size])
+    mask = experience.answers.answer_mask[: trainer.run.mini_batch_size]
+    advantages = experience.advantages[: trainer.run.mini_batch_size][mask]
     assert first["update_kl"] == pytest.approx(0, abs=1e-6)
     assert first["clipped"] == 0
     assert first["policy_loss"] == pytest.approx(-advantages.mean().item(), abs=1e-5)
@@ -336,13 +337,13 @@ def test_a_mini_batch_is_learned_alike_however_it_is_split(tiny_repo: Path, fold
         ptx = {"ptx_data": folder / "prompts.jsonl", "entropy_coefficient": 0.01}
         trainer = build_trainer(tiny_repo, folder, f"out{number}", **keys, **ptx)
         gradients: list[Tensor] = []
-        trainer.take_optimizer_step = lambda t=trainer, g=gradients: g.extend(
+        trainer.updater.take_optimizer_step = lambda t=trainer, g=gradients: g.extend(
             p.grad.clone() for p in list_trained(t.actor)
         )
-        trainer.seed(0)
-        answers, _, scores = trainer.practise(trainer.pick_prompts())
-        experience, _ = trainer.weigh(answers, scores + torch.arange(8.0))
-        figures = trainer.learn_rows(experience, torch.arange(4))
+        trainer.run.seed(0)
+        answers, _, scores = trainer.maker.rollout(trainer.pick_prompts())
+        experience, _ = trainer.maker.compute_advantages(answers, scores + torch.arange(8.0))
+        figures = trainer.updater.update_mini_batch(experience, torch.arange(4))
         results.append((gradients, figures))
     (whole, figures), (split, split_figures) = results
     assert figures["ptx_loss"] > 5
@@ -384,12 +385,14 @@ TRAINED = "model.safetensors", "adapter_model.safetensors", "value_head.safetens
 KILLED_RUN = """
 import os, signal, sys
 import torch
-from chatglm.training import ppo, run_log
+from chatglm.training import run_log
+from chatglm.training.ppo import trainer as ppo
+from chatglm.training.ppo.update import PolicyUpdater
 from chatglm.training.settings import read_settings
 
 run_log.draw_curves = lambda history, path: None
 place, number, words = sys.argv[1], int(sys.argv[2]), sys.argv[3:]
-owner, name = {"writing": (torch, "save"), "learning": (ppo.PpoTrainer, "learn_part")}[place]
+owner, name = {"writing": (torch, "save"), "learning": (PolicyUpdater, "add_part")}[place]
 function, calls = getattr(owner, name), []
 
 def die(*arguments):
@@ -401,7 +404,7 @@ def die(*arguments):
     return function(*arguments)
 
 setattr(owner, name, die)
-ppo.main(*read_settings(ppo.SETTINGS, ppo.ARGUMENTS, words))
+ppo.main(*read_settings(ppo.PpoSettings, ppo.PpoArguments, words))
 """
 
 
@@ -564,30 +567,32 @@ def test_scores_are_weighed_as_told(
 ) -> None:
     keys = {"missing_end_penalty": 2, "score_clip": 3, "kl_coefficient": 0, "gae_lambda": 1}
     trainer = build_trainer(tiny_repo, folder, **keys, whiten_advantages="false")
-    answers, _, _ = trainer.practise(trainer.pick_prompts())
+    answers, _, _ = trainer.maker.rollout(trainer.pick_prompts())
     assert not find_ended(answers, 7853).any()
     scores = torch.tensor([0.0, 1, 2, 3, 4, 5, 6, 7])
-    experience, figures = trainer.weigh(answers, scores)
+    experience, figures = trainer.maker.compute_advantages(answers, scores)
     expected = torch.tensor([-2.0, -1, 0, 1, 2, 3, 3, 3])
     torch.testing.assert_close(experience.returns[:, 0], expected)
     torch.testing.assert_close(experience.advantages, experience.returns)  # values are 0
     assert figures["reward"] == 3.5 and figures["scores_cut"] == 2 / 8
     assert "score_clip" not in capsys.readouterr().err
-    trainer.settings.score_clip = 1
-    assert trainer.weigh(answers, scores)[1]["scores_cut"] == 5 / 8
-    trainer.weigh(answers, scores)
+    trainer.run.settings.score_clip = 1
+    assert trainer.maker.compute_advantages(answers, scores)[1]["scores_cut"] == 5 / 8
+    trainer.maker.compute_advantages(answers, scores)
     line = "62% of the scores are beyond score_clip=1 and count as that: raise it, or set whiten"
     assert capsys.readouterr().err.count(line) == 1
-    trainer.settings.score_clip = 3
-    trainer.settings.whiten_scores = True
-    whitened = trainer.weigh(answers, scores)[0].returns[:, 0]
+    trainer.run.settings.score_clip = 3
+    trainer.run.settings.whiten_scores = True
+    whitened = trainer.maker.compute_advantages(answers, scores)[0].returns[:, 0]
     torch.testing.assert_close(whitened.mean(), torch.tensor(0.0))
     torch.testing.assert_close(whitened.std(correction=0), torch.tensor(1.0))
-    trainer.settings.whiten_advantages = True
-    advantages = trainer.weigh(answers, scores)[0].advantages[answers.answer_mask]
+    trainer.run.settings.whiten_advantages = True
+    advantages = trainer.maker.compute_advantages(answers, scores)[0].advantages[
+        answers.answer_mask
+    ]
     assert advantages.std(correction=0) == pytest.approx(1, abs=1e-4)
-    trainer.settings.whiten_rewards = True
-    rewards = trainer.weigh(answers, scores)[0].returns
+    trainer.run.settings.whiten_rewards = True
+    rewards = trainer.maker.compute_advantages(answers, scores)[0].returns
     assert rewards.isfinite().all()
 
 
@@ -600,9 +605,9 @@ def test_scores_count_from_those_of_the_datas_answers(tiny_repo: Path, folder: P
         seen.append(sampled)
         return torch.tensor([float(len(ids)) for ids in sampled.answer_ids])
 
-    trainer.reward = score
+    trainer.maker.reward = score
     prompts = trainer.pick_prompts()
-    _, sampled, scores = trainer.practise(prompts)
+    _, sampled, scores = trainer.maker.rollout(prompts)
     answered, references = seen
     assert answered is sampled and references.prompt_ids == sampled.prompt_ids
     assert references.answers == references.references == [p.reference for p in prompts]
@@ -630,7 +635,7 @@ def test_packed_weights_practise_for_a_reward_model(tiny_repo: Path, folder: Pat
     )
     keys = {"reward_function": "", "reward_model": folder / "scorer", "bits": 4, "lora_rank": 2}
     trainer = build_trainer(tiny_repo, folder, "apart", **keys)
-    answers, _, scores = trainer.practise(trainer.pick_prompts())
+    answers, _, scores = trainer.maker.rollout(trainer.pick_prompts())
     ids = torch.cat((answers.prompt_ids[3][answers.prompt_mask[3]], answers.answer_ids[3]))
     with torch.no_grad():  # the answer was cut off, and is ended
         expected = scorer.eval()(input_ids=torch.tensor([[*ids, 7853]])).logits[0, 0]
@@ -646,8 +651,8 @@ def test_learning_ends_at_the_limit_of_an_update(tiny_repo: Path, folder: Path) 
     keys = {"learning_rate": 1e-1, "num_ppo_epochs": 3, "update_kl_limit": 1e-3}
     trainer = build_trainer(tiny_repo, folder, **keys)
     steps: list[int] = []
-    take = trainer.take_optimizer_step
-    trainer.take_optimizer_step = lambda: (steps.append(1), take())[0]
+    take = trainer.updater.take_optimizer_step
+    trainer.updater.take_optimizer_step = lambda: (steps.append(1), take())[0]
     figures, _ = trainer.take_step()
     assert figures["update_kl"] > 0
     assert len(steps) == 1  # of six
@@ -741,27 +746,28 @@ import sys
 from pathlib import Path
 import torch
 from accelerate.utils import gather_object
-from chatglm.training import ppo
+from chatglm.training.ppo import trainer as ppo
+from chatglm.training.ppo.experience import Experience
 from chatglm.training.settings import read_settings
 from chatglm.training.trainer import prepare_output
-from chatglm.training.value_head import Answers, list_trained
+from chatglm.training.ppo.value_head import Answers, list_trained
 
 place, words = Path(sys.argv[1]), sys.argv[2:]
-settings, given = read_settings(ppo.SETTINGS, ppo.ARGUMENTS, words)
+settings, given = read_settings(ppo.PpoSettings, ppo.PpoArguments, words)
 arguments = ppo.read_arguments(given)
 accelerator = ppo.build_accelerator(settings, arguments)
 trainer = ppo.PpoTrainer(settings, arguments, accelerator, prepare_output(settings, given))
 mine = slice(accelerator.process_index, None, 2)
 parts = [part[mine] for part in torch.load(place / "experience.pt")]
-experience = ppo.Experience(Answers(*parts[:4]), *parts[4:])
-take = trainer.take_optimizer_step
+experience = Experience(Answers(*parts[:4]), *parts[4:])
+take = trainer.updater.take_optimizer_step
 found = {}
-trainer.take_optimizer_step = lambda: found.update(
+trainer.updater.take_optimizer_step = lambda: found.update(
     gradients=[p.grad.clone() for p in list_trained(trainer.actor)]
 )
 trainer.model.train()
-found["figures"] = trainer.learn_rows(experience, torch.arange(4))
-trainer.take_optimizer_step = take
+found["figures"] = trainer.updater.update_mini_batch(experience, torch.arange(4))
+trainer.updater.take_optimizer_step = take
 found["step"] = trainer.take_step()
 sums = [p.detach().double().sum().item() for p in trainer.actor.parameters()]
 found["sums"] = gather_object([sums])
@@ -776,17 +782,17 @@ trainer.log.close()
 def test_two_processes_learn_as_one(quick_python: str, tiny_repo: Path, folder: Path) -> None:
     trainer = build_trainer(tiny_repo, folder, "one", max_new_tokens=9)
     trainer.actor.value_head.weight.data.fill_(0.1)
-    trainer.seed(0)
-    answers, _, scores = trainer.practise(trainer.pick_prompts())
-    experience, _ = trainer.weigh(answers, scores)
+    trainer.run.seed(0)
+    answers, _, scores = trainer.maker.rollout(trainer.pick_prompts())
+    experience, _ = trainer.maker.compute_advantages(answers, scores)
     torch.save([*answers, *experience[1:]], folder / "experience.pt")
     trainer.actor.value_head.weight.data.fill_(0)  # as in the other processes
     gradients: list[Tensor] = []
-    trainer.take_optimizer_step = lambda: gradients.extend(
+    trainer.updater.take_optimizer_step = lambda: gradients.extend(
         p.grad.clone() for p in list_trained(trainer.actor)
     )
     trainer.model.train()
-    figures = trainer.learn_rows(experience, torch.arange(8))
+    figures = trainer.updater.update_mini_batch(experience, torch.arange(8))
     (folder / "half.py").write_text(HALF)
     sizes = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2, "use_cpu": "true"}
     words = make_words(tiny_repo, folder, "two", max_new_tokens=9, **sizes)

@@ -9,15 +9,15 @@ import pytest
 import torch
 from torch import Tensor
 
-from chatglm.training.ppo_math import (
+from chatglm.training.ppo.math import (
     KlController,
     clip_policy_loss,
     clip_scores,
     clip_value_loss,
+    compute_ratios,
     estimate_advantages,
     estimate_kl,
     explain_variance,
-    find_ratios,
     masked_mean,
     masked_sum,
     masked_variance,
@@ -205,7 +205,7 @@ def test_policy_loss_by_hand() -> None:
 
 def test_a_clipped_token_has_no_gradient() -> None:
     log_probs = tensor([math.log(1.5), math.log(1.1)]).requires_grad_()
-    ratios = find_ratios(log_probs, torch.zeros(1, 2), mask("xx"))
+    ratios = compute_ratios(log_probs, torch.zeros(1, 2), mask("xx"))
     losses, _ = clip_policy_loss(ratios, tensor([2, 2]), mask("xx"), 0.2)
     losses.sum().backward()
     # d(-A rho) / d(log p) = -A rho = -2.2 where it is not clipped.
@@ -225,7 +225,7 @@ def test_no_nan_of_a_pad_gets_into_a_gradient() -> None:
     is_token = mask("xx..")
     log_probs, values = (tensor([0.1, 0.2, NAN, NAN]).requires_grad_() for _ in range(2))
     other = tensor([0.3, 0.1, NAN, NAN])
-    ratios = find_ratios(log_probs, other, is_token)
+    ratios = compute_ratios(log_probs, other, is_token)
     losses = clip_policy_loss(ratios, other, is_token, 0.2)[0]
     losses = losses + clip_value_loss(values, other, other, is_token, 0.2)
     losses = losses + estimate_kl(other, log_probs, is_token, "k3")

@@ -9,10 +9,10 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from chatglm.cli import main
-from chatglm.training.pretrain import Blanks, PretrainSettings
-from chatglm.training.records import RecordFiles, read_texts
-from chatglm.training.rendering import Renderer
+from chatglm.training.data.records import RecordFiles, read_texts
+from chatglm.training.data.rendering import Renderer
 from chatglm.training.settings import KeyProblem
+from chatglm.training.stages.pretrain import Blanks, PretrainSettings
 
 TEXT = "The sun rises in the east and sets in the west. 太阳从东边升起，从西边落下。" * 3
 LIMIT = 40

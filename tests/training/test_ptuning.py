@@ -9,8 +9,8 @@ from peft import PeftModel
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from chatglm.cli import main
-from chatglm.training.ptuning import PtuningSettings
 from chatglm.training.settings import KeyProblem
+from chatglm.training.stages.ptuning import PtuningSettings
 
 # Transformers 5.23 has new names for checkpointing; peft still says the old ones.
 pytestmark = [

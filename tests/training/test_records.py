@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from chatglm.training.records import (
+from chatglm.training.data.records import (
     Columns,
     Record,
     RecordFiles,

@@ -7,9 +7,9 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from chatglm.training.batches import pad_rows
-from chatglm.training.records import Record, RowProblem
-from chatglm.training.rendering import IGNORED_LABEL, Renderer
+from chatglm.training.data.batches import pad_rows
+from chatglm.training.data.records import Record, RowProblem
+from chatglm.training.data.rendering import IGNORED_LABEL, Renderer
 
 HISTORY = [("你好", "你好！很高兴见到你。"), ("who are you?", "A small model.")]
 RECORD = Record("data.jsonl:1", HISTORY, "再见", "再见！")

@@ -25,18 +25,18 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
 from chatglm.cli import main
-from chatglm.training.alignment import build_trl_arguments
 from chatglm.training.models import load_scorer, load_tokenizer
-from chatglm.training.reward import (
-    ARGUMENTS,
+from chatglm.training.ppo.rewards import load_reward_model
+from chatglm.training.settings import KeyProblem
+from chatglm.training.stages.reward import (
+    STAGE,
     PairTrainer,
     RewardSettings,
     build_reward_trainer,
     share_of_wins,
     summarize_pairs,
 )
-from chatglm.training.rewards import load_reward_model
-from chatglm.training.settings import KeyProblem
+from chatglm.training.stages.trl_stages import build_trl_arguments
 
 # trl and peft ask for an attribute by the name it had before.
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is dep:FutureWarning")
@@ -57,7 +57,9 @@ def held_out(tmp_path: Path) -> Path:
 def build(repo: Path, folder: Path, pairs: list[dict[str, Any]]) -> PairTrainer:
     data = write_rows(folder / "some.jsonl", pairs)
     settings = RewardSettings(model=str(repo), output=str(folder / "out"), train_data=[str(data)])
-    arguments = build_trl_arguments(ARGUMENTS, settings, {"report_to": "none"}, max_length=None)
+    arguments = build_trl_arguments(
+        STAGE.arguments, settings, {"report_to": "none"}, max_length=None
+    )
     torch.manual_seed(0)
     model = load_scorer(settings)
     return build_reward_trainer(model, load_tokenizer(settings), settings, arguments)
@@ -244,9 +246,9 @@ def test_without_trl_one_line_says_what_to_install(
 ) -> None:
     monkeypatch.setitem(sys.modules, "trl", None)
     for name in ("reward", "dpo", "grpo"):
-        monkeypatch.delitem(sys.modules, f"chatglm.training.{name}", raising=False)
+        monkeypatch.delitem(sys.modules, f"chatglm.training.stages.{name}", raising=False)
         assert main(["train", name, "--output", "out"]) == 2
         (line,) = capsys.readouterr().err.splitlines()
         assert 'pip install --editable ".[train]"' in line
     monkeypatch.undo()
-    importlib.import_module("chatglm.training.reward")
+    importlib.import_module("chatglm.training.stages.reward")

@@ -11,7 +11,7 @@ from conftest import build_model
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
-from chatglm.training.rewards import (
+from chatglm.training.ppo.rewards import (
     RewardFunction,
     RewardModel,
     Sampled,

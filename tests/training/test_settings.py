@@ -13,7 +13,7 @@ from chatglm.training.settings import (
     read_settings,
     write_settings,
 )
-from chatglm.training.sft import SftSettings
+from chatglm.training.stages.sft import SftSettings
 
 
 def read(*words: str) -> tuple[SftSettings, dict[str, Any]]:

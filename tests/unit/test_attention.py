@@ -1,7 +1,6 @@
 """What a forward pass gives, whatever the kernel, the number format, the padding, the inputs."""
 
 import copy
-import sys
 from typing import Any
 
 import pytest
@@ -196,23 +195,6 @@ def test_masks_that_do_not_fit(tiny_model: Any) -> None:
         forward(tiny_model, ROWS[:1], attention_mask=torch.ones(1, 3))
     with pytest.raises(ValueError, match="must be boolean"):
         forward(tiny_model, ROWS[:1], attention_mask=torch.ones(1, 1, 9, 9, dtype=torch.long))
-
-
-@pytest.mark.parametrize("bits", [0, 4])
-def test_a_long_prompt_goes_through_part_by_part(
-    bits: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    model = build_model().quantize(bits)
-    modeling = sys.modules[type(model).__module__]
-    row = [*range(5, 90), GMASK, SOP, 7]
-    whole = forward(model, [row]).logits
-    released: list[int] = []
-    monkeypatch.setattr(modeling, "PART_COLUMNS", 20)
-    monkeypatch.setattr(modeling, "release_gaps", lambda: released.append(1))
-    assert_near(forward(model, [row]).logits, whole)
-    assert len(released) == model.config.num_layers
-    model(torch.tensor([row])).logits.sum().backward()  # gradients see the whole
-    assert len(released) == model.config.num_layers
 
 
 @pytest.mark.parametrize("kept", [1, 3, torch.tensor([0, 4, 8])], ids=str)

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from chatglm_6b import packing_chatglm, quantization
+from chatglm_6b import quantization, quantizer_chatglm
 from chatglm_6b.configuration_chatglm import ChatGLMConfig
 from chatglm_6b.modeling_chatglm import (
     ChatGLMForConditionalGeneration,
@@ -194,7 +194,7 @@ def test_another_group_size_is_refused(
 
 def test_the_same_format_again_changes_nothing(caplog: pytest.LogCaptureFixture) -> None:
     model = make_model().quantize(8, group_size=32, embeddings=True)
-    with caplog.at_level(logging.INFO, packing_chatglm.__name__):
+    with caplog.at_level(logging.INFO, quantizer_chatglm.__name__):
         assert model.quantize(8, group_size=32) is model
     assert [record.message for record in caplog.records] == [
         "The model is already quantized to 8 bits in groups of 32."

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from chatglm_6b import packing_chatglm, quantization
+from chatglm_6b import quantization, quantizer_chatglm
 from chatglm_6b.configuration_chatglm import ChatGLMConfig
 from chatglm_6b.modeling_chatglm import ChatGLMForConditionalGeneration
 from chatglm_6b.quantization import (
@@ -333,7 +333,7 @@ def test_the_same_bits_again_are_logged_and_others_refused(
 ) -> None:
     model = make_model().quantize(8)
     storage = read_storage(model)
-    with caplog.at_level(logging.INFO, packing_chatglm.__name__):
+    with caplog.at_level(logging.INFO, quantizer_chatglm.__name__):
         assert model.quantize(8) is model
     assert [record.message for record in caplog.records] == [
         "The model is already quantized to 8 bits."

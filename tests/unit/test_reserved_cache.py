@@ -10,16 +10,18 @@ import torch
 from chatglm_6b import cache_chatglm
 from chatglm_6b.cache_chatglm import (
     ChatGLMCache,
+    KeyValues,
     QuantizedReservedLayer,
     ReservedLayer,
     append_columns,
     extend_cache,
-    find_reserved_layer,
     quantize_columns,
     reserve_columns,
 )
-from conftest import build_model, forget_kernels
+from conftest import build_model
 from transformers.cache_utils import DynamicCache, DynamicLayer
+
+from chatglm.cpu.decoding_step import list_reserved_layers
 
 PAD, GMASK, SOP = 3, 301, 304
 PROMPT = [5, 197, 86, 97, 197, 86, GMASK, SOP]
@@ -60,13 +62,6 @@ def seed() -> Iterator[None]:
 def little_room(monkeypatch: pytest.MonkeyPatch) -> None:
     """Make caches grow every few tokens."""
     monkeypatch.setattr(cache_chatglm, "ROOM_STEP", 4)
-
-
-@pytest.fixture
-def torch_attention(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Leave attention to torch: our kernels read caches of ours in another way than others."""
-    monkeypatch.setenv("CHATGLM_CPU_KERNELS", "off")
-    forget_kernels(monkeypatch)
 
 
 OPERATIONS: dict[str, Callable[[Any, int], None]] = {
@@ -295,7 +290,7 @@ def test_compiled_steps_concatenate() -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("method", METHODS)
 def test_generation_is_the_same(
-    little_room: None, torch_attention: None, method: str, dtype: torch.dtype
+    little_room: None, without_kernels: None, method: str, dtype: torch.dtype
 ) -> None:
     model = build_model(**LIVELY).to(dtype)
     ids = torch.tensor([PROMPT, [PAD] * 3 + PROMPT[3:]])
@@ -321,7 +316,7 @@ STEPS = ([PROMPT], [[9]], [[10, 11, 12, 13]], [[14]], [[15, 16]])
 
 @pytest.mark.parametrize("implementation", ["sdpa", "eager"])
 def test_hand_steps_and_crops_give_the_same_logits(
-    little_room: None, torch_attention: None, implementation: str
+    little_room: None, without_kernels: None, implementation: str
 ) -> None:
     model = build_model()
     model.set_attn_implementation(implementation)
@@ -556,14 +551,12 @@ def test_no_step_of_a_model_moves_the_cache(bits: int | None) -> None:
 
 @pytest.mark.parametrize("bits", [None, 8])
 def test_extended_caches_give_what_they_hold(bits: int | None) -> None:
-    cache, where = ChatGLMCache(bits=bits), {"cache_position": None}
+    cache = ChatGLMCache(bits=bits)
     for _ in range(2):
-        states = extend_cache(cache, 1, randn(3), randn(3), where)
-    keys, values, *scales = states
+        past = extend_cache(cache, 1, KeyValues(randn(3), randn(3)))
     assert len(cache) == 2 and cache.layers[0].get_seq_length() == 0
-    if scales:
-        assert keys.dtype == values.dtype == torch.int8
-        keys, values = keys * scales[0].unsqueeze(-1), values * scales[1].unsqueeze(-1)
+    assert past.key.dtype == (torch.float32 if bits is None else torch.int8) == past.value.dtype
+    keys, values = past.as_floats(torch.float32)
     assert torch.equal(keys, cache.layers[1].keys) and torch.equal(values, cache.layers[1].values)
 
 
@@ -580,17 +573,19 @@ def test_columns_that_the_caller_writes() -> None:
         assert (layer.keys.data_ptr() == place) == (layer.keys.shape[2] <= reserve_columns(5))
 
 
-def test_only_layers_with_room_and_columns_are_found() -> None:
+def test_only_layers_with_room_and_columns_are_decoded_in_one_call() -> None:
     cache = ChatGLMCache()
-    assert find_reserved_layer(None, 0) is None and find_reserved_layer(cache, 0) is None
+    assert list_reserved_layers(None, 1) is None and list_reserved_layers(cache, 1) is None
     cache.update(randn(1), randn(1), 1)
-    assert find_reserved_layer(cache, 0) is None
-    assert find_reserved_layer(cache, 1) is cache.layers[1]
+    assert list_reserved_layers(cache, 2) is None  # the first has no columns
+    cache.update(randn(1), randn(1), 0)
+    assert list_reserved_layers(cache, 2) == cache.layers
+    assert list_reserved_layers(cache, 3) is None
     cache.reset()
-    assert find_reserved_layer(cache, 1) is None
+    assert list_reserved_layers(cache, 1) is None
     for other in (ChatGLMCache(bits=8), DynamicCache()):
         other.update(randn(1), randn(1), 0)
-        assert find_reserved_layer(other, 0) is None
+        assert list_reserved_layers(other, 1) is None
 
 
 def test_append_columns_keeps_both() -> None:

@@ -6,7 +6,11 @@ from typing import Any
 import pytest
 import torch
 from chatglm_6b import generation_chatglm
-from chatglm_6b.sampling_chatglm import InvalidScoreLogitsProcessor, NucleusLogitsWarper, quicken
+from chatglm_6b.generation_chatglm import (
+    InvalidScoreLogitsProcessor,
+    NucleusLogitsWarper,
+    replace_top_p,
+)
 from conftest import build_model
 from torch import Tensor
 from transformers.generation.logits_process import (
@@ -95,7 +99,7 @@ def test_only_transformers_own_warper_is_replaced() -> None:
         """Somebody's own."""
 
     given = LogitsProcessorList([TopKLogitsWarper(5), TopPLogitsWarper(0.3, -9.0, 2), Other(0.5)])
-    quick = quicken(given)
+    quick = replace_top_p(given)
     assert (quick[0], quick[2]) == (given[0], given[2])
     assert type(quick[1]) is NucleusLogitsWarper
     assert vars(quick[1]) == vars(given[1])
@@ -122,8 +126,8 @@ def test_a_seed_draws_the_tokens_it_drew(
     monkeypatch.setattr(NucleusLogitsWarper, "_cut", lambda *a: calls.append(1) or cut(*a))
     sampling = {"do_sample": True, "top_p": 0.8, "top_k": 0, "max_new_tokens": 12}
     outputs = []
-    for replace in (quicken, lambda processors: processors):
-        monkeypatch.setattr(generation_chatglm, "quicken", replace)
+    for replace in (replace_top_p, lambda processors: processors):
+        monkeypatch.setattr(generation_chatglm, "replace_top_p", replace)
         torch.manual_seed(3)
         outputs.append(model.generate(prompt, **{**sampling, **options}).tolist())
         monkeypatch.setattr(NucleusLogitsWarper, "_cut", cut)

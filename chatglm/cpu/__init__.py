@@ -1,0 +1,27 @@
+"""The engine: what the model computes on a CPU, faster, by kernels that are compiled when needed.
+
+Owns the functions that the model's files ask for through `environment_chatglm`, each the twin of
+one of theirs: it takes the same arguments and returns the same, or None for operands that it leaves
+to plain torch. `SEAM_VERSION` counts the changes of what they take.
+
+    writer, compiler, kernel_cache, runtime     LLVM code: written, compiled, kept, run on threads
+    rounding, gemv, gemm, float_products        kernels of products
+    attention, elementwise, step_graph          the other kernels, and a whole step as one call
+    linear, decoding_step, memory               which of them computes what
+"""
+
+from chatglm.cpu.attention import attend
+from chatglm.cpu.decoding_step import decode_step
+from chatglm.cpu.linear import fast_products, find_kernels
+from chatglm.cpu.memory import map_in_parts
+
+SEAM_VERSION = 1
+
+__all__ = [
+    "SEAM_VERSION",
+    "attend",
+    "decode_step",
+    "fast_products",
+    "find_kernels",
+    "map_in_parts",
+]

@@ -1,0 +1,393 @@
+"""Attention of a few new tokens to a long past on a CPU: one pass over the keys, one over values.
+
+Owns the kernel and the choice of when it is used. Knows nothing of caches or positions: it reads
+keys and values where they stand, head after head, in their own dtype or as integers with scales.
+The twin that it falls back to is whatever attention the model is configured with.
+
+Shapes: `B` batch, `N` heads, `S` new tokens, `K` keys, `D` head dim.
+"""
+
+import functools
+import math
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from chatglm.cpu.compiler import find_kernel
+from chatglm.cpu.linear import TYPE_NAMES, is_plain, wants_graph
+from chatglm.cpu.runtime import Call, Kernel, count_threads
+from chatglm.cpu.writer import KernelSource, KernelWriter
+
+MOST_TOKENS = 8  # beyond, the keys are better multiplied as matrices
+STEP = 16  # scores that are made exponentials at once
+
+LOG2_E = 1.4426950408889634
+LN2_HIGH, LN2_LOW = 0.693359375, -2.12194440e-4  # of ln 2; the first has few bits
+# exp(r) for |r| <= ln(2) / 2, from r**6 down: Taylor's, within 2e-7 there.
+EXP_TERMS = tuple(1 / math.factorial(n) for n in range(6, -1, -1))
+LOWEST_EXPONENT = -87.0  # below, exp would leave the normal numbers
+
+
+class HeadShape(NamedTuple):
+    """What an attention kernel is compiled for.
+
+    Attributes:
+        head_dim: D.
+        kind: "f32", "f16" or "bf16" keys and values, or "i8" with a float32 scale each.
+        has_mask: whether something is added to the scores.
+        axes: P, if the kernel also rotates the new tokens and writes them to the cache; 0 if not.
+        input_kind: of the new tokens and their angles then.
+    """
+
+    head_dim: int
+    kind: str
+    has_mask: bool
+    axes: int = 0
+    input_kind: str = "f32"
+
+    @property
+    def row_bytes(self) -> int:
+        """Bytes of one key."""
+        return self.head_dim * {"f32": 4, "f16": 2, "bf16": 2, "i8": 1}[self.kind]
+
+    @property
+    def input_bytes(self) -> int:
+        """Bytes of one number of the new tokens."""
+        return 4 if self.input_kind == "f32" else 2
+
+
+def write_attention(writer: KernelWriter, shape: HeadShape) -> None:
+    """Attend; a block of the work is one head of one row of the batch.
+
+        scores[s, k] = query[s] . key[k] + mask[s, k]
+        output[s]    = sum_k exp(scores[s, k] - max_k scores[s, k]) * value[k] / sum_k exp(...)
+
+    The query comes scaled.
+    """
+    at = writer.slot
+    with writer.claimed_blocks(at("blocks")) as block:
+        past = _find_head(writer, shape, block)
+        with writer.loop(writer.const(0), at("tokens")) as token:
+            place = writer.add(writer.times(block, at("tokens")), token)
+            place = writer.address(at("query"), writer.times(place, 4 * shape.head_dim))
+            query = writer.load_as_float(place, shape.head_dim, "f32")
+            _attend_token(writer, shape, (block, token), past, query)
+
+
+def write_step(writer: KernelWriter, shape: HeadShape) -> None:
+    """Rotate the new tokens, write their keys and values behind the others, and attend.
+
+    What is read is the joint projection, `(B, S, N, 3 * D)`; a block is as in `write_attention`.
+    """
+    at = writer.slot
+    with writer.claimed_blocks(at("blocks")) as block:
+        past = _find_head(writer, shape, block)
+        first = writer.builder.sub(at("keys"), at("tokens"))
+        with writer.loop(writer.const(0), at("tokens")) as token:
+            _, key, value = _load_mixed(writer, shape, block, token)
+            offset = writer.times(writer.add(first, token), shape.row_bytes)
+            key = _rotate(writer, shape, key, block, token)
+            writer.store_as(key, writer.address(past["key"], offset), shape.kind)
+            writer.store_as(value, writer.address(past["value"], offset), shape.kind)
+        with writer.loop(writer.const(0), at("tokens")) as token:
+            query = _load_mixed(writer, shape, block, token)[0]
+            query = _rotate(writer, shape, query, block, token)
+            scaling = writer.load_as_float(writer.address(at("scaling")), 1, "f32")
+            scaling = writer.shuffle(scaling, [0] * shape.head_dim)
+            query = writer.builder.fmul(query, scaling)
+            _attend_token(writer, shape, (block, token), past, query)
+
+
+def _find_head(writer: KernelWriter, shape: HeadShape, block: Any) -> dict[str, Any]:
+    """Return where a block's keys and values begin, and their scales."""
+    at, past = writer.slot, {}
+    row, head = _split_block(writer, block)
+    for name in _operands(shape):
+        offset = writer.times(row, at(f"{name}_row"))
+        offset = writer.add(offset, writer.times(head, at(f"{name}_head")))
+        past[name] = writer.add(at(name), offset)
+    return past
+
+
+def _split_block(writer: KernelWriter, block: Any) -> tuple[Any, Any]:
+    """Return the row of the batch and the head that a block stands for."""
+    heads = writer.slot("heads")
+    return writer.builder.sdiv(block, heads), writer.builder.srem(block, heads)
+
+
+def _load_mixed(writer: KernelWriter, shape: HeadShape, block: Any, token: Any) -> list[Any]:
+    """Load a head's new query, key and value of one token."""
+    row, head = _split_block(writer, block)
+    index = writer.add(writer.times(row, writer.slot("tokens")), token)
+    index = writer.add(writer.times(index, writer.slot("heads")), head)
+    size = shape.head_dim * shape.input_bytes
+    base = writer.add(writer.slot("mixed"), writer.times(index, 3 * size))
+    places = [writer.address(base, part * size) for part in range(3)]
+    return [writer.load_as_float(place, shape.head_dim, shape.input_kind) for place in places]
+
+
+def _rotate(writer: KernelWriter, shape: HeadShape, states: Any, block: Any, token: Any) -> Any:
+    """Turn a query or key by its positions, each axis its part of the dimensions."""
+    builder, width = writer.builder, shape.head_dim // shape.axes
+    half, parts = width // 2, range(0, shape.head_dim, width)
+    swapped = [part + (n + half) % width for part in parts for n in range(width)]
+    signs = [-1.0 if n % width < half else 1.0 for n in range(shape.head_dim)]
+    signs = writer.ir.Constant(states.type, signs)
+    turned = builder.fmul(writer.shuffle(states, swapped), signs)
+    cos, sin = (_load_angles(writer, shape, name, block, token) for name in ("cos", "sin"))
+    return writer.fma(states, cos, builder.fmul(turned, sin))
+
+
+def _load_angles(writer: KernelWriter, shape: HeadShape, name: str, block: Any, token: Any) -> Any:
+    """Load a token's cosines or sines, `(B, P, S, D / P)`, all axes in one vector."""
+    width, tokens = shape.head_dim // shape.axes, writer.slot("tokens")
+    row, _ = _split_block(writer, block)
+    found = []
+    for axis in range(shape.axes):
+        index = writer.add(writer.times(row, shape.axes), axis)
+        index = writer.add(writer.times(index, tokens), token)
+        place = writer.address(writer.slot(name), writer.times(index, width * shape.input_bytes))
+        found.append(writer.load_as_float(place, width, shape.input_kind))
+    return found[0] if len(found) == 1 else writer.shuffle(found[0], range(2 * width), found[1])
+
+
+def _attend_token(
+    writer: KernelWriter, shape: HeadShape, place: tuple[Any, Any], past: Any, query: Any
+) -> None:
+    """Write what one head of one token sees."""
+    at, (block, token) = writer.slot, place
+    row, head = _split_block(writer, block)
+    index = writer.add(writer.times(block, at("tokens")), token)
+    scores = writer.add(at("scores"), writer.times(index, at("scores_bytes")))
+    index = writer.add(writer.times(row, at("tokens")), token)
+    mask = writer.add(at("mask"), writer.times(index, writer.times(at("keys"), 4)))
+    largest = _score_keys(writer, shape, (query, past, mask), scores)
+    total = _exponentiate(writer, scores, largest)
+    output = writer.add(writer.times(index, at("heads")), head)
+    _sum_values(writer, shape, past, scores, total, output)
+
+
+def _operands(shape: HeadShape) -> tuple[str, ...]:
+    names = ("key", "value")
+    return (*names, "key_scale", "value_scale") if shape.kind == "i8" else names
+
+
+def _load_row(writer: KernelWriter, shape: HeadShape, base: Any, index: Any) -> Any:
+    """Load a key or value as float32, without its scale."""
+    place = writer.address(base, writer.times(index, shape.row_bytes))
+    if shape.kind != "i8":
+        return writer.load_as_float(place, shape.head_dim, shape.kind)
+    stored = writer.load(place, writer.vector(writer.i8, shape.head_dim))
+    wide = writer.builder.sext(stored, writer.vector(writer.i32, shape.head_dim))
+    return writer.builder.sitofp(wide, writer.vector(writer.f32, shape.head_dim))
+
+
+def _scale_of(writer: KernelWriter, base: Any, index: Any) -> Any:
+    return writer.load(writer.address(base, writer.times(index, 4)), writer.f32)
+
+
+def _score_keys(
+    writer: KernelWriter, shape: HeadShape, operands: tuple[Any, Any, Any], scores: Any
+) -> Any:
+    """Write a token's scores, and return the largest."""
+    builder, (query, past, mask) = writer.builder, operands
+    largest = writer.variable(writer.f32(-math.inf))
+    with writer.loop(writer.const(0), writer.slot("keys")) as key:
+        score = writer.sum(builder.fmul(_load_row(writer, shape, past["key"], key), query))
+        if shape.kind == "i8":
+            score = builder.fmul(score, _scale_of(writer, past["key_scale"], key))
+        offset = writer.times(key, 4)
+        if shape.has_mask:
+            score = builder.fadd(score, writer.load(writer.address(mask, offset), writer.f32))
+        writer.store(score, writer.address(scores, offset))
+        # A NaN is never larger, but it stays among the scores and so in their sum.
+        is_larger = builder.fcmp_ordered(">", score, largest.get())
+        largest.set(builder.select(is_larger, score, largest.get()))
+    return largest.get()
+
+
+def _exponentiate(writer: KernelWriter, scores: Any, largest: Any) -> Any:
+    """Replace scores by exponentials of what they are below the largest; return their sum.
+
+    The last step may go beyond the keys, where there is room and what it adds is left out.
+    """
+    builder, kind = writer.builder, writer.vector(writer.f32, STEP)
+    total, peak = writer.variable(writer.filled(writer.f32, STEP, 0.0)), writer.splat(largest, STEP)
+    with writer.loop(writer.const(0), writer.slot("keys"), STEP) as first:
+        place = writer.address(scores, writer.times(first, 4))
+        left = builder.sub(writer.slot("keys"), first)
+        score = writer.load_first(place, kind, left)
+        weights = exponential(writer, builder.fsub(score, peak))
+        writer.store(weights, place)
+        total.set(builder.fadd(total.get(), writer.load_first(place, kind, left)))
+    return writer.sum(total.get())
+
+
+def exponential(writer: KernelWriter, numbers: Any) -> Any:
+    """Return exp of a vector of numbers up to 0; what would not be a normal number becomes 0.
+
+    exp(x) = 2**n * exp(r) with n = round(x / ln 2) and r = x - n * ln 2 (Cody and Waite, 1980).
+    """
+    builder, count = writer.builder, numbers.type.count
+
+    def constant(value: float) -> Any:
+        return writer.filled(writer.f32, count, value)
+
+    whole = writer.call_vector("rint", builder.fmul(numbers, constant(LOG2_E)))
+    rest = writer.fma(whole, constant(-LN2_HIGH), numbers)
+    rest = writer.fma(whole, constant(-LN2_LOW), rest)
+    result = constant(EXP_TERMS[0])
+    for term in EXP_TERMS[1:]:
+        result = writer.fma(result, rest, constant(term))
+    wide = writer.vector(writer.i32, count)
+    name = f"llvm.fptosi.sat.v{count}i32.v{count}f32"
+    power = builder.shl(writer.call(name, wide, [whole]), writer.filled(writer.i32, count, 23))
+    result = builder.bitcast(builder.add(builder.bitcast(result, wide), power), numbers.type)
+    is_tiny = builder.fcmp_ordered("<", numbers, constant(LOWEST_EXPONENT))
+    return builder.select(is_tiny, constant(0.0), result)
+
+
+def _sum_values(
+    writer: KernelWriter, shape: HeadShape, past: Any, scores: Any, total: Any, output: Any
+) -> None:
+    """Write the values' mean, weighted by the exponentials."""
+    builder, count = writer.builder, shape.head_dim
+    sums = writer.variable(writer.filled(writer.f32, count, 0.0))
+    with writer.loop(writer.const(0), writer.slot("keys")) as key:
+        weight = writer.load(writer.address(scores, writer.times(key, 4)), writer.f32)
+        if shape.kind == "i8":
+            weight = builder.fmul(weight, _scale_of(writer, past["value_scale"], key))
+        value = _load_row(writer, shape, past["value"], key)
+        sums.set(writer.fma(value, writer.splat(weight, count), sums.get()))
+    mean = builder.fdiv(sums.get(), writer.splat(total, count))
+    writer.store(mean, writer.address(writer.slot("output"), writer.times(output, 4 * count)))
+
+
+PLACES = tuple(
+    f"{name}{suffix}"
+    for name in ("key", "value", "key_scale", "value_scale")
+    for suffix in ("", "_row", "_head")
+)
+SHARED = ("blocks", "heads", "tokens", "keys", *PLACES, "mask", "scores", "scores_bytes", "output")
+ATTENTION = KernelSource((*SHARED, "query"), write_attention)
+STEP_ATTENTION = KernelSource((*SHARED, "mixed", "cos", "sin", "scaling"), write_step)
+
+
+def attend(
+    module: Any, query: Tensor, past: Any, attention_mask: Tensor | None, output_attentions: bool
+) -> tuple[Tensor, None] | None:
+    """Attend with the kernel, or return None if these operands are not for it.
+
+    Args:
+        module: whose attention it is, with its configuration and the factor on the scores.
+        query: `(B, N, S, D)`, at most 8 new tokens.
+        past: the model's `KeyValues`: `(B, N, K, D)`, or integers with scales `(B, N, K)`.
+        attention_mask: `(B, 1, S, K)`, added to the scores, or None.
+        output_attentions: whether the weights are wanted, which the kernel does not keep.
+
+    Returns:
+        The attended values, `(B, S, N, D)`, and no weights.
+    """
+    if output_attentions or module.config._attn_implementation != "sdpa":
+        return None
+    kind = "i8" if past.key.dtype == torch.int8 else TYPE_NAMES.get(past.key.dtype)
+    has_mask = attention_mask is not None
+    if kind is None or query.shape[2] > MOST_TOKENS or not _are_ready(query, past):
+        return None
+    if not fits_mask(attention_mask, query.shape[0], query.shape[2], past.key.shape[2]):
+        return None
+    kernel = find_kernel(ATTENTION, HeadShape(query.shape[-1], kind, has_mask))
+    if kernel is None:
+        return None
+    scaled = (query.float() * module.scaling).contiguous()
+    attended = _run(kernel, past, query.shape[2], attention_mask, scaled)
+    return attended.to(query.dtype), None
+
+
+def _are_ready(query: Tensor, past: Any) -> bool:
+    """Tell whether the kernel can read the operands, and torch need not see it."""
+    tensors = [tensor for tensor in past if tensor is not None]
+    if wants_graph(query, *tensors) or query.dtype not in TYPE_NAMES or query.numel() == 0:
+        return False
+    if not _fit_together(query, past):
+        return False
+    if query.device.type != "cpu" or not all(map(is_plain, (query, *tensors))):
+        return False
+    # Each head's keys must follow one another.
+    return all(tensor.is_contiguous() for part in tensors for tensor in (part[0, 0],))
+
+
+def _fit_together(query: Tensor, past: Any) -> bool:
+    """Tell whether all shapes and types are those that the kernel walks through."""
+    batch, heads, _, head_dim = query.shape
+    shape = (batch, heads, past.key.shape[2], head_dim)
+    if past.key.shape != shape or past.value.shape != shape or past.key.dtype != past.value.dtype:
+        return False
+    scales = (past.key_scale, past.value_scale)
+    if past.key.dtype != torch.int8:
+        return scales == (None, None)
+    return all(s is not None and s.shape == shape[:3] and s.dtype == torch.float32 for s in scales)
+
+
+def fits_mask(mask: Tensor | None, batch: int, tokens: int, keys: int) -> bool:
+    """Tell whether a mask can be expanded to `(B, 1, S, K)`, or there is none.
+
+    Others are the model's own code's, whose result or error is torch's.
+    """
+    if mask is None:
+        return True
+    if mask.dim() != 4 or not is_plain(mask):
+        return False
+    sizes = ((1, batch), (1,), (1, tokens), (keys,))
+    return all(size in allowed for size, allowed in zip(mask.shape, sizes))
+
+
+def _run(
+    kernel: Kernel,
+    past: Any,
+    tokens: int,
+    attention_mask: Tensor | None,
+    scaled: Tensor,
+) -> Tensor:
+    """Run a kernel for so many new tokens, `(B, S, N, D)`."""
+    batch, heads, keys, head_dim = past.key.shape
+    padded = -(-keys // STEP) * STEP
+    options: Any = {"dtype": torch.float32, "device": "cpu"}  # whatever torch's defaults are
+    scores = torch.empty(batch * heads * tokens, padded, **options)
+    output = torch.empty(batch, tokens, heads, head_dim, **options)
+    mask = None
+    if attention_mask is not None:
+        mask = attention_mask.expand(batch, 1, tokens, keys).float().contiguous()
+    call = _prepare(kernel, batch, heads, count_threads(batch * heads, past.key.nbytes))
+    call.run(
+        tokens=tokens,
+        keys=keys,
+        **_places(past),
+        mask=0 if mask is None else mask.data_ptr(),
+        scores=scores.data_ptr(),
+        scores_bytes=4 * padded,
+        output=output.data_ptr(),
+        query=scaled.data_ptr(),
+    )
+    return output
+
+
+@functools.lru_cache(maxsize=1024)
+def _prepare(kernel: Kernel, batch: int, heads: int, threads: int) -> Call:
+    return kernel.prepare(threads, blocks=batch * heads, heads=heads)
+
+
+def _places(past: Any) -> dict[str, int]:
+    """Return where each operand stands, and how far apart its rows and heads are, in bytes."""
+    places = {}
+    for name, tensor in past._asdict().items():
+        if tensor is not None:
+            size = tensor.element_size()
+            places[name] = tensor.data_ptr()
+            places[f"{name}_row"] = tensor.stride(0) * size
+            places[f"{name}_head"] = tensor.stride(1) * size
+    return places
+
+
+__all__ = ["attend"]

@@ -1,0 +1,442 @@
+"""Decoding on a CPU: which steps of a model run as one program, and what the program does.
+
+Owns the stages of a block, in their order, and the check that a model is as it was when its program
+was made. Knows nothing of what a stage computes inside. Its twin is the model's own modules, which
+do whatever it does not take: training, hooks, adapters, prefixes, many tokens, other caches.
+
+The numbers between the stages are float32 whatever the model's dtype is.
+
+Shapes: `B` rows, `S` new tokens of each, `H` hidden, `N` heads, `K` keys, `D` head dim, `P` axes.
+"""
+
+import threading
+import weakref
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from chatglm.cpu.attention import STEP, STEP_ATTENTION, HeadShape, fits_mask
+from chatglm.cpu.compiler import find_compiler, find_kernel
+from chatglm.cpu.elementwise import BIAS, GELU, NORM, Width
+from chatglm.cpu.linear import (
+    PANEL_TOKENS,
+    TYPE_NAMES,
+    ExactProduct,
+    RoundedProduct,
+    Sizes,
+    Weights,
+    are_matrices,
+    is_plain,
+    plan_product,
+    wants_graph,
+)
+from chatglm.cpu.runtime import Call
+from chatglm.cpu.step_graph import StepGraph, can_run
+
+GELU_PART = 1024  # numbers that a thread takes at a time
+PROGRAMS: weakref.WeakKeyDictionary[nn.Module, dict[Any, "StepProgram"]] = (
+    weakref.WeakKeyDictionary()
+)
+
+
+class StepShape(NamedTuple):
+    """What a program is made for.
+
+    Attributes:
+        batch, tokens: B and S.
+        axes: P.
+        kind: "f32", "f16" or "bf16", of parameters and cache.
+        has_mask: whether there is a mask.
+        threads: torch's.
+    """
+
+    batch: int
+    tokens: int
+    axes: int
+    kind: str
+    has_mask: bool
+    threads: int
+
+
+def decode_step(
+    stack: Any,
+    hidden_states: Tensor,
+    attention_mask: Tensor | None,
+    position_embeddings: tuple[Tensor, Tensor],
+    prefixes: Sequence[Tensor | None],
+    past_key_values: Any,
+    output_hidden_states: bool = False,
+    output_attentions: bool = False,
+    **kwargs: Any,
+) -> tuple[Tensor, tuple[()], tuple[()]] | None:
+    """Run all blocks for a few new tokens; None where the modules have to do it.
+
+    Args:
+        stack: the blocks, a `ModuleList`.
+        hidden_states: the embedded tokens, `(B, S, H)`.
+        attention_mask: `(B, 1, S, K)`, added to the scores, or None.
+        position_embeddings: cosines and sines, `(B, 1, P, S, D / P)`.
+        prefixes: one a block; there must be none.
+        past_key_values: a cache, whose layers are extended.
+        output_hidden_states, output_attentions: whether somebody looks at what is between.
+
+    Returns:
+        What comes out of the last block, `(B, S, H)`, and nothing of what is between.
+    """
+    is_looked_at = output_hidden_states or output_attentions or any(x is not None for x in prefixes)
+    if is_looked_at or not len(stack) or stack[0].attention.config._attn_implementation != "sdpa":
+        return None
+    batch, tokens, _ = hidden_states.shape
+    kind = TYPE_NAMES.get(hidden_states.dtype)
+    reserved_layers = list_reserved_layers(past_key_values, len(stack))
+    if kind is None or batch * tokens >= PANEL_TOKENS or reserved_layers is None:
+        return None
+    if wants_graph(hidden_states, stack[0].input_layernorm.weight) or not can_run():
+        return None
+    axes, threads = position_embeddings[0].shape[2], torch.get_num_threads()
+    shape = StepShape(batch, tokens, axes, kind, attention_mask is not None, threads)
+    program = _find_program(stack, shape)
+    if program is None or not program.takes(hidden_states, reserved_layers):
+        return None
+    keys = reserved_layers[0].keys.shape[2] + tokens
+    if not fits_mask(attention_mask, batch, tokens, keys):
+        return None
+    if any(angles.shape != program.angles_shape for angles in position_embeddings):
+        return None
+    last = program.run(hidden_states, position_embeddings, attention_mask, reserved_layers)
+    return last, (), ()
+
+
+def list_reserved_layers(cache: Any, count: int) -> list[Any] | None:
+    """Return the first layers of a cache if all of them can be extended in place, or None.
+
+    Each copy of the model's files has a class of its own: the name tells.
+    """
+    layers = getattr(cache, "layers", ())[:count]
+    are_reserved = all(
+        type(layer).__name__ == "ReservedLayer"
+        and layer.keys is not None
+        and layer.get_seq_length() > 0
+        for layer in layers
+    )
+    return list(layers) if are_reserved and len(layers) == count else None
+
+
+def _find_program(layers: Any, shape: StepShape) -> "StepProgram | None":
+    """Return the program of a stack of blocks, made anew if anything in them was replaced."""
+    programs = PROGRAMS.setdefault(layers, {})
+    program = programs.get(shape)
+    if program is not None and program.parts.are_unchanged():
+        return program
+    programs.pop(shape, None)
+    parts = Parts(layers)
+    if not parts.are_usable(shape.kind):
+        return None
+    programs[shape] = StepProgram(parts, shape)
+    return programs[shape]
+
+
+class Parts:
+    """The modules and parameters of a stack of blocks, as they were when this was made."""
+
+    def __init__(self, layers: Any) -> None:
+        self.layers: list[Any] = list(layers)
+        self._children = [
+            (parent._modules, name, child)
+            for parent in (layers, *self._blocks())
+            for name, child in parent._modules.items()
+        ]
+        self._modules = [*self._blocks(), *(child for _, _, child in self._children)]
+        self._parameters = [
+            (module._parameters, name) for module in self._modules for name in module._parameters
+        ]
+        self._pointers, self._kinds = self._point(), self._name_kinds()
+
+    def _blocks(self) -> Iterator[Any]:
+        for layer in self.layers:
+            yield from (layer, layer.attention, layer.mlp)
+
+    def _point(self) -> list[int]:
+        return [
+            0 if (parameter := parameters[name]) is None else parameter.data_ptr()
+            for parameters, name in self._parameters
+        ]
+
+    def _name_kinds(self) -> list[Any]:
+        return [(type(module), module.__dict__.get("activations")) for module in self._modules]
+
+    def are_unchanged(self) -> bool:
+        """Tell whether the same modules hold the same memory, and nobody wants to look in."""
+        return (
+            all(modules.get(name) is child for modules, name, child in self._children)
+            and not any(_is_watched(module) for module in self._modules)
+            and self._point() == self._pointers
+            and self._name_kinds() == self._kinds
+        )
+
+    def are_usable(self, kind: str) -> bool:
+        """Tell whether a program can stand for the modules."""
+        if any(_is_watched(module) for module in self._modules):
+            return False
+        linear = [module for layer in self.layers for module in _list_linears(layer)]
+        if not all(is_packed(module) or type(module) is nn.Linear for module in linear):
+            return False
+        norms = [n for x in self.layers for n in (x.input_layernorm, x.post_attention_layernorm)]
+        tensors = [p for module in (*linear, *norms) for p in module._parameters.values()]
+        if any(tensor is None for tensor in tensors) or not are_matrices(*tensors):
+            return False
+        plain = [n.weight for n in norms] + [m.bias for m in linear]
+        is_even = all(tensor.shape[0] % STEP == 0 for tensor in plain)
+        return is_even and all(TYPE_NAMES.get(tensor.dtype) == kind for tensor in plain)
+
+
+def is_packed(module: nn.Module) -> bool:
+    """Tell whether a layer is the model's packed one, of whichever copy of its files."""
+    return type(module).__name__ == "QuantizedLinear"
+
+
+def _is_watched(module: nn.Module) -> bool:
+    """Tell whether a module has hooks, or a forward pass put in front of its own."""
+    has_hooks = module._forward_hooks or module._forward_pre_hooks
+    return bool(has_hooks) or "forward" in module.__dict__
+
+
+def _list_linears(layer: Any) -> tuple[Any, ...]:
+    attention, mlp = layer.attention, layer.mlp
+    return attention.query_key_value, attention.dense, mlp.dense_h_to_4h, mlp.dense_4h_to_h
+
+
+class StepProgram:
+    """The program of a stack of blocks for one shape of step.
+
+    Args:
+        parts: of the blocks.
+        shape: of the step.
+    """
+
+    def __init__(self, parts: Parts, shape: StepShape) -> None:
+        self.parts, self.shape = parts, shape
+        first = parts.layers[0]
+        self.head_dim = first.attention.head_dim
+        self.heads = first.attention.dense.in_features // self.head_dim
+        self._kept: list[Tensor] = []
+        self._calls: list[Call] = []
+        self._attentions: list[int] = []
+        self._lay_out_buffers(first)
+        for layer in parts.layers:
+            self._add_block(layer)
+        self._add_norm(parts.layers[-1].input_layernorm, self._residual)
+        self._scores = torch.empty(0, dtype=torch.float32, device="cpu")
+        self._lock = threading.Lock()  # there is one set of buffers
+        self._program = StepGraph(self._calls, shape.threads, self._kept)
+
+    def _lay_out_buffers(self, layer: Any) -> None:
+        """Make room for what the stages hand on."""
+        tokens, hidden = self.shape.batch * self.shape.tokens, layer.attention.dense.out_features
+        inner = layer.mlp.dense_h_to_4h.out_features
+        self.embedded = self._make_room(tokens, hidden)
+        self.stream = self._make_room(tokens, hidden)
+        self.normed = [self._make_room(tokens, hidden) for _ in range(2)]
+        self.mixed = self._make_room(tokens, 3 * hidden)
+        self.attended = self._make_room(tokens, hidden)
+        self.update = self._make_room(tokens, hidden)
+        self.inner = self._make_room(tokens, inner)
+        angles = (self.shape.batch * self.shape.axes * self.shape.tokens, self.head_dim)
+        self.angles = self._make_room(2, angles[0], angles[1] // self.shape.axes)
+        self.alphas = self._keep_numbers(1.0, layer.alpha)
+        self.scaling = self._keep_numbers(layer.attention.scaling)
+        zeros = self._make_room(tokens, hidden)
+        # What the first norm adds up: the embedding, and nothing.
+        self._residual = (self.embedded, self.alphas.data_ptr(), zeros, zeros[0])
+        self._tokens, self._hidden = tokens, hidden
+
+    def _keep(self, tensor: Tensor) -> Tensor:
+        self._kept.append(tensor)
+        return tensor
+
+    def _make_room(self, *shape: int) -> Tensor:
+        """Return float32 numbers in memory, whatever torch's defaults are."""
+        return self._keep(torch.zeros(shape, dtype=torch.float32, device="cpu"))
+
+    def _keep_numbers(self, *numbers: float) -> Tensor:
+        return self._keep(torch.tensor(numbers, dtype=torch.float32, device="cpu"))
+
+    def _add(self, source: Any, parameter: Any, **values: int) -> None:
+        kernel = find_kernel(source, parameter)
+        assert kernel is not None, "can_run has compiled a kernel"
+        self._calls.append(kernel.prepare(1, **values))  # the program has the threads
+
+    def _add_block(self, layer: Any) -> None:
+        attention, mlp = layer.attention, layer.mlp
+        alpha = self.alphas.data_ptr() + 4
+        normed = self.normed[0]
+        self._add_norm(layer.input_layernorm, self._residual)
+        self._add_product(attention.query_key_value, normed, self.mixed)
+        self._add_bias(attention.query_key_value, self.mixed)
+        self._add_attention()
+        self._add_product(attention.dense, self.attended, self.update)
+        self.normed.reverse()
+        residual = (normed, alpha, self.update, attention.dense.bias)
+        self._add_norm(layer.post_attention_layernorm, residual)
+        self._add_product(mlp.dense_h_to_4h, self.normed[0], self.inner)
+        self._add_gelu(mlp.dense_h_to_4h)
+        self._add_product(mlp.dense_4h_to_h, self.inner, self.update)
+        self._residual = (self.normed[0], alpha, self.update, mlp.dense_4h_to_h.bias)
+        self.normed.reverse()
+
+    def _add_norm(self, norm: Any, residual: tuple[Tensor, int, Tensor, Tensor]) -> None:
+        stream, alpha, update, bias = residual
+        if bias.dtype != norm.weight.dtype:
+            bias = self._keep(bias.to(norm.weight.dtype))
+        epsilon = self._keep_numbers(norm.eps)
+        self._add(
+            NORM,
+            Width(self.shape.kind),
+            tokens=self._tokens,
+            columns=self._hidden,
+            residual=stream.data_ptr(),
+            alpha=alpha,
+            update=update.data_ptr(),
+            bias=bias.data_ptr(),
+            stream=self.stream.data_ptr(),
+            epsilon=epsilon.data_ptr(),
+            weight=norm.weight.data_ptr(),
+            shift=norm.bias.data_ptr(),
+            output=self.normed[0].data_ptr(),
+        )
+
+    def _add_product(self, layer: Any, input: Tensor, output: Tensor) -> None:
+        scale = getattr(layer, "weight_scale", None)
+        product = plan_product(*_describe(layer, self._tokens, self.shape.threads))
+        pointers = {"weight": layer.weight.data_ptr(), "output": output.data_ptr()}
+        pointers["scale"] = 0 if scale is None else scale.data_ptr()
+        if isinstance(product, RoundedProduct):
+            rounded = self._keep(torch.zeros(product.shape, dtype=torch.uint8, device="cpu"))
+            place = rounded.data_ptr()
+            self._calls.append(product.rounding.bind(input=input.data_ptr(), rounded=place))
+            self._calls.append(product.call.bind(rounded=place, **pointers))
+        else:
+            assert isinstance(product, ExactProduct), "few tokens always have a kernel"
+            self._calls.append(product.call.bind(input=input.data_ptr(), **pointers))
+
+    def _add_bias(self, layer: Any, output: Tensor) -> None:
+        values = {"tokens": self._tokens, "columns": layer.out_features}
+        values |= {"bias": layer.bias.data_ptr(), "output": output.data_ptr()}
+        self._add(BIAS, Width(self.shape.kind), **values)
+
+    def _add_gelu(self, layer: Any) -> None:
+        parts = -(-layer.out_features // GELU_PART)
+        values = {"blocks": parts * self._tokens, "parts": parts, "columns": layer.out_features}
+        values |= {"bias": layer.bias.data_ptr(), "output": self.inner.data_ptr()}
+        self._add(GELU, Width(self.shape.kind), **values)
+
+    def _add_attention(self) -> None:
+        shape = self.shape
+        heads = HeadShape(self.head_dim, shape.kind, shape.has_mask, shape.axes)
+        self._attentions.append(len(self._calls))
+        self._add(
+            STEP_ATTENTION,
+            heads,
+            blocks=shape.batch * self.heads,
+            heads=self.heads,
+            tokens=shape.tokens,
+            mixed=self.mixed.data_ptr(),
+            cos=self.angles[0].data_ptr(),
+            sin=self.angles[1].data_ptr(),
+            scaling=self.scaling.data_ptr(),
+            output=self.attended.data_ptr(),
+        )
+
+    def takes(self, hidden_states: Tensor, reserved_layers: Sequence[Any]) -> bool:
+        """Tell whether a cache fits: plain memory of the model's own type and shapes.
+
+        Every layer has the same number of columns then, which one mask is for.
+        """
+        columns = reserved_layers[0].keys.shape[2]
+        shape = (self.shape.batch, self.heads, columns, self.head_dim)
+        return hidden_states.shape[2] == self._hidden and all(
+            states.dtype == hidden_states.dtype and is_plain(states) and states.shape == shape
+            for layer in reserved_layers
+            for states in (layer.keys, layer.values)
+        )
+
+    @property
+    def angles_shape(self) -> tuple[int, ...]:
+        """`(B, 1, P, S, D / P)`, of cosines and of sines."""
+        batch, tokens, axes = self.shape.batch, self.shape.tokens, self.shape.axes
+        return (batch, 1, axes, tokens, self.head_dim // axes)
+
+    def run(
+        self,
+        hidden_states: Tensor,
+        position_embeddings: tuple[Tensor, Tensor],
+        attention_mask: Tensor | None,
+        reserved_layers: Sequence[Any],
+    ) -> Tensor:
+        """Do a step; arguments and result as in `decode_step`."""
+        with self._lock:
+            return self._run(hidden_states, position_embeddings, attention_mask, reserved_layers)
+
+    def _run(
+        self,
+        hidden_states: Tensor,
+        position_embeddings: tuple[Tensor, Tensor],
+        attention_mask: Tensor | None,
+        reserved_layers: Sequence[Any],
+    ) -> Tensor:
+        self.embedded.copy_(hidden_states.view(self._tokens, -1))
+        for place, angles in zip(self.angles, position_embeddings):
+            place.copy_(angles.reshape(place.shape))
+        mask = None
+        if attention_mask is not None:
+            keys = reserved_layers[0].keys.shape[2] + self.shape.tokens
+            mask = attention_mask.expand(self.shape.batch, 1, self.shape.tokens, keys)
+            mask = mask.float().contiguous()
+        for stage, layer in zip(self._attentions, reserved_layers):
+            keys, values = layer.extend(self.shape.tokens)
+            self._reserve_scores(keys.shape[2])
+            self._program.change(stage, **self._describe_past(keys, values, mask))
+        self._program.run()
+        return self.stream.view(hidden_states.shape).to(hidden_states.dtype, copy=True)
+
+    def _reserve_scores(self, keys: int) -> None:
+        padded = -(-keys // STEP) * STEP
+        needed = self.shape.batch * self.heads * self.shape.tokens * padded
+        if self._scores.numel() < needed:
+            self._scores = self._scores.new_empty(needed + needed // 8)
+
+    def _describe_past(self, keys: Tensor, values: Tensor, mask: Tensor | None) -> dict[str, int]:
+        size = keys.element_size()
+        return {
+            "keys": keys.shape[2],
+            "key": keys.data_ptr(),
+            "key_row": keys.stride(0) * size,
+            "key_head": keys.stride(1) * size,
+            "value": values.data_ptr(),
+            "value_row": values.stride(0) * size,
+            "value_head": values.stride(1) * size,
+            "mask": 0 if mask is None else mask.data_ptr(),
+            "scores": self._scores.data_ptr(),
+            "scores_bytes": 4 * (-(-keys.shape[2] // STEP) * STEP),
+        }
+
+
+def _describe(layer: Any, tokens: int, threads: int) -> tuple[Sizes, str]:
+    """Return what the product of a linear layer is chosen by, and how it treats its input."""
+    compiler = find_compiler()
+    assert compiler is not None, "can_run has asked it"
+    row_bytes = layer.weight.stride(0) * layer.weight.element_size()
+    if not is_packed(layer):
+        weights = Weights(compiler.processor, TYPE_NAMES[layer.weight.dtype])
+        sizes = (tokens, layer.out_features, layer.in_features, row_bytes, threads)
+        return Sizes(weights, *sizes), "exact"
+    scale = layer.weight_scale
+    groups = None if scale.dim() == 1 else scale.shape[1]
+    weights = Weights(compiler.processor, f"i{layer.bits}", TYPE_NAMES[scale.dtype], groups)
+    sizes = (tokens, layer.out_features, layer.in_features, row_bytes, threads)
+    return Sizes(weights, *sizes), layer.activations
+
+
+__all__ = ["decode_step"]

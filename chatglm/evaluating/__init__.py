@@ -1,0 +1,1 @@
+"""What a model is worth: perplexity, multiple-choice tests, and the texts of its answers."""

@@ -1,0 +1,1 @@
+"""What trainings and evaluations read: rows of files, their token ids, and batches of those."""

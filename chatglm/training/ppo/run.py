@@ -1,0 +1,113 @@
+"""Owns what all parts of a PPO run share: settings, processes, the step it is at, the seeds.
+
+Does not know policies, answers or losses.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from accelerate.tracking import get_available_trackers
+from accelerate.utils import ProjectConfiguration
+from torch import Tensor
+from transformers import set_seed
+
+from chatglm.training.ppo.settings import PpoArguments, PpoSettings
+from chatglm.training.settings import KeyProblem, require
+from chatglm.training.trainer import check_loss
+
+# These ways to distribute, by accelerate's names, leave a whole model in each process.
+WHOLE_MODELS = ("NO", "MULTI_CPU", "MULTI_GPU", "MULTI_NPU", "MULTI_XPU", "MULTI_HPU", "MULTI_MLU")
+
+
+@dataclass
+class Run:
+    """What the parts of a run share.
+
+    Attributes:
+        settings, arguments: of the run.
+        accelerator: knows devices and processes.
+        step: how many steps are done.
+    """
+
+    settings: PpoSettings
+    arguments: PpoArguments
+    accelerator: Accelerator
+    step: int = 0
+
+    @property
+    def folder(self) -> Path:
+        """Where everything is written."""
+        return Path(self.settings.output)
+
+    @property
+    def device(self) -> torch.device:
+        """Where this process computes."""
+        return self.accelerator.device
+
+    @property
+    def mini_batch_size(self) -> int:
+        """Answers of this process in an optimizer step."""
+        arguments = self.arguments
+        return arguments.per_device_train_batch_size * arguments.gradient_accumulation_steps
+
+    @property
+    def batch_size(self) -> int:
+        """Answers of this process in a step."""
+        return self.mini_batch_size * self.settings.num_mini_batches
+
+    @property
+    def batches_before(self) -> int:
+        """How many batches, of all processes and steps, come before this process's in this step."""
+        return self.step * self.accelerator.num_processes + self.accelerator.process_index
+
+    def seed(self, number: int) -> None:
+        """Begin a stretch of random numbers that only the seed, a number and the process decide."""
+        place = (self.arguments.seed, number, self.accelerator.process_index)
+        set_seed(int(np.random.SeedSequence(place).generate_state(1)[0]))
+
+    def total(self, values: Tensor) -> Tensor:
+        """Add up over processes."""
+        summed: Any = self.accelerator.reduce(values, reduction="sum")
+        return summed
+
+    def check(self, loss: Tensor) -> None:
+        """Refuse to go on behind a loss, a gradient or a probability that is no number.
+
+        Raises:
+            ValueError: naming the step, the last good checkpoint and the remedy.
+        """
+        check_loss(loss, self.step, self.folder)
+
+
+def build_accelerator(settings: PpoSettings, arguments: PpoArguments) -> Accelerator:
+    """Return what knows devices, processes, number formats and where figures go.
+
+    Raises:
+        KeyProblem: for a tracker that is not installed, or a number format or a way to distribute
+            that cannot be used.
+    """
+    installed = [str(name) for name in get_available_trackers()]
+    for name in arguments.trackers:
+        wanted = "none, or something that is installed"
+        require(name in installed, "report_to", name, f"{wanted} ({', '.join(installed) or '-'})")
+    precision = "bf16" if arguments.bf16 else "fp16" if arguments.fp16 else "no"
+    project = ProjectConfiguration(settings.output, str(Path(settings.output) / "runs"))
+    try:
+        accelerator = Accelerator(
+            mixed_precision=precision,
+            cpu=arguments.use_cpu,
+            log_with=[*arguments.trackers] or None,
+            project_config=project,
+        )
+    except ValueError as error:
+        raise KeyProblem(f"the configuration cannot be used: {error}") from error
+    kind = accelerator.distributed_type.value
+    require(kind in WHOLE_MODELS, "the distributed type", kind, "one with a whole model a process")
+    return accelerator
+
+
+__all__ = ["Run", "build_accelerator"]

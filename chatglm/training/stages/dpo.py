@@ -1,0 +1,98 @@
+"""Owns direct preference optimization: the policy learns from pairs, without a reward model.
+
+    chatglm train dpo --train_data pairs.jsonl --output dpo --beta 0.1
+    chatglm train dpo --config dpo.yaml --lora_rank 8 --bits 4
+
+The loss of a pair is -log sigmoid(beta * ((c - c_ref) - (r - r_ref))), where c and r are the log
+probabilities of the better and the worse answer, `<eop>` included, and c_ref and r_ref what the
+reference gives them. With LoRA that is the model without its new adapters, otherwise a second,
+frozen model; `loss_type` has the variants.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+from chatglm.training.data.batches import Examples
+from chatglm.training.data.rendering import Renderer
+from chatglm.training.models import find_core, load_policy
+from chatglm.training.settings import RowSettings
+from chatglm.training.stage import TrainerStage
+from chatglm.training.stages.trl_stages import (
+    AlignmentTrainer,
+    build_trainer,
+    build_trl_arguments,
+    check_head,
+    importing_trl,
+    read_pair_rows,
+    write_rows,
+)
+from chatglm.training.trainer import get_compute_dtype
+
+with importing_trl():
+    from trl import DPOConfig, DPOTrainer  # pyright: ignore[reportPrivateImportUsage]
+
+FULL_RATE, LORA_RATE = 1e-6, 1e-5
+
+
+@dataclass
+class DpoSettings(RowSettings):
+    """What preference optimization can be told beside the keys of `DPOConfig`, as `beta`."""
+
+
+class AnswerTrainer(AlignmentTrainer, DPOTrainer):
+    """trl's trainer of direct preference optimization on rendered rows."""
+
+
+def build_dpo_trainer(
+    model: Any, tokenizer: Any, settings: DpoSettings, arguments: DPOConfig
+) -> AnswerTrainer:
+    """Return the trainer of a model on the pairs of the settings' files."""
+    core = find_core(model)
+    check_head(core)
+    renderer = Renderer(core, tokenizer, settings.max_length, settings.long_rows)
+    train = read_pair_rows(settings.train_data, settings, renderer)
+    held_out = (
+        read_pair_rows(settings.eval_data, settings, renderer) if settings.eval_data else None
+    )
+    return build_trainer(
+        AnswerTrainer,
+        model,
+        settings,
+        ref_model=load_reference(settings, arguments),
+        args=arguments,
+        train_dataset=write_pair_rows(train, "train", arguments),
+        eval_dataset=write_pair_rows(held_out, "eval", arguments) if held_out else None,
+        processing_class=tokenizer,
+    )
+
+
+def write_pair_rows(pairs: Examples, name: str, arguments: DPOConfig) -> Any:
+    """Return pairs as trl's dataset: the question once, and both answers."""
+
+    def describe(number: int) -> dict[str, list[int]]:
+        better, worse = pairs[number]
+        answers = {"chosen_ids": better.answer_ids, "rejected_ids": worse.answer_ids}
+        return {"prompt_ids": better.prompt_ids, **answers}
+
+    return write_rows(pairs.lengths, describe, name, arguments)
+
+
+def load_reference(settings: DpoSettings, arguments: DPOConfig) -> Any:
+    """Return the frozen reference model; None where the policy itself can take its place.
+
+    It can without its adapters, and before the training, when `precompute_ref_log_probs` asks it.
+    """
+    if settings.uses_lora or arguments.precompute_ref_log_probs:
+        return None
+    return load_policy(settings, get_compute_dtype(arguments)).requires_grad_(False)
+
+
+STAGE = TrainerStage(
+    "dpo",
+    DpoSettings,
+    DPOConfig,
+    build_dpo_trainer,
+    build_arguments=build_trl_arguments,
+    defaults={"max_length": None, "learning_rate": FULL_RATE},
+    lora_defaults={"learning_rate": LORA_RATE},
+)

@@ -1,0 +1,225 @@
+"""Owns group relative policy optimization: answers in groups, without a value model.
+
+    chatglm train grpo --train_data questions.jsonl --reward_model reward --output grpo
+    chatglm train grpo --config grpo.yaml --reward_function judges.py:is_right --num_generations 8
+
+Each question is answered several times, and an answer's advantage is how much better than the
+others of its group it is rewarded. Rewards are those of PPO: a reward model, functions of texts, or
+all of them in a sum (`reward_weights`, the model's first). `beta` holds the policy near where it
+began. Answers are drawn by the model's own `generate`.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor
+
+from chatglm.training.data.rendering import SHORTEST_PROMPT, Renderer
+from chatglm.training.models import find_core
+from chatglm.training.ppo.rewards import (
+    Reward,
+    RewardModel,
+    Sampled,
+    load_function,
+    load_reward_model,
+)
+from chatglm.training.ppo.rollouts import Prompts
+from chatglm.training.settings import KeyProblem, Settings
+from chatglm.training.stage import TrainerStage
+from chatglm.training.stages.trl_stages import (
+    AlignmentTrainer,
+    build_trainer,
+    build_trl_arguments,
+    check_head,
+    importing_trl,
+    write_rows,
+)
+from chatglm.training.trainer import get_compute_dtype
+
+with importing_trl():
+    from trl import GRPOConfig, GRPOTrainer  # pyright: ignore[reportPrivateImportUsage]
+
+FULL_RATE, LORA_RATE = 1e-6, 1e-5
+PAGED = "paged"
+
+
+@dataclass
+class GrpoSettings(Settings):
+    """What group relative optimization can be told beside the keys of `GRPOConfig`.
+
+    Attributes:
+        reward_model: folder that `chatglm train reward` wrote.
+        reward_function: functions, "module:function" or "file.py:function", called with prompts,
+            answers and references, three lists of texts.
+    """
+
+    reward_model: str = ""
+    reward_function: list[str] = field(default_factory=list)
+
+    def check(self) -> None:
+        """Refuse settings without a reward too.
+
+        Raises:
+            KeyProblem: as every stage's, or if nothing rewards.
+        """
+        super().check()
+        if not (self.reward_model or self.reward_function):
+            raise KeyProblem("nothing rewards an answer: set reward_model or reward_function")
+
+
+def build_grpo_arguments(
+    arguments_class: type, settings: GrpoSettings, given: Mapping[str, Any], **defaults: Any
+) -> GRPOConfig:
+    """Return trl's arguments; arguments and errors as of `build_trl_arguments`."""
+    if str(given.get("cache_implementation")).startswith(PAGED):
+        raise KeyProblem("cache_implementation cannot be paged: it reads questions causally")
+    return build_trl_arguments(arguments_class, settings, given, **defaults)
+
+
+def build_grpo_trainer(
+    model: Any, tokenizer: Any, settings: GrpoSettings, arguments: GRPOConfig
+) -> "GroupTrainer":
+    """Return the trainer of a model on the questions of the settings' files."""
+    core = find_core(model)
+    check_head(core)
+    if arguments.cast_lm_head_to_fp32 and core.config.tie_word_embeddings:
+        raise KeyProblem("cast_lm_head_to_fp32 needs a head that is not tied to the embeddings")
+    renderer = Renderer(core, tokenizer, settings.max_length, settings.long_rows)
+    room = _find_room(arguments, renderer)
+    train = Prompts(settings.train_data, settings, renderer, room)
+    held_out = None
+    if settings.eval_data:
+        held_out = Prompts(settings.eval_data, settings, renderer, room)
+    _check_groups(train, arguments)
+    return build_trainer(
+        GroupTrainer,
+        model,
+        settings,
+        reward_funcs=load_rewards(settings, arguments, core.config, tokenizer),
+        args=arguments,
+        train_dataset=write_prompt_rows(train, "train", arguments),
+        eval_dataset=write_prompt_rows(held_out, "eval", arguments) if held_out else None,
+        processing_class=tokenizer,
+    )
+
+
+def _find_room(arguments: GRPOConfig, renderer: Renderer) -> int:
+    """Return how many tokens an answer may have.
+
+    Raises:
+        KeyProblem: if they leave no place for a question.
+    """
+    room = arguments.max_completion_length or 0
+    if not 0 < room <= renderer.max_length - SHORTEST_PROMPT:
+        raise KeyProblem(
+            f"max_completion_length must be from 1 to {renderer.max_length - SHORTEST_PROMPT}, "
+            f"which leaves a question {SHORTEST_PROMPT} of max_length={renderer.max_length} "
+            f"tokens, got {arguments.max_completion_length}"
+        )
+    return room
+
+
+def _check_groups(train: Prompts, arguments: GRPOConfig) -> None:
+    """Refuse fewer questions than are answered at once: there would be nothing to train on."""
+    wanted = (arguments.generation_batch_size or 0) // (arguments.num_generations or 1)
+    if len(train) < wanted:
+        raise KeyProblem(
+            f"generation_batch_size={arguments.generation_batch_size} in groups of "
+            f"num_generations={arguments.num_generations} takes {wanted} questions at once, and "
+            f"there are {len(train)}: lower the first, or raise the second"
+        )
+
+
+def write_prompt_rows(prompts: Prompts, name: str, arguments: GRPOConfig) -> Any:
+    """Return questions as trl's dataset: the text, its ids, and what the data answers."""
+
+    def describe(number: int) -> dict[str, Any]:
+        ids, text, reference = prompts[number]
+        return {"prompt": text, "prompt_ids": ids, "reference": reference}
+
+    return write_rows(prompts.rows.lengths, describe, name, arguments)
+
+
+def load_rewards(
+    settings: GrpoSettings, arguments: GRPOConfig, policy_config: Any, tokenizer: Any
+) -> list["TrlReward"]:
+    """Return what answers are rewarded by, the reward model first.
+
+    Raises:
+        ValueError: for a folder or a function that cannot be used.
+    """
+    rewards = []
+    if settings.reward_model:
+        compute_dtype = get_compute_dtype(arguments)
+        scorer = load_reward_model(settings.reward_model, policy_config, tokenizer, compute_dtype)
+        rows = arguments.per_device_train_batch_size
+        rewards.append(TrlReward(RewardModel(scorer.to(arguments.device), rows), "reward_model"))
+    for entry_point in settings.reward_function:
+        name = entry_point.rpartition(":")[2]
+        rewards.append(TrlReward(load_function(entry_point), name))
+    return rewards
+
+
+class TrlReward:
+    """A reward as trl calls one.
+
+    Args:
+        reward: ours.
+        name: what its figures are called.
+    """
+
+    def __init__(self, reward: Reward, name: str) -> None:
+        self.reward = reward
+        self.__name__ = name
+
+    def __call__(
+        self,
+        prompts: list[str],
+        completions: list[str],
+        completion_ids: list[list[int]],
+        prompt_ids: list[list[int]],
+        reference: list[str],
+        **kwargs: Any,
+    ) -> list[float]:
+        """Return a score for each answer."""
+        sampled = Sampled(prompt_ids, completion_ids, prompts, completions, reference)
+        return self.reward(sampled).tolist()
+
+
+class GroupTrainer(AlignmentTrainer, GRPOTrainer):
+    """trl's trainer of group relative optimization on rendered questions."""
+
+    def count_tokens(self, inputs: dict[str, Any]) -> int:
+        """Return how many tokens questions and answers have, pads left out."""
+        return int(inputs["prompt_mask"].sum() + inputs["completion_mask"].sum())
+
+    def _get_train_sampler(self, *args: Any) -> Any:
+        """Return trl's sampler, its order made to follow from the epoch, whoever has seen it.
+
+        Its own goes on from epoch to epoch, and a resumed run would begin again with the first.
+        """
+        sampler: Any = super()._get_train_sampler(*args)
+        if sampler.shuffle:
+            sampler.set_epoch = lambda epoch: sampler.generator.manual_seed(sampler.seed + epoch)
+        return sampler
+
+    def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Tensor]:
+        """Answer questions, keeping their ids for the step that would encode them."""
+        self._prompt_ids = [row["prompt_ids"] for row in inputs]
+        return super()._generate_and_score_completions(inputs)
+
+    def _tokenize_prompts(self, prompts: list[str]) -> tuple[list[list[int]], None, dict[str, Any]]:
+        """Return the ids of the questions as they were rendered."""
+        return self._prompt_ids, None, {}
+
+
+STAGE = TrainerStage(
+    "grpo",
+    GrpoSettings,
+    GRPOConfig,
+    build_grpo_trainer,
+    build_arguments=build_grpo_arguments,
+    defaults={"learning_rate": FULL_RATE},
+    lora_defaults={"learning_rate": LORA_RATE},
+)

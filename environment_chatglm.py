@@ -1,0 +1,338 @@
+"""What is installed around the model: the release of transformers, and the engine for a CPU.
+
+Owns the list of tested releases, the check of the installed one, and each name or calling
+convention that changed from one of them to the next. Apart from that check nothing asks for a
+version number: what an object looks like decides, so that a release that is not out yet is met by
+the same code.
+
+Owns the seam to the engine too. The model's files are complete without it: each function that the
+engine has a fast twin of is the slow one, and answers wherever the twin does not, which for
+operands that it does not take returns None. The engine is the package `chatglm.cpu`; another
+version of the seam is left alone, with a line in the log.
+
+Knows nothing of what the model or its engine computes. `docs/hooks.md` lists what else the model's
+files lean on, and the test that names each of it.
+"""
+
+import contextlib
+import ctypes
+import dataclasses
+import functools
+import importlib
+import mmap
+import os
+import sys
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import torch
+from packaging import version
+from torch import Tensor
+from transformers.modeling_outputs import CausalLMOutputWithPast
+from transformers.utils import logging
+
+# The oldest and the newest bound what pyproject.toml installs; tools/noxfile.py tests all of them.
+TESTED_TRANSFORMERS = ("4.56.2", "4.57.6", "5.8.1", "5.23.0", "5.24.0")
+
+OLD_CACHE_NAME = "past_key_values"
+NEW_CACHE_NAME = "cache"
+CACHE_NAMES = (OLD_CACHE_NAME, NEW_CACHE_NAME)
+
+# What `generate` and the outputs of models call a cache: since 5.24 by its new name.
+CACHE_NAME = (
+    NEW_CACHE_NAME
+    if NEW_CACHE_NAME in {field.name for field in dataclasses.fields(CausalLMOutputWithPast)}
+    else OLD_CACHE_NAME
+)
+
+# Shards are read by so many weights at once. Larger blocks are no faster, and what is freed between
+# the results leaves holes in the heap: with 2**24 they were 2 GB after the 6B model.
+WEIGHTS_AT_ONCE = 2**20
+
+ENGINE = "chatglm.cpu"
+SEAM_VERSION = 1
+# The first is for all devices; the second is what the CPU's alone was called before.
+SWITCH_VARIABLES = ("CHATGLM_KERNELS", "CHATGLM_CPU_KERNELS")
+
+logger = logging.get_logger(__name__)
+
+_switched_off: list[object] = []  # by whom, in any thread
+
+
+def check_transformers(installed: str) -> None:
+    """Stop on a release that lacks what the code needs, and tell of one that nobody has tried.
+
+    Args:
+        installed: the version string of the installed transformers.
+
+    Raises:
+        ImportError: if it is older than the oldest tested release.
+    """
+    oldest, newest = TESTED_TRANSFORMERS[0], TESTED_TRANSFORMERS[-1]
+    found = version.parse(installed)
+    if found < version.parse(oldest):
+        raise ImportError(
+            f"This ChatGLM code needs transformers >= {oldest}, found {installed}: "
+            "run `pip install -U transformers`, or use the original remote code "
+            "(revision v1.1.0 of THUDM/chatglm-6b), which works up to transformers 4.33.3."
+        )
+    if found.release[:2] > version.parse(newest).release[:2]:
+        logger.warning_once(
+            f"This ChatGLM code was tested with transformers {oldest} to {newest}, and not with "
+            f"{installed}: run `chatglm bench` or `make test` if in doubt, report what differs "
+            f'with the output of `transformers env`, or `pip install "transformers<={newest}"`.'
+        )
+
+
+def choose_cache(past_key_values: Any, cache: Any) -> Any:
+    """Return the cache that a caller gave under either of its names, or None.
+
+    Raises:
+        ValueError: if there are two.
+    """
+    if past_key_values is not None and cache is not None and past_key_values is not cache:
+        raise ValueError(
+            f"{OLD_CACHE_NAME} and {NEW_CACHE_NAME} are two names of one argument and got two "
+            f"caches, a {type(past_key_values).__name__} and a {type(cache).__name__}: pass one."
+        )
+    return cache if past_key_values is None else past_key_values
+
+
+def rename_cache(arguments: dict[str, Any]) -> None:
+    """Put a cache among keyword arguments under the name that transformers' `generate` takes."""
+    cache = choose_cache(*(arguments.pop(name, None) for name in CACHE_NAMES))
+    if cache is not None:
+        arguments[CACHE_NAME] = cache
+
+
+def read_load_settings(args: tuple[Any, ...], options: dict[str, Any]) -> Mapping[str, Any]:
+    """Return what `_load_pretrained_model` was told, by name.
+
+    transformers 4 passes its settings one by one, 5 as one object in front of the rest.
+
+    Args:
+        args: its arguments after the files. options: its keyword arguments.
+    """
+    return vars(args[0]) if _has_settings_object(args) else options
+
+
+def change_load_settings(
+    args: tuple[Any, ...], options: dict[str, Any], changes: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Return the arguments of `read_load_settings` with some settings changed."""
+    if _has_settings_object(args):
+        return (dataclasses.replace(args[0], **changes), *args[1:]), options
+    return args, options | changes
+
+
+def _has_settings_object(args: tuple[Any, ...]) -> bool:
+    return bool(args) and dataclasses.is_dataclass(args[0])
+
+
+def renew_ties(model: Any) -> None:
+    """Have transformers read a model's `_tied_weights_keys` again, which 5 keeps a copy of."""
+    if hasattr(model, "all_tied_weights_keys"):
+        model.all_tied_weights_keys = model.get_expanded_tied_weights_keys(all_submodels=True)
+
+
+# Reading checkpoints
+
+
+class StoredTensor:
+    """A tensor of a checkpoint, read block by block.
+
+    Args:
+        tensor: as stored.
+        is_file: whether it comes from a file of ours, whose pages are given back once read: they
+            count as memory of the process until then.
+    """
+
+    def __init__(self, tensor: Tensor, is_file: bool) -> None:
+        self.tensor = tensor
+        self._is_mapped = is_file and tensor.is_contiguous() and is_mapped(tensor)
+
+    def iter_blocks(self) -> Iterator[tuple[slice, Tensor]]:
+        """Yield blocks of rows and where they stand; each is given back after its turn."""
+        rows = self.tensor.shape[0]
+        step = max(1, WEIGHTS_AT_ONCE * rows // max(1, self.tensor.numel()))
+        for start in range(0, rows, step):
+            block = self.tensor[start : start + step]
+            yield slice(start, start + block.shape[0]), block
+            if self._is_mapped:
+                forget_pages(block)
+
+    def read(self, dtype: torch.dtype) -> Tensor:
+        """Return a copy that no file stands behind."""
+        result = torch.empty(self.tensor.shape, dtype=dtype)
+        for rows, block in self.iter_blocks():
+            result[rows] = block
+        return result
+
+    def equals(self, other: "StoredTensor") -> bool:
+        """Tell whether two tensors of the same sizes have the same values."""
+        if self.tensor.data_ptr() == other.tensor.data_ptr():
+            return True
+        pairs = zip(self.iter_blocks(), other.iter_blocks())
+        return all(torch.equal(block, twin) for (_, block), (_, twin) in pairs)
+
+
+class PendingTensor:
+    """A tensor that is made when transformers asks for it, which it does as for a shard's slice.
+
+    Args:
+        shape, dtype: those of what will be made.
+        make: makes it, on the CPU.
+        lock: held meanwhile; transformers 5 reads in threads, whose matrices would add up.
+    """
+
+    def __init__(
+        self,
+        shape: torch.Size,
+        dtype: torch.dtype,
+        make: Callable[[], Tensor],
+        lock: threading.Lock,
+    ) -> None:
+        self.shape, self.dtype = shape, dtype
+        self._make, self._lock = make, lock
+
+    def __getitem__(self, index: Any) -> Tensor:
+        with self._lock:
+            return self._make()[index]
+
+    def to(self, device: Any) -> Tensor:
+        """Make it on a device."""
+        return self[...].to(device)
+
+
+def is_mapped(tensor: Tensor) -> bool:
+    """Tell whether a tensor lies in memory that a file stands behind; False where unknown."""
+    if sys.platform != "linux":
+        return False
+    address = tensor.data_ptr()
+    with open("/proc/self/maps", encoding="utf-8") as maps:
+        for line in maps:
+            area, _, _, _, inode = line.split(maxsplit=5)[:5]
+            start, end = (int(number, 16) for number in area.split("-"))
+            if start <= address < end:
+                return inode != "0"
+    return False
+
+
+def forget_pages(tensor: Tensor) -> None:
+    """Give the pages that only this mapped tensor touches back; they can be read again."""
+    start = -(-tensor.data_ptr() // mmap.PAGESIZE) * mmap.PAGESIZE
+    length = (tensor.data_ptr() + tensor.nbytes) // mmap.PAGESIZE * mmap.PAGESIZE - start
+    if length > 0:
+        advise = ctypes.CDLL(None).madvise
+        advise(ctypes.c_void_p(start), ctypes.c_size_t(length), ctypes.c_int(mmap.MADV_DONTNEED))
+
+
+# The seam
+
+
+@contextlib.contextmanager
+def kernels_off() -> Iterator[None]:
+    """Leave everything to plain torch meanwhile, in all threads.
+
+    The environment variable `CHATGLM_KERNELS=off` does so for a whole process.
+    """
+    _switched_off.append(marker := object())
+    try:
+        yield
+    finally:
+        _switched_off.remove(marker)
+
+
+def may_use_kernels() -> bool:
+    """Say whether code of our own may compute; a compiler or a tracer has to see torch's."""
+    is_tracing = torch.jit.is_tracing()  # pyright: ignore[reportPrivateImportUsage]
+    if torch.compiler.is_compiling() or is_tracing:
+        return False
+    return not _switched_off and not any(os.environ.get(v) == "off" for v in SWITCH_VARIABLES)
+
+
+@functools.cache
+def find_engine() -> Any:
+    """Return the engine's package; None, with one line in the log, where there is none that fits.
+
+    Raises nothing: whatever keeps a package from being imported, the model's files need none.
+    """
+    try:
+        engine = importlib.import_module(ENGINE)
+    except ImportError as error:
+        problem = f"{ENGINE} cannot be imported ({error})"
+    else:
+        if engine.SEAM_VERSION == SEAM_VERSION:
+            return engine
+        problem = f"{ENGINE} has version {engine.SEAM_VERSION} of the seam, not {SEAM_VERSION}"
+    logger.warning_once(
+        f"ChatGLM's kernels for CPUs are not used, torch's slower operations are: {problem}. "
+        "`pip install -U chatglm` brings the package that fits."
+    )
+    return None
+
+
+def find_twin(name: str) -> Callable[..., Any] | None:
+    """Return the engine's function of a name, or None where plain torch has to do."""
+    engine = find_engine() if may_use_kernels() else None
+    return None if engine is None else getattr(engine, name)
+
+
+def try_first(name: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Let the engine's function of that name answer first; what it does not take, it leaves.
+
+    The decorated function is the model; its twin takes the same arguments, those on a CPU.
+    """
+
+    def plug(slow: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(slow)
+        def choose(*args: Any, **kwargs: Any) -> Any:
+            is_for_engine = any(isinstance(x, Tensor) and x.is_cpu for x in args)
+            twin = find_twin(name) if is_for_engine else None
+            found = None if twin is None else twin(*args, **kwargs)
+            return slow(*args, **kwargs) if found is None else found
+
+        return choose
+
+    return plug
+
+
+def with_fast_products(forward: Callable[..., Any]) -> Callable[..., Any]:
+    """Have the engine compute what torch's linear layers are slow at on a CPU, without gradients.
+
+    It sees every call of `torch.nn.functional.linear` meanwhile, so that the layers are torch's own
+    and other tools know them.
+    """
+
+    @functools.wraps(forward)
+    def run(self: Any, *args: Any, **kwargs: Any) -> Any:
+        is_for_engine = not torch.is_grad_enabled() and self.device.type == "cpu"
+        twin = find_twin("fast_products") if is_for_engine else None
+        if twin is None:
+            return forward(self, *args, **kwargs)
+        with twin():
+            return forward(self, *args, **kwargs)
+
+    return run
+
+
+__all__ = [
+    "CACHE_NAME",
+    "CACHE_NAMES",
+    "TESTED_TRANSFORMERS",
+    "PendingTensor",
+    "StoredTensor",
+    "change_load_settings",
+    "check_transformers",
+    "choose_cache",
+    "find_twin",
+    "is_mapped",
+    "kernels_off",
+    "may_use_kernels",
+    "read_load_settings",
+    "rename_cache",
+    "renew_ties",
+    "try_first",
+    "with_fast_products",
+]

@@ -1,0 +1,77 @@
+"""Runs all tests on every supported transformers release, and on the newest (`make compat`).
+
+Each run leaves a report and the versions that it met in build/compat, which tools/compatibility.py
+makes docs/compatibility.md of.
+"""
+
+import ast
+from pathlib import Path
+
+import nox
+
+ROOT = Path(__file__).resolve().parent.parent
+NEWEST = "newest"
+STYLE_TOOLS = ("ruff", "pyright", "nox")
+REPORTS = ROOT / "build" / "compat"
+
+
+def read_releases() -> tuple[str, ...]:
+    """The releases that environment_chatglm.py names; importing it would need transformers."""
+    for node in ast.parse((ROOT / "environment_chatglm.py").read_text(encoding="utf-8")).body:
+        if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "TESTED_TRANSFORMERS":
+            return ast.literal_eval(node.value)
+    raise ValueError("environment_chatglm.py assigns no TESTED_TRANSFORMERS")
+
+
+RELEASES = (*read_releases(), NEWEST)
+nox.options.envdir = str(ROOT / ".nox")  # and not beside this file
+
+
+@nox.session
+@nox.parametrize("transformers", RELEASES, ids=RELEASES)
+def tests(session: nox.Session, transformers: str) -> None:
+    """All tests with one transformers release and CI's other pins, or with all that is newest."""
+    session.chdir(ROOT)
+    if transformers == NEWEST:
+        session.install("--no-compile", "--upgrade", *without_bounds())
+    else:
+        session.install("--no-compile", *read_pins(), f"transformers=={transformers}")
+    session.install("--no-deps", "--editable", ".")
+    run_tests(session, transformers)
+
+
+def run_tests(session: nox.Session, name: str) -> None:
+    """Run the tests, or those that were asked for, which leave no report."""
+    report = REPORTS / f"{name}.xml"
+    report.unlink(missing_ok=True)
+    options = ["--numprocesses", "2", "--dist", "loadfile", "--no-loadscope-reorder"]
+    if not session.posargs:
+        options.append(f"--junitxml={report}")
+    command = ("python", "-m", "pytest", *options, *session.posargs)
+    try:
+        session.run(*command, env={"OMP_NUM_THREADS": "1"})
+    finally:
+        if report.is_file():
+            session.run("python", "tools/compatibility.py", "record", str(report))
+
+
+def read_pins() -> list[str]:
+    """The requirements of CI but for transformers and what checks the style."""
+    lines = (ROOT / "requirements-ci.txt").read_text(encoding="utf-8").splitlines()
+    pins = [line for line in lines if line and not line.startswith("#")]
+    return [pin for pin in pins if pin.split("==")[0] not in ("transformers", *STYLE_TOOLS)]
+
+
+def without_bounds() -> list[str]:
+    """What users and tests install, without upper bounds: `torch>=2.6,<2.15` as `torch>=2.6`."""
+    project = nox.project.load_toml(ROOT / "pyproject.toml")["project"]
+    extras = project["optional-dependencies"]
+    requirements = [*project["dependencies"], *extras["train"], *extras["test"]]
+    return [drop_bound(line) for line in requirements if not line.startswith(project["name"])]
+
+
+def drop_bound(requirement: str) -> str:
+    """A requirement without its upper bound; its marker stays."""
+    specifier, semicolon, marker = requirement.partition(";")
+    kept = [part for part in specifier.split(",") if not part.startswith("<")]
+    return ",".join(kept) + semicolon + marker
