@@ -2,7 +2,7 @@
 
     python -m benchmarks.bench_generate [--only CASE ...] [--layers N] [--threads N] [--rounds N]
         [--ours bits=4 bits=4,group_size=32,embeddings=1 bits=0,dtype=bfloat16 ...]
-        [--chatglm-cpp PYTHON] [--original DIR --original-python PYTHON] [--write]
+        [--chatglm-cpp PYTHON] [--original DIR --original-python PYTHON] [--checkout DIR] [--write]
 
 Cases: `prefill` (a prompt up to the first token), `decode` (a token behind a context), `batch`
 (the same for several rows at once), `overhead` (a token of a model whose blocks are so narrow that
@@ -29,7 +29,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.full_size import Recipe, save_folder
-from benchmarks.results import RESULTS, Case, Recorder
+from benchmarks.results import RESULTS, Case, Recorder, read_commit
 from benchmarks.workers import (
     Round,
     Spread,
@@ -79,14 +79,17 @@ def parse_recipe(text: str) -> Recipe:
     return Recipe(**fields)
 
 
-def start_ours(recipe: Recipe, threads: int, name: str | None = None) -> Worker:
-    """Start a model of ours."""
+def start_ours(
+    recipe: Recipe, threads: int, name: str | None = None, checkout: Path = ROOT
+) -> Worker:
+    """Start a model of ours, or of another checkout of this repository."""
     command = [sys.executable, "-m", "benchmarks.contender", "--threads", str(threads)]
     for option in PLAIN_OPTIONS:
         value = getattr(recipe, option[2:].replace("-", "_"))
         command += [] if value is None else [option, str(value)]
     command += ["--embeddings"] if recipe.embeddings else []
-    return Worker(name or f"ours {recipe}", command)
+    variables = {"PYTHONPATH": str(checkout)}
+    return Worker(name or f"ours {recipe}", command, variables, checkout)
 
 
 def start_chatglm_cpp(python: Path, folder: Path, layers: int, context: int) -> Worker:
@@ -115,6 +118,10 @@ def start_all(args: argparse.Namespace, stack: ExitStack) -> list[Worker]:
     for text in args.ours:
         recipe = parse_recipe(text)._replace(layers=args.layers)
         workers.append(stack.enter_context(start_ours(recipe, args.threads)))
+        if args.checkout:
+            name = f"{read_commit(args.checkout)} {recipe}"
+            peer = start_ours(recipe, args.threads, name, args.checkout.resolve())
+            workers.append(stack.enter_context(peer))
     if args.chatglm_cpp:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(dir=args.dir)))
         longest = max(*args.prompts, *args.contexts) + 2 * args.tokens
@@ -298,6 +305,7 @@ def make_parser() -> argparse.ArgumentParser:
     add("--only", nargs="+", choices=CASES, default=list(CASES), metavar="CASE")
     add("--ours", nargs="+", default=["bits=4"], metavar="RECIPE", help="as bits=4,group_size=32")
     add("--chatglm-cpp", type=Path, metavar="PYTHON", help="of install_peers.sh")
+    add("--checkout", type=Path, metavar="DIR", help="another checkout of this repository")
     add("--original", type=Path, metavar="DIR", help="the original INT4 code and configuration")
     add("--original-python", type=Path, metavar="PYTHON", help="with transformers 4.30")
     add("--layers", type=int, default=28, help="blocks (28)")

@@ -195,16 +195,17 @@ def name_cpu() -> str:
     return f"{os.cpu_count()} x {names[0] if names else platform.processor() or 'unknown'}"
 
 
-def read_commit() -> str:
+def read_commit(checkout: Path = ROOT) -> str:
     """Return the short name of the commit, with + if tracked files differ; "" outside git."""
     try:
-        name = _run_git("rev-parse", "--short", "HEAD")
-        return name + ("+" if _run_git("status", "--porcelain", "--untracked-files=no") else "")
+        name = _run_git(checkout, "rev-parse", "--short", "HEAD")
+        changed = _run_git(checkout, "status", "--porcelain", "--untracked-files=no")
+        return name + ("+" if changed else "")
     except (FileNotFoundError, subprocess.CalledProcessError):
         return ""
 
 
-def _run_git(*words: str) -> str:
+def _run_git(checkout: Path, *words: str) -> str:
     command = ["git", "--no-optional-locks", *words]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    done = subprocess.run(command, cwd=checkout, capture_output=True, text=True, check=True)
     return done.stdout.strip()

@@ -32,18 +32,23 @@ class Worker:
         name: what tables call it.
         command: words that start it.
         variables: of its environment, beside the parent's own.
+        folder: where it is started.
 
     Raises:
         ValueError: if it ends before it is ready.
     """
 
     def __init__(
-        self, name: str, command: Sequence[str], variables: Mapping[str, str] | None = None
+        self,
+        name: str,
+        command: Sequence[str],
+        variables: Mapping[str, str] | None = None,
+        folder: Path = ROOT,
     ) -> None:
         self.name = name
         self.process = subprocess.Popen(
             command,
-            cwd=ROOT,
+            cwd=folder,
             env=os.environ | (variables or {}),
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,

@@ -275,4 +275,6 @@ def test_a_default_that_is_written_down_is_no_reason_to_stop(
     train("dpo", tiny_repo, data, tmp_path / "out", max_steps=1, **keys)
     lines = (tmp_path / "out" / "samples.jsonl").read_text().splitlines()
     assert [json.loads(line)["prompt"] for line in lines] == ["hello", "你好"]
-    assert not sent and not list((tmp_path / "out").rglob("README.md"))
+    # The only card is ours: trl would write one into every checkpoint too.
+    assert not sent and list((tmp_path / "out").rglob("README.md")) == [tmp_path / "out/README.md"]
+    assert "chatglm train dpo" in (tmp_path / "out" / "README.md").read_text()
