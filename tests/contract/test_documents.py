@@ -231,6 +231,24 @@ def test_the_bounds_are_the_newest_releases_that_were_tested() -> None:
     assert pins["transformers"] == TESTED_TRANSFORMERS[-1]
 
 
+def test_the_picture_of_the_imports_is_up_to_date_and_has_no_circle(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    drawing = load_script("tools/draw_imports.py")
+    assert drawing.main(["--check"]) == 0, capsys.readouterr().err
+    graph = drawing.read_graph()
+    assert graph["quantization"] == {"environment_chatglm", "quantization_cuda"}
+    assert all(
+        "chatglm." not in target for part in graph if "." not in part for target in graph[part]
+    )
+    graph["environment_chatglm"] = {"quantization"}
+    with pytest.raises(ValueError, match="environment_chatglm -> quantization -> environment_chat"):
+        drawing.draw(graph)
+    monkeypatch.setattr(drawing, "PICTURE", tmp_path / "imports.svg")
+    assert drawing.main(["--check"]) == 1
+    assert drawing.main([]) == drawing.main(["--check"]) == 0
+
+
 def test_the_compatibility_page_is_up_to_date(
     compatibility: Any, capsys: pytest.CaptureFixture[str]
 ) -> None:
