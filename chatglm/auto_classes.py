@@ -38,6 +38,7 @@ WRAPPED = "chatglm_wrapped"
 
 _lock = threading.RLock()
 _registered: set[str] = set()
+_noted: set[Any] = set()
 
 
 class NoModelFolderError(OSError, ValueError):
@@ -232,8 +233,9 @@ def _register(auto_class: str) -> None:
 
 def _note_auto_class(our_class: Any, auto_class: str) -> None:
     """Have `save_pretrained` put the class's file, and those it needs, beside what it saves."""
-    if our_class._auto_class is None:
+    if our_class not in _noted:
         our_class.register_for_auto_class(auto_class)
+        _noted.add(our_class)
 
 
 def _complete_generation(model: Any) -> None:

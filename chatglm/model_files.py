@@ -20,14 +20,18 @@ CONFIGURATIONS = ("config.json", "tokenizer_config.json")
 ELSEWHERE = "--"  # stands between another repository and the class that is taken from it
 
 
-def find_model_files(folder: Path) -> list[str]:
+def find_model_files(folder: Path, settings: Path | None = None) -> list[str]:
     """Return the names of the model's Python files, sorted; none for a folder without `auto_map`.
+
+    Args:
+        folder: with the files.
+        settings: the folder whose configurations name the classes, where it is another one.
 
     Raises:
         ValueError: as `read_entry_points` and `find_modules`.
     """
     found: set[str] = set()
-    for module in read_entry_points(folder):
+    for module in read_entry_points(settings or folder):
         found |= find_modules(folder, module)
     return sorted(f"{module}.py" for module in found)
 

@@ -13,6 +13,7 @@ import importlib.metadata
 import json
 import os
 import platform
+import subprocess
 import sys
 import xml.etree.ElementTree as ElementTree
 from pathlib import Path
@@ -64,6 +65,15 @@ def read_versions() -> dict[str, str]:
     return {"python": platform.python_version()} | {n: importlib.metadata.version(n) for n in names}
 
 
+def read_commit() -> str:
+    """Return the short name of the commit; nothing outside of git."""
+    command = ["git", "-C", str(ROOT), "rev-parse", "--short", "HEAD"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return ""
+
+
 def read_processor() -> str:
     """Return what the system says of its processor, and how many of them there are."""
     name = platform.processor() or platform.machine()
@@ -80,7 +90,8 @@ def read_processor() -> str:
 def record(report: Path) -> None:
     """Note the outcome of a run beside its report, with the versions of this environment."""
     today = datetime.datetime.now(datetime.timezone.utc).date().isoformat()
-    note = {"date": today, "versions": read_versions(), "processor": read_processor()}
+    note = {"date": today, "commit": read_commit(), "versions": read_versions()}
+    note["processor"] = read_processor()
     note |= read_report(report)
     report.with_suffix(".json").write_text(json.dumps(note, indent=2), encoding="utf-8")
     sys.stdout.write(f"{report.stem}: {describe(note)}\n")
@@ -103,14 +114,14 @@ def take_notes() -> dict[str, Any]:
 
 def build_page(notes: dict[str, Any]) -> str:
     """Return the text of the page."""
-    columns = ("asked for", "date", "result", "time", "python", *SHOWN_PACKAGES)
+    columns = ("asked for", "date", "commit", "result", "time", "python", *SHOWN_PACKAGES)
     rows = [columns, ["---"] * len(columns)]
     order = sorted(notes, key=lambda name: [int(p) if p.isdigit() else 10**6 for p in _parts(name)])
     for name in order:
         note = notes[name]
         versions = [note["versions"][package] for package in ("python", *SHOWN_PACKAGES)]
         time = f"{note['seconds'] / 60:.1f} min"
-        rows.append([name, note["date"], describe(note), time, *versions])
+        rows.append([name, note["date"], note["commit"], describe(note), time, *versions])
     page = HEAD + "".join(f"| {' | '.join(row)} |\n" for row in rows)
     machines = sorted({note["processor"] for note in notes.values()})
     page += f"\nRun two at a time on: {'; '.join(machines)}.\n"

@@ -35,7 +35,7 @@ def tests(session: nox.Session, transformers: str) -> None:
     if transformers == NEWEST:
         session.install("--no-compile", "--upgrade", *without_bounds())
     else:
-        session.install("--no-compile", *read_pins(), f"transformers=={transformers}")
+        session.install("--no-compile", *read_pins(transformers), f"transformers=={transformers}")
     session.install("--no-deps", "--editable", ".")
     run_tests(session, transformers)
 
@@ -55,11 +55,18 @@ def run_tests(session: nox.Session, name: str) -> None:
             session.run("python", "tools/compatibility.py", "record", str(report))
 
 
-def read_pins() -> list[str]:
-    """The requirements of CI but for transformers and what checks the style."""
+def read_pins(transformers: str) -> list[str]:
+    """The requirements of CI but for transformers and what checks the style.
+
+    CI's datasets needs a huggingface_hub that transformers 4 refuses: pip finds an older one.
+    """
     lines = (ROOT / "requirements-ci.txt").read_text(encoding="utf-8").splitlines()
     pins = [line for line in lines if line and not line.startswith("#")]
-    return [pin for pin in pins if pin.split("==")[0] not in ("transformers", *STYLE_TOOLS)]
+    left_out = {"transformers", *STYLE_TOOLS}
+    if transformers.startswith("4."):
+        left_out.add("datasets")
+        pins.append("datasets>=4.7")
+    return [pin for pin in pins if pin.split("==")[0] not in left_out]
 
 
 def without_bounds() -> list[str]:

@@ -17,7 +17,12 @@ from transformers import AutoModel
 
 from chatglm import door
 from chatglm.cards import BASE_CARD_FILE, CARD_FILE
-from chatglm.checkpoints.complete import complete_fields, find_auto_map, list_settings
+from chatglm.checkpoints.complete import (
+    CURRENT,
+    complete_fields,
+    find_auto_map,
+    list_settings,
+)
 from chatglm.converting.adapters import Adapter, read_adapter
 from chatglm.converting.checkpoint import StoredTensor, list_tensors, read_json
 from chatglm.converting.staging import describe_files
@@ -230,7 +235,7 @@ def _find_companions(folder: Path, code: Path, settings: Path) -> dict[str, Path
     template = settings / TEMPLATE
     files = [code / "LICENSE", folder / VOCABULARY, *(settings / name for name in SETTINGS)]
     files += [path for pattern in LICENSES for path in folder.glob(pattern)]
-    files += [code / name for name in find_model_files(code)]
+    files += [code / name for name in find_model_files(code, CURRENT)]
     files.append(template if template.is_file() else code / TEMPLATE)
     if settings == folder:
         files += [folder / name for name in MORE_SETTINGS]

@@ -329,3 +329,10 @@ def test_tokens_of_our_own_names_are_saved(hook: str, tmp_path: Path) -> None:
     again = ChatGLMTokenizer.from_pretrained(tmp_path)
     assert again.gmask_token == "[sMASK]", f"{hook} is not read"
     assert "[sMASK]" not in again.all_special_tokens, hook
+
+
+@pytest.mark.parametrize("hook", ["GenerationConfig._from_model_config"])
+def test_defaults_that_nobody_chose_are_known(hook: str) -> None:
+    """What the package door completes is what a configuration was made up from, and no other."""
+    assert build_model().generation_config._from_model_config is True, f"{hook} is gone"
+    assert not getattr(GenerationConfig(top_k=3), "_from_model_config", False)

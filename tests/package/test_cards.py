@@ -10,8 +10,6 @@ import pytest
 import torch
 import transformers
 import yaml
-from chatglm.training.ppo_settings import PpoSettings
-from chatglm.training.sft import SftSettings
 from conftest import ROOT, load_as_told
 from model_folders import copy_in_half, make_adapter, make_official, old_name
 
@@ -30,7 +28,9 @@ from chatglm.cards import (
 from chatglm.converting.conversion import merge_checkpoint, quantize_checkpoint
 from chatglm.converting.planning import PackedFormat
 from chatglm.training.describing import describe_training
+from chatglm.training.ppo.settings import PpoSettings
 from chatglm.training.settings import write_settings
+from chatglm.training.stages.sft import SftSettings
 
 BASE = Base("chatglm-6b", None, {"license": "mit"}, False)
 CARD = Card("A title", "A summary.", BASE, {"weights": "float16"}, {"command": "`x`"}, "pass")

@@ -82,8 +82,8 @@ def test_a_configuration_that_has_no_fields_is_refused(tmp_path: Path, text: str
 
 
 def test_the_presets_name_the_same_classes() -> None:
-    for preset in (ROOT / "presets").iterdir():
-        assert read_entry_points(preset).keys() == read_entry_points(ROOT).keys()
+    for preset in (ROOT / "chatglm" / "presets").glob("*/config.json"):
+        assert read_entry_points(preset.parent).keys() == read_entry_points(ROOT).keys()
 
 
 def test_the_command_prints_what_a_shell_can_copy(

@@ -111,14 +111,12 @@ def test_this_repository_s_own_folder(tmp_path: Path) -> None:
     for path in ROOT.iterdir():
         if path.is_file() and path.name != ".git":  # a file in a worktree, a folder in a clone
             shutil.copy(path, tmp_path)
-    for name in ("presets", "docs", "configs", ".ci"):
+    for name in ("docs", "configs", ".ci"):
         shutil.copytree(ROOT / name, tmp_path / name)
     write_files(tmp_path, JUNK)
     contents = list_contents(tmp_path)
-    presets = {f"presets/{p.parent.name}/{p.name}" for p in ROOT.glob("presets/*/*.json")}
-    assert len(presets) == 8 and presets < set(contents.kept)
     assert {name for name in contents.kept if name.endswith(".py")} == set(MODEL_FILES)
-    root = set(contents.kept) - presets - set(MODEL_FILES)
+    root = set(contents.kept) - set(MODEL_FILES)
     weights = {path.name for path in ROOT.glob("pytorch_model-*-of-00003.bin")}
     assert root - weights == {
         "LICENSE",

@@ -18,7 +18,7 @@ from conftest import build_model, count_calls
 from tqdm.auto import tqdm
 from transformers import PrinterCallback, ProgressCallback, Trainer, TrainingArguments
 
-from chatglm.training import progress
+from chatglm.training import progress, stage
 from chatglm.training import trainer as core
 from chatglm.training.data.batches import LengthSampler, PaddingCollator
 from chatglm.training.models import name_as_before
@@ -34,7 +34,14 @@ JUDGE = "def count(prompts, answers, references):\n    return [len(a) for a in a
 def keep_trainer(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     """Collect the trainers of the runs that follow, whose models are not written."""
     trainers: list[Any] = []
-    monkeypatch.setattr(core, "write_outputs", lambda trainer, settings: trainers.append(trainer))
+    monkeypatch.setattr(core, "save_trained", lambda *args: None)
+    evaluate = core.train_and_evaluate
+
+    def keep(trainer: Any, *args: Any) -> Any:
+        trainers.append(trainer)
+        return evaluate(trainer, *args)
+
+    monkeypatch.setattr(stage, "train_and_evaluate", keep)
     return trainers
 
 
