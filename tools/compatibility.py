@@ -39,6 +39,9 @@ leans on in those libraries is in [hooks.md](hooks.md).
 With a newer transformers than the last one here the model loads and says in one line that nobody
 has tried it. To try it: `make compat COMPAT="tests(newest)"`.
 
+Known: with transformers 4 a training of several processes on CPUs cannot be resumed. It reads the
+optimizer to `cpu:0`, which torch has no place for. One process, GPUs and transformers 5 can.
+
 """
 
 

@@ -15,7 +15,9 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from conftest import ROOT
+from packaging.version import Version
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
@@ -153,6 +155,10 @@ def test_what_was_in_parts_is_a_model_folder(
 
 
 @pytest.mark.slow
+@pytest.mark.skipif(
+    Version(transformers.__version__).major < 5,
+    reason="transformers 4 reads the optimizer of several processes to cpu:0 (docs/compatibility.md)",
+)
 def test_a_killed_run_goes_on_as_if_nothing_had_been(
     quick_python: str, two: Path, dead: tuple[Path, dict[str, Any]], keys: list[str]
 ) -> None:
