@@ -34,6 +34,9 @@ ACTIVATIONS = ("int8", "exact")
 # never unpacked as a whole, and on a CPU that each step of unpacking finds its data in the caches.
 BLOCK_WEIGHTS = 2**26
 CPU_BLOCK_WEIGHTS = 2**22
+# What torch's product with integers reads at once, and where it may begin.
+VECTOR_LENGTH = 16
+VECTOR_BYTES = 64
 
 
 def check_bits(bits: int) -> None:
@@ -244,16 +247,20 @@ class TorchKernels:
     def multiply(
         self, input: Tensor, weight: Tensor, weight_scale: Tensor, bits: int, activations: str
     ) -> Tensor | None:
-        """Return `input @ W.T` for bfloat16 inputs and a scale per row; None for others."""
+        """Return `input @ W.T` for bfloat16 inputs and a scale per row; None for others.
+
+        torch's kernel reads whole vectors and checks none of it: rows of other lengths it reads
+        past their end, and at odd addresses, as those of weights that a file stands behind, it
+        faults.
+        """
         # torch promises no such operation; without it products are torch's plain ones.
         multiply_integers = getattr(torch.ops.aten, "_weight_int8pack_mm", None)
         if input.dtype != torch.bfloat16 or weight_scale.dim() != 1 or activations == "exact":
             return None
-        if multiply_integers is None:
+        if multiply_integers is None or input.shape[-1] % VECTOR_LENGTH or not input.numel():
             return None
-        rows = input.reshape(-1, input.shape[-1]).contiguous()
-        if bits == 4:
-            weight = unpack_int4(weight)
+        rows = _align(input.reshape(-1, input.shape[-1]).contiguous())
+        weight = unpack_int4(weight) if bits == 4 else _align(weight)
         ones = torch.ones_like(weight_scale, dtype=torch.bfloat16)
         product = multiply_integers(rows, weight, ones)
         return (product * weight_scale).to(input.dtype).view(*input.shape[:-1], -1)
@@ -263,6 +270,11 @@ class TorchKernels:
     ) -> Tensor | None:
         """Leave whole matrices to plain torch."""
         return None
+
+
+def _align(tensor: Tensor) -> Tensor:
+    """Return a tensor, or a copy if its memory begins at an address that vectors do not."""
+    return tensor.clone() if tensor.data_ptr() % VECTOR_BYTES else tensor
 
 
 def _find_cpu_kernels(device: torch.device) -> LinearKernels:

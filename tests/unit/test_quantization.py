@@ -20,6 +20,7 @@ from chatglm_6b.configuration_chatglm import ChatGLMConfig
 from chatglm_6b.modeling_chatglm import ChatGLMForConditionalGeneration
 from chatglm_6b.quantization import (
     QuantizedLinear,
+    TorchKernels,
     dequantize_weight,
     pack_int4,
     quantize_weight,
@@ -577,3 +578,41 @@ def test_official_shards_load(dtype: torch.dtype, repository: Path) -> None:
     assert_loaded(model, expected)
     assert_loaded(model.float(), expected)
     assert_loaded(model.half(), expected)
+
+
+# torch's own product with integers, which checks neither
+
+
+@both_bits
+@pytest.mark.parametrize("width", [8, 24, 40, 48, 64])
+@pytest.mark.parametrize("rows", [0, 1, 2, 9])
+def test_torch_s_product_is_right_or_left_to_plain_torch(bits: int, width: int, rows: int) -> None:
+    """At widths that are not whole vectors it gives wrong numbers, or reads what is not there."""
+    linear = QuantizedLinear.from_linear(nn.Linear(width, 12, bias=False), bits)
+    given = (linear.weight, linear.weight_scale, bits, "int8")
+    states = torch.randn(rows, width, dtype=torch.bfloat16)
+    product = TorchKernels().multiply(states, *given)
+    assert (product is not None) == (width % 16 == 0 and rows > 0)
+    if product is not None:
+        expected = states.float() @ linear.unpack(torch.float32).T
+        torch.testing.assert_close(product.float(), expected, rtol=0.02, atol=0.02)
+
+
+@pytest.mark.parametrize("shift", [1, 4, 8, 32])
+@pytest.mark.parametrize("rows", [1, 2, 5])
+def test_torch_s_product_takes_memory_that_begins_anywhere(shift: int, rows: int) -> None:
+    """As weights do that lie in a file; torch's kernel ends the process there."""
+    linear = QuantizedLinear.from_linear(nn.Linear(64, 12, bias=False), 8)
+    states = torch.randn(rows, 64, dtype=torch.bfloat16)
+    expected = TorchKernels().multiply(states, linear.weight, linear.weight_scale, 8, "int8")
+    weight, moved = (move_memory(x, shift) for x in (linear.weight, states))
+    assert weight.data_ptr() % 64 == shift and moved.data_ptr() % 64 == shift * 2 % 64
+    product = TorchKernels().multiply(moved, weight, linear.weight_scale, 8, "int8")
+    assert product is not None and torch.equal(product, expected)
+
+
+def move_memory(tensor: Tensor, shift: int) -> Tensor:
+    """Return a copy whose memory begins so many elements behind a vector's address."""
+    room = torch.empty(tensor.numel() + shift + 64, dtype=tensor.dtype)
+    start = -room.data_ptr() % 64 // tensor.itemsize + shift
+    return room[start : start + tensor.numel()].view(tensor.shape).copy_(tensor)
