@@ -287,7 +287,9 @@ def locate(
     geometry = locate_new_tokens(
         input_ids, attention_mask, past_key_values, special_ids, num_positions
     )
-    is_masked = attention_mask is not None or is_static or input_ids.shape[1] > 1
+    # What is traced with one token is run with any number of them.
+    is_traced = torch.jit.is_tracing()  # pyright: ignore[reportPrivateImportUsage]
+    is_masked = attention_mask is not None or is_static or is_traced or input_ids.shape[1] > 1
     if hidden_mask is None and is_masked:
         hidden_mask = geometry.attention_mask
     return geometry.position_ids if position_ids is None else position_ids, hidden_mask
