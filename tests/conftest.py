@@ -5,6 +5,7 @@ Also builds what tests need a model for: a tiny random one, and a folder of remo
 
 import atexit
 import functools
+import importlib
 import importlib.util
 import inspect
 import json
@@ -21,8 +22,6 @@ from typing import Any
 
 import forking
 import pytest
-
-from chatglm.model_files import find_model_files
 
 ROOT = Path(__file__).resolve().parent.parent
 SHARED = ROOT.parent / "shared"
@@ -54,7 +53,9 @@ TINY = {
     "bos_token_id": 304,
     "eos_token_id": 305,
 }
-MODEL_FILES = find_model_files(ROOT)
+# With the package, or beside the model's files alone (`make alone`).
+PRESETS = next(p for p in (ROOT / "chatglm" / "presets", ROOT / "presets") if p.is_dir())
+MODEL_FILES = sorted(path.name for path in ROOT.glob("*.py"))
 TOKENIZER_FILES = ("ice_text.model", "tokenizer_config.json", "chat_template.jinja")
 # What nearly all commands import of the libraries, and takes seconds.
 LIBRARIES = (
@@ -97,6 +98,16 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     if missing:
         raise pytest.UsageError(f"LONGEST_FIRST in {__file__} names {missing}, which is not there")
     items.sort(key=lambda item: places.get(item.path, len(places)))
+
+
+def import_from_package(name: str) -> Any:
+    """Import a module of the package; skip the test or the file where only the model's files are.
+
+    A package that is there and cannot be imported is an error.
+    """
+    if importlib.util.find_spec("chatglm") is None:
+        pytest.skip(f"needs the package for {name}", allow_module_level=True)
+    return importlib.import_module(name)
 
 
 def build_model(

@@ -16,12 +16,12 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from chatglm_6b import generation_chatglm, modeling_chatglm
+from chatglm_6b import environment_chatglm, generation_chatglm, modeling_chatglm
 from chatglm_6b.cache_chatglm import LAYERS, ChatGLMCache, ReservedLayer
 from chatglm_6b.environment_chatglm import CACHE_NAME
 from chatglm_6b.generation_chatglm import GLMGenerationMixin, NucleusLogitsWarper
 from chatglm_6b.tokenization_chatglm import ChatGLMTokenizer
-from conftest import ROOT, build_model, count_calls
+from conftest import ROOT, build_model, count_calls, import_from_package
 from packaging.version import Version
 from peft import PrefixTuningConfig, TaskType, get_peft_model
 from transformers import (
@@ -34,9 +34,6 @@ from transformers import (
 )
 from transformers.cache_utils import DynamicLayer
 from transformers.generation import configuration_utils
-
-import chatglm.cpu
-from chatglm.cpu import memory, runtime
 
 # peft asks for an attribute by the name that it had before 5.23.
 pytestmark = pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated")
@@ -57,7 +54,7 @@ def generated() -> Any:
     found = SimpleNamespace(calls=calls, columns=[], steps=[], processors=[])
     model = build_model()
     model.lm_head.register_forward_pre_hook(lambda _, args: found.columns.append(args[0].shape[1]))
-    decode, replace = chatglm.cpu.decode_step, generation_chatglm.replace_top_p
+    engine, replace = environment_chatglm.find_engine(), generation_chatglm.replace_top_p
 
     def note_step(*args: Any, **kwargs: Any) -> Any:
         found.steps.append(decode(*args, **kwargs))
@@ -70,7 +67,9 @@ def generated() -> Any:
     with pytest.MonkeyPatch.context() as monkeypatch:
         for name in ("_prepare_cache_for_generation", "_get_logits_processor"):
             count_calls(monkeypatch, GLMGenerationMixin, name, calls)
-        monkeypatch.setattr(chatglm.cpu, "decode_step", note_step)
+        if engine is not None:
+            decode = engine.decode_step
+            monkeypatch.setattr(engine, "decode_step", note_step)
         monkeypatch.setattr(generation_chatglm, "replace_top_p", note_processors)
         options = GREEDY | {"do_sample": True, "top_p": 0.8, "return_dict_in_generate": True}
         found.cache = model.generate(IDS, **options)[CACHE_NAME]
@@ -101,6 +100,7 @@ def test_generate_makes_our_cache(hook: str, generated: Any) -> None:
 @pytest.mark.skipif(sys.platform != "linux", reason="other systems name them otherwise")
 def test_decoding_steps_run_as_programs(hook: str, generated: Any) -> None:
     pytest.importorskip("llvmlite")
+    runtime = import_from_package("chatglm.cpu.runtime")
     assert runtime.find_runtime() is not None, f"one of them is gone, perhaps {hook}"
     assert len(generated.steps) == NEW, "steps are not asked whether they can be programs"
     prompt, *steps = generated.steps
@@ -111,7 +111,7 @@ def test_decoding_steps_run_as_programs(hook: str, generated: Any) -> None:
 @pytest.mark.skipif(sys.platform != "linux", reason="other heaps are trimmed otherwise")
 def test_the_heap_can_be_trimmed(hook: str) -> None:
     assert hasattr(ctypes.CDLL(None), "malloc_trim"), f"{hook} is gone"
-    memory.trim_heap()
+    import_from_package("chatglm.cpu.memory").trim_heap()
 
 
 @pytest.mark.parametrize("hook", ["GenerationMixin._supports_logits_to_keep"])

@@ -16,14 +16,14 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from chatglm_6b import cache_chatglm
+from chatglm_6b import cache_chatglm, environment_chatglm
 from chatglm_6b.cache_chatglm import ChatGLMCache, ReservedLayer
 from chatglm_6b.configuration_chatglm import ChatGLMConfig
 from chatglm_6b.environment_chatglm import CACHE_NAME, CACHE_NAMES
 from chatglm_6b.modeling_chatglm import ChatGLMForConditionalGeneration, GLMBlock
 from chatglm_6b.quantization import QuantizedLinear, TorchKernels
 from chatglm_6b.quantizer_chatglm import ChatGLMQuantizer, QuantizedLoadingMixin, register
-from conftest import TINY, build_model, count_calls, forget_kernels
+from conftest import TINY, build_model, count_calls, forget_kernels, import_from_package
 from packaging.version import Version
 from peft import LoraConfig, TaskType, get_peft_model
 from safetensors.torch import load_file, save_file
@@ -32,13 +32,11 @@ from transformers import PreTrainedModel
 from transformers.quantizers.auto import AutoHfQuantizer, AutoQuantizationConfig
 from transformers.quantizers.base import HfQuantizer
 
-from chatglm.cpu import compiler, decoding_step, kernel_cache
-from chatglm.training.models import enable_checkpointing
-
 # peft asks for an attribute by the name that it had before 5.23.
 pytestmark = pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated")
 
 IS_OLD = Version(transformers.__version__) < Version("5")
+ENGINE = ("chatglm.cpu.compiler", "chatglm.cpu.kernel_cache")
 IDS = torch.tensor([[5, 197, 86, 97, 5, 197, 11, 301, 304]])
 
 
@@ -84,7 +82,7 @@ def test_the_dictionaries_of_a_module(hook: str) -> None:
 
 @pytest.mark.parametrize("hook", ["logging.Logger.warning_once"])
 def test_a_line_in_the_log_comes_once(hook: str) -> None:
-    assert callable(getattr(compiler.logger, "warning_once", None)), f"{hook} is gone"
+    assert callable(getattr(environment_chatglm.logger, "warning_once", None)), f"{hook} is gone"
 
 
 # Loading and placing
@@ -290,7 +288,7 @@ def test_the_kernel_can_be_chosen_later(hook: str) -> None:
 )
 def test_checkpointed_blocks_are_run_twice(hook: str) -> None:
     model = build_model().train()
-    enable_checkpointing(model)
+    import_from_package("chatglm.training.models").enable_checkpointing(model)
     blocks = [m for m in model.modules() if isinstance(m, GLMBlock)]
     assert all(m.gradient_checkpointing for m in (*blocks, model.transformer)), hook
     calls: Counter[int] = Counter()
@@ -372,6 +370,7 @@ def test_who_looks_into_a_block_is_noticed(hook: str) -> None:
         "Module._forward_pre_hooks": lambda m: m.register_forward_pre_hook(lambda *args: None),
         "accelerate.add_hook_to_module": lambda m: add_hook_to_module(m, ModelHook()),
     }
+    decoding_step = import_from_package("chatglm.cpu.decoding_step")
     block = build_model().transformer.layers[0]
     assert not decoding_step._is_watched(block)
     watch[hook](block)
@@ -403,6 +402,7 @@ def test_torch_has_a_product_with_integers(hook: str, monkeypatch: pytest.Monkey
 def test_another_llvmlite_ends_in_the_fall_back(hook: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """With the name the kernels are there; without it torch answers, and a line says why."""
     pytest.importorskip("llvmlite")
+    compiler, kernel_cache = map(import_from_package, ENGINE)
     module, _, name = hook.rpartition(".")
     lines: list[str] = []
     monkeypatch.setenv(kernel_cache.CACHE_VARIABLE, "off")

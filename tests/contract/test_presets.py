@@ -11,10 +11,9 @@ import torch
 from chatglm_6b.configuration_chatglm import ChatGLMConfig
 from chatglm_6b.modeling_chatglm import ChatGLMForConditionalGeneration
 from chatglm_6b.tokenization_chatglm import ChatGLMTokenizer
-from conftest import ROOT, SHARED
+from conftest import PRESETS, ROOT, SHARED
 from transformers import GenerationConfig
 
-PRESETS = ROOT / "chatglm" / "presets"
 GENERATIONS = ("chatglm-6b", "chatglm-6b-v0")
 # The weights were cut into shards when the embedding still had the rows of the first generation.
 CUT_VOCAB_SIZE = 150528

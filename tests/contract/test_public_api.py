@@ -10,14 +10,7 @@ import pytest
 from chatglm_6b.configuration_chatglm import ChatGLMConfig
 from chatglm_6b.modeling_chatglm import ChatGLMForConditionalGeneration, ChatGLMModel
 from chatglm_6b.tokenization_chatglm import ChatGLMTokenizer
-from conftest import ROOT
-
-from chatglm.benching import command as bench
-from chatglm.cli import COMMANDS
-from chatglm.converting import merge, quantize
-from chatglm.loading import load_model
-from chatglm.publishing import publish
-from chatglm.serving import chat
+from conftest import ROOT, import_from_package
 
 REQUIRED = inspect.Parameter.empty
 GENERATOR = "modeling_chatglm.ChatGLMForConditionalGeneration"
@@ -310,27 +303,30 @@ def test_the_modules_that_scripts_reach_into() -> None:
 
 def test_the_loader_s_signature() -> None:
     expected = {"path": REQUIRED, "bits": None, "device": None, "dtype": None}
+    load_model = import_from_package("chatglm.loading").load_model
     assert list(parameters(load_model).items()) == list(expected.items())
 
 
 def test_the_commands_are_frozen() -> None:
-    assert set(COMMANDS) == {"bench", "chat", "merge", "publish", "quantize", "train"}
+    commands = import_from_package("chatglm.cli").COMMANDS
+    assert set(commands) == {"bench", "chat", "merge", "publish", "quantize", "train"}
 
 
 @pytest.mark.parametrize(
-    ("parser", "expected"),
+    ("module", "expected"),
     [
-        (bench.make_parser(), BENCH_OPTIONS),
-        (chat.make_parser(), CHAT_OPTIONS),
-        (merge.make_parser(), MERGE_OPTIONS),
-        (publish.make_parser(), PUBLISH_OPTIONS),
-        (quantize.make_parser(), QUANTIZE_OPTIONS),
+        ("benching.command", BENCH_OPTIONS),
+        ("serving.chat", CHAT_OPTIONS),
+        ("converting.merge", MERGE_OPTIONS),
+        ("publishing.publish", PUBLISH_OPTIONS),
+        ("converting.quantize", QUANTIZE_OPTIONS),
     ],
     ids=["bench", "chat", "merge", "publish", "quantize"],
 )
 def test_the_options_of_the_commands_are_frozen(
-    parser: argparse.ArgumentParser, expected: dict[str, tuple[Any, Any]]
+    module: str, expected: dict[str, tuple[Any, Any]]
 ) -> None:
+    parser = import_from_package(f"chatglm.{module}").make_parser()
     actions = [a for a in parser._actions if not isinstance(a, argparse._HelpAction)]
     assert {
         option: (action.choices or action.metavar, action.default)

@@ -18,10 +18,8 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import ROOT
+from conftest import ROOT, import_from_package
 from transformers.dynamic_module_utils import get_imports, get_relative_imports
-
-from chatglm.model_files import find_model_files
 
 REQUIRED = {"torch", "transformers", "sentencepiece", "packaging"}
 FLAT_FILES = sorted(ROOT.glob("*.py"))
@@ -68,7 +66,11 @@ def test_the_entry_files_are_the_known_ones() -> None:
     assert entry_modules() == {"configuration_chatglm", "tokenization_chatglm", "modeling_chatglm"}
     needed = set().union(*(all_siblings(module) | {module} for module in entry_modules()))
     assert needed == set(MODULES), "a flat file that nobody loads"
-    assert [path.name for path in FLAT_FILES] == find_model_files(ROOT)
+
+
+def test_the_package_finds_the_same_files() -> None:
+    model_files = import_from_package("chatglm.model_files")
+    assert [path.name for path in FLAT_FILES] == model_files.find_model_files(ROOT)
 
 
 @each_module

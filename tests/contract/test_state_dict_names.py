@@ -11,7 +11,8 @@ from chatglm_6b.modeling_chatglm import (
     ChatGLMForConditionalGeneration,
     ChatGLMForSequenceClassification,
 )
-from conftest import ROOT, SHARED
+from conftest import PRESETS as FOLDER
+from conftest import SHARED
 
 Shapes = dict[str, tuple[int, ...]]
 
@@ -23,7 +24,7 @@ each_preset = pytest.mark.parametrize("preset", PRESETS)
 
 
 def read_preset(preset: str, name: str = "config.json") -> dict[str, Any]:
-    return json.loads((ROOT / "chatglm" / "presets" / preset / name).read_text(encoding="utf-8"))
+    return json.loads((FOLDER / preset / name).read_text(encoding="utf-8"))
 
 
 def official_shapes(config: dict[str, Any]) -> Shapes:

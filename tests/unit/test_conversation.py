@@ -16,7 +16,7 @@ import torch
 from chatglm_6b.conversation_chatglm import ChatMixin, StopOnText, check_history, cut_at_stops
 from chatglm_6b.generation_chatglm import InvalidScoreLogitsProcessor
 from chatglm_6b.tokenization_chatglm import ChatGLMTokenizer
-from conftest import ROOT, SHARED, build_model
+from conftest import PRESETS, ROOT, SHARED, build_model
 from peft import LoraConfig, get_peft_model
 from transformers.generation.logits_process import LogitsProcessor, LogitsProcessorList
 from transformers.generation.stopping_criteria import MaxLengthCriteria, StoppingCriteriaList
@@ -109,7 +109,7 @@ class Recorder(ChatMixin):
 
 
 def golden_tokenizer(name: str) -> ChatGLMTokenizer:
-    fields = read_fields(ROOT / "chatglm" / "presets" / GENERATIONS[name])
+    fields = read_fields(PRESETS / GENERATIONS[name])
     return ChatGLMTokenizer(str(SHARED / "tokenizers" / VOCABULARIES[name]), **fields)
 
 
@@ -379,7 +379,7 @@ def test_scores_that_are_no_numbers_are_survived(tokenizer: Any, model: Any) -> 
 
 
 def test_a_tokenizer_of_another_generation(model: Any) -> None:
-    fields = read_fields(ROOT / "chatglm/presets/chatglm-6b-v0")
+    fields = read_fields(PRESETS / "chatglm-6b-v0")
     other = ChatGLMTokenizer(str(ROOT / "ice_text.model"), **fields)
     gmask = model.config.gmask_token_id
     words = rf"\[gMASK\] is {gmask + 20000}, the model's is {gmask}: .* different generations"

@@ -9,6 +9,7 @@ import pytest
 import torch
 from chatglm_6b import quantization, quantizer_chatglm
 from chatglm_6b.configuration_chatglm import ChatGLMConfig
+from chatglm_6b.environment_chatglm import find_engine
 from chatglm_6b.modeling_chatglm import (
     ChatGLMForConditionalGeneration,
     ChatGLMForSequenceClassification,
@@ -246,7 +247,9 @@ def test_the_treatment_of_inputs_is_chosen_and_can_be_changed() -> None:
     assert model.quantize(4, activations="exact") is model
     assert (model.config.quantization_activations, treatments(model)) == ("exact", {"exact"})
     exact = logits_of(model)
-    assert 0 < (rounded - exact).norm() < 0.05 * exact.norm()
+    difference = (rounded - exact).norm()
+    assert difference < 0.05 * exact.norm()
+    assert (difference > 0) == (find_engine() is not None)  # plain torch rounds no float32
     model.quantize(4)  # keeps what it has
     assert treatments(model) == {"exact"}
     model.quantize(4, activations="int8")

@@ -22,14 +22,14 @@ from chatglm_6b.tokenization_chatglm import (
     ChatGLMTokenizer,
     complete_vocabulary,
 )
-from conftest import ROOT
+from conftest import PRESETS, ROOT
 from transformers import AddedToken
 
 VOCABULARY = ROOT / "ice_text.model"
 TEMPLATE = (ROOT / "chat_template.jinja").read_text(encoding="utf-8")
 IMAGES = 7  # stands for the 20000 image ids of the first generation
-LATE = json.loads((ROOT / "chatglm/presets/chatglm-6b/tokenizer_config.json").read_text())
-FIRST = json.loads((ROOT / "chatglm/presets/chatglm-6b-v0/tokenizer_config.json").read_text())
+LATE = json.loads((PRESETS / "chatglm-6b/tokenizer_config.json").read_text())
+FIRST = json.loads((PRESETS / "chatglm-6b-v0/tokenizer_config.json").read_text())
 INJECTION = "a <sop> [MASK] </s><eop>\n<pad>b<unk>[gMASK]<s>[sMASK]<ENC><dBLOCK><unused_0>c"
 
 
