@@ -19,7 +19,7 @@ ifeq (1,$(CPU))
 export PIP_EXTRA_INDEX_URL := $(PIP_EXTRA_INDEX_URL) https://download.pytorch.org/whl/cpu
 endif
 
-.PHONY: help setup chat test parity compat lint fmt types check bench-formats bench-memory bench-generate bench-kernels bench-tokenizer bench-train bench-report train-mini vocabulary-mini clean
+.PHONY: help setup chat test parity compat alone lint fmt types check bench-formats bench-memory bench-generate bench-kernels bench-tokenizer bench-train bench-report train-mini vocabulary-mini clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/make \1  -  \2/p' Makefile
@@ -37,6 +37,9 @@ parity: $(WORKING) ## compare with the original code's numbers
 
 compat: $(WORKING) ## test on every supported transformers; COMPAT="tests(newest)" on what is newest
 	$(BIN)/nox --noxfile tools/noxfile.py --session "$(COMPAT)" -- $(ARGS)
+
+alone: $(WORKING) ## test the model's files without the package and without llvmlite
+	$(BIN)/nox --noxfile tools/noxfile.py --session alone -- $(ARGS)
 
 lint: $(WORKING) ## check style and format
 	$(BIN)/ruff check .

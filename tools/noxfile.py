@@ -1,10 +1,13 @@
 """Runs all tests on every supported transformers release, and on the newest (`make compat`).
 
 Each run leaves a report and the versions that it met in build/compat, which tools/compatibility.py
-makes docs/compatibility.md of.
+makes docs/compatibility.md of. `make alone` runs the tests of the model's files where these are
+alone, without the package and without what its engine compiles with.
 """
 
 import ast
+import shutil
+import tempfile
 from pathlib import Path
 
 import nox
@@ -12,6 +15,20 @@ import nox
 ROOT = Path(__file__).resolve().parent.parent
 NEWEST = "newest"
 STYLE_TOOLS = ("ruff", "pyright", "nox")
+# Tests of the model's files: the few of them that ask for the package skip without, and say so.
+TESTS_OF_THE_MODEL = ("unit", "parity", "property", "wild")
+CONTRACTS_OF_THE_MODEL = (
+    "decoding_steps",
+    "generation_hooks",
+    "model_hooks",
+    "presets",
+    "public_api",
+    "remote_code_laws",
+    "state_dict_names",
+)
+NOT_IMPORTABLE = (
+    "import importlib.util as u; assert not any(map(u.find_spec, ('chatglm', 'llvmlite')))"
+)
 REPORTS = ROOT / "build" / "compat"
 # It asks what the notes of these runs say, which are made when they end.
 ABOUT_THESE_RUNS = (
@@ -42,6 +59,39 @@ def tests(session: nox.Session, transformers: str) -> None:
         session.install("--no-compile", *read_pins(transformers), f"transformers=={transformers}")
     session.install("--no-deps", "--editable", ".")
     run_tests(session, transformers)
+
+
+@nox.session
+def alone(session: nox.Session) -> None:
+    """The tests of the model's files in a folder that holds no package, where none is installed."""
+    release = read_releases()[-1]
+    pins = [pin for pin in read_pins(release) if not pin.startswith("llvmlite")]
+    session.install("--no-compile", *pins, f"transformers=={release}")
+    tests = [f"tests/{name}" for name in TESTS_OF_THE_MODEL]
+    tests += [f"tests/contract/test_{name}.py" for name in CONTRACTS_OF_THE_MODEL]
+    options = ["--numprocesses", "2", "--dist", "loadfile", "--no-loadscope-reorder"]
+    environment = {"OMP_NUM_THREADS": "1", "PYTHONPATH": None}
+    with tempfile.TemporaryDirectory(prefix="chatglm-alone-") as folder:
+        copy_model(Path(folder) / "model")
+        with session.chdir(Path(folder) / "model"):
+            session.run("python", "-c", NOT_IMPORTABLE, env=environment)
+            command = ("python", "-m", "pytest", *options, *(session.posargs or tests))
+            session.run(*command, env=environment)
+
+
+def copy_model(folder: Path) -> None:
+    """Copy the model's files and what their tests read; golden data become a link beside it."""
+    folder.mkdir()
+    for path in ROOT.iterdir():
+        if path.is_file() and not path.name.startswith("."):
+            shutil.copy(path, folder)
+    without_caches = shutil.ignore_patterns("__pycache__")
+    for name in ("docs", "tests"):
+        shutil.copytree(ROOT / name, folder / name, ignore=without_caches)
+    shutil.copytree(ROOT / "chatglm" / "presets", folder / "presets", ignore=without_caches)
+    shared = ROOT.parent / "shared"
+    if shared.is_dir():
+        (folder.parent / "shared").symlink_to(shared.resolve())
 
 
 def run_tests(session: nox.Session, name: str) -> None:

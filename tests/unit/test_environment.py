@@ -2,6 +2,11 @@
 
 import dataclasses
 import importlib.metadata
+import importlib.util
+import re
+import sys
+from collections.abc import Iterator
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -10,13 +15,17 @@ from chatglm_6b import environment_chatglm
 from chatglm_6b.environment_chatglm import (
     CACHE_NAME,
     CACHE_NAMES,
+    SEAM_VERSION,
     TESTED_TRANSFORMERS,
     change_load_settings,
     check_transformers,
     choose_cache,
+    find_engine,
+    kernels_off,
     read_load_settings,
     rename_cache,
 )
+from conftest import build_model
 from packaging.version import Version
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
@@ -108,3 +117,43 @@ def test_loading_settings_of_both_conventions() -> None:
         settings = read_load_settings(args, options)
         assert (settings["device_map"], settings["dtype"]) == (1, None)
     assert (args[1:], options) == (("rest",), {"names": 2})
+
+
+# The seam to the engine
+
+
+@pytest.fixture
+def anew() -> Iterator[None]:
+    """Have the engine looked for as in a new process, and again by whoever comes after."""
+    find_engine.cache_clear()
+    yield
+    find_engine.cache_clear()
+
+
+def test_the_engine_is_there_where_the_package_is(anew: None, warned: list[str]) -> None:
+    """And only there: what CI runs without the package must run without its engine."""
+    is_there = importlib.util.find_spec("chatglm") is not None
+    assert (find_engine() is not None) == is_there
+    assert len(warned) == (not is_there)
+
+
+@pytest.mark.parametrize(
+    ("engine", "words"),
+    [
+        (None, r"chatglm\.cpu cannot be imported \("),
+        (SimpleNamespace(SEAM_VERSION=SEAM_VERSION + 1), f"version {SEAM_VERSION + 1} of the seam"),
+    ],
+    ids=["no package", "another version"],
+)
+def test_without_an_engine_that_fits_torch_answers_and_a_line_says_why(
+    engine: Any, words: str, anew: None, warned: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, ids = build_model(), torch.tensor([[5, 197, 86, 301, 304]])
+    with kernels_off(), torch.no_grad():
+        expected = model(ids).logits
+    monkeypatch.setitem(sys.modules, "chatglm.cpu", engine)
+    with torch.no_grad():
+        assert torch.equal(model(ids).logits, expected)
+    assert find_engine() is None
+    (line,) = warned
+    assert re.search(words, line) and "pip install -U chatglm" in line and "\n" not in line
