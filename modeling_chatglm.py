@@ -44,13 +44,13 @@ from .masking_chatglm import (
     locate,
     pick_places,
 )
+from .quantization import WeightFormat
 
 # Not used here: transformers copies the files that this one imports, and not theirs.
 from .quantization_cuda import find_kernels  # noqa: F401
 from .quantizer_chatglm import (
     QuantizationMixin,
     QuantizedLoadingMixin,
-    WeightFormat,
     note_ties,
     swap_layers,
 )

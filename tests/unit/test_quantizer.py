@@ -9,15 +9,16 @@ from typing import Any
 
 import pytest
 import torch
-from chatglm_6b import quantizer_chatglm
+from chatglm_6b import environment_chatglm, quantization, quantizer_chatglm
 from chatglm_6b.configuration_chatglm import ChatGLMConfig
+from chatglm_6b.environment_chatglm import forget_pages, is_mapped
 from chatglm_6b.modeling_chatglm import (
     ChatGLMForConditionalGeneration,
     ChatGLMForSequenceClassification,
     ChatGLMModel,
 )
 from chatglm_6b.quantization import quantize_weight
-from chatglm_6b.quantizer_chatglm import ChatGLMQuantizationConfig, forget_pages, is_mapped
+from chatglm_6b.quantizer_chatglm import ChatGLMQuantizationConfig
 from conftest import MODEL_FILES, ROOT, TINY, build_model
 from safetensors.torch import save_file
 from torch import Tensor
@@ -261,8 +262,8 @@ def test_one_block_of_one_matrix_is_worked_on_at_a_time(
         finally:
             at_work.release()
 
-    monkeypatch.setattr(quantizer_chatglm, "quantize_weight", quantize_and_watch)
-    monkeypatch.setattr(quantizer_chatglm, "WEIGHTS_AT_ONCE", 1000)
+    monkeypatch.setattr(quantization, "quantize_weight", quantize_and_watch)
+    monkeypatch.setattr(environment_chatglm, "WEIGHTS_AT_ONCE", 1000)
     assert_same(load(half_folder, **ask(bits=4)), expected)
     assert all(most)
     assert max(blocks) <= 1000
@@ -315,7 +316,7 @@ def test_every_mapped_matrix_is_given_back(
         given_back.append(block.nbytes)
         forget_pages(block)
 
-    monkeypatch.setattr(quantizer_chatglm, "forget_pages", forget_and_note)
+    monkeypatch.setattr(environment_chatglm, "forget_pages", forget_and_note)
     model = load(half_folder, **ask(bits=4))
     stored = sum(tensor.nbytes for tensor in make_state().values())
     assert sum(given_back) >= stored
