@@ -1,15 +1,21 @@
 """Numbers that came out otherwise than the weights say, each by its line in the list of faults.
 
-B8 pads without a mask.
+B3 scales under bfloat16, B8 pads without a mask.
 """
 
+import logging
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from chatglm_6b import quantization, quantization_cuda
 from chatglm_6b.environment_chatglm import CACHE_NAME
 from chatglm_6b.masking_chatglm import SpecialIds, locate, locate_new_tokens
+from chatglm_6b.modeling_chatglm import ChatGLMForConditionalGeneration
+from chatglm_6b.quantization import QuantizedLinear, quantized_linear
 from conftest import TINY, build_model, pad_rows
+from ptx.cases import simulate
 
 GMASK, SOP, PAD = TINY["gmask_token_id"], TINY["bos_token_id"], TINY["pad_token_id"]
 ROWS = [[5, 9, GMASK, SOP, 7, 8], [11, 5, 17, 23, GMASK, SOP], [29, 31, GMASK, SOP, 12]]
@@ -97,3 +103,70 @@ def test_b8_a_compiled_pass_infers_pads_without_asking(tiny_model: Any) -> None:
     exported = torch.export.export(tiny_model, (ids,), {"use_cache": False}, strict=False).module()
     found = exported(ids, use_cache=False).logits
     torch.testing.assert_close(found, tiny_model(ids, mask).logits, atol=1e-5, rtol=1e-5)
+
+
+def read_scales(model: Any) -> dict[str, torch.Tensor]:
+    state = model.state_dict()
+    return {name: tensor for name, tensor in state.items() if name.endswith("weight_scale")}
+
+
+@pytest.fixture
+def half_folder(tiny_model: Any, tmp_path: Path) -> Path:
+    tiny_model.half().save_pretrained(tmp_path / "half")
+    return tmp_path / "half"
+
+
+def load(folder: Path, **options: Any) -> Any:
+    return ChatGLMForConditionalGeneration.from_pretrained(folder, **options)
+
+
+@pytest.mark.parametrize("options", [{}, {"group_size": 32, "embeddings": True}], ids=str)
+@pytest.mark.parametrize("bits", [4, 8])
+def test_b3_scales_are_float32_under_bfloat16_on_every_road(
+    bits: int, options: dict[str, Any], half_folder: Path, tmp_path: Path
+) -> None:
+    asked = {"quantization_config": {"quant_method": "chatglm", "bits": bits, **options}}
+    fields = {f"quantization_{name}": value for name, value in options.items()}
+    fields["quantization_bit"] = bits
+    load(half_folder, dtype=torch.float16).quantize(bits, **options).save_pretrained(tmp_path / "q")
+    bfloat16 = {"dtype": torch.bfloat16}
+    roads = {
+        "in memory": load(half_folder, **bfloat16).quantize(bits, **options),
+        "cast before": load(half_folder, dtype=torch.float16).bfloat16().quantize(bits, **options),
+        "cast after": load(half_folder, dtype=torch.float16).quantize(bits, **options).bfloat16(),
+        "while loading": load(half_folder, **bfloat16, **asked),
+        "by the configuration": load(half_folder, **bfloat16, **fields),
+        "from a packed folder": load(tmp_path / "q", **bfloat16),
+    }
+    for road, model in roads.items():
+        scales = read_scales(model)
+        assert scales and {scale.dtype for scale in scales.values()} == {torch.float32}, road
+        assert model.dtype == torch.bfloat16, road
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_b3_the_scales_of_a_bfloat16_model_are_those_of_half(bits: int, tiny_model: Any) -> None:
+    wide, narrow = build_model().bfloat16(), build_model().bfloat16().float()
+    scales = read_scales(narrow.quantize(bits))
+    assert {scale.dtype for scale in scales.values()} == {torch.float16}
+    for name, scale in read_scales(wide.quantize(bits)).items():
+        assert torch.equal(scale, scales[name].float())
+
+
+def test_b3_the_kernels_take_a_bfloat16_model_and_say_once_what_they_decline(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.WARNING, quantization_cuda.__name__)
+    linear = torch.nn.Linear(64, 32, dtype=torch.bfloat16)
+    with simulate() as machine, torch.no_grad():
+        monkeypatch.setitem(quantization.KERNEL_FINDERS, "cpu", lambda device: machine.kernels)
+        layer = QuantizedLinear.from_linear(linear, 4)
+        layer(torch.ones(1, 64, dtype=torch.bfloat16))
+        assert len(machine.driver.launches) == 1 and not caplog.records
+        for _ in range(2):
+            input = torch.ones(1, 64, dtype=torch.bfloat16)
+            quantized_linear(input, layer.weight, layer.weight_scale.half(), 4)
+    assert len(machine.driver.launches) == 1
+    (record,) = caplog.records
+    assert "no kernel for torch.bfloat16 with scales of torch.float16" in record.getMessage()
+    assert "bfloat16()" in record.getMessage()
