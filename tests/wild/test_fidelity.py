@@ -1,9 +1,11 @@
 """Numbers that came out otherwise than the weights say, each by its line in the list of faults.
 
-B3 scales under bfloat16, B8 pads without a mask.
+B2 dtype of a plain load, B3 scales under bfloat16, B8 pads without a mask.
 """
 
+import json
 import logging
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +16,9 @@ from chatglm_6b.environment_chatglm import CACHE_NAME
 from chatglm_6b.masking_chatglm import SpecialIds, locate, locate_new_tokens
 from chatglm_6b.modeling_chatglm import ChatGLMForConditionalGeneration
 from chatglm_6b.quantization import QuantizedLinear, quantized_linear
-from conftest import TINY, build_model, pad_rows
+from conftest import REPO_SIZES, TINY, build_model, pad_rows
 from ptx.cases import simulate
+from transformers import AutoModel
 
 GMASK, SOP, PAD = TINY["gmask_token_id"], TINY["bos_token_id"], TINY["pad_token_id"]
 ROWS = [[5, 9, GMASK, SOP, 7, 8], [11, 5, 17, 23, GMASK, SOP], [29, 31, GMASK, SOP, 12]]
@@ -170,3 +173,41 @@ def test_b3_the_kernels_take_a_bfloat16_model_and_say_once_what_they_decline(
     (record,) = caplog.records
     assert "no kernel for torch.bfloat16 with scales of torch.float16" in record.getMessage()
     assert "bfloat16()" in record.getMessage()
+
+
+@pytest.mark.parametrize("stored", [torch.float16, torch.bfloat16, torch.float32], ids=str)
+def test_b2_a_plain_load_has_the_dtype_of_the_configuration(
+    stored: torch.dtype, tiny_model: Any, tmp_path: Path
+) -> None:
+    tiny_model.to(stored).save_pretrained(tmp_path)
+    path = tmp_path / "config.json"
+    fields = json.loads(path.read_text())
+    for key in ("dtype", "torch_dtype"):  # the second is the official one
+        others = {k: v for k, v in fields.items() if k not in ("dtype", "torch_dtype")}
+        path.write_text(json.dumps(others | {key: str(stored).removeprefix("torch.")}))
+        for named in ({}, {"dtype": None}, {"dtype": "auto"}):
+            model = load(tmp_path, **named)
+            assert {p.dtype for p in model.parameters()} == {stored}
+            assert model.config.dtype == stored
+    path.write_text(json.dumps(others))  # then that of the weights
+    assert {p.dtype for p in load(tmp_path).parameters()} == {stored}
+
+
+def test_b2_a_dtype_that_is_named_is_what_comes(half_folder: Path) -> None:
+    for dtype in (torch.float32, torch.bfloat16, "float32"):
+        expected = torch.float32 if isinstance(dtype, str) else dtype
+        assert {p.dtype for p in load(half_folder, dtype=dtype).parameters()} == {expected}
+    model = load(half_folder).quantize(4)
+    assert model.dtype == torch.float16
+    assert {scale.dtype for scale in read_scales(model).values()} == {torch.float16}
+
+
+def test_b2_so_do_the_auto_classes(tiny_repo: Path, tmp_path: Path) -> None:
+    shutil.copytree(tiny_repo, tmp_path / "model")
+    model = build_model(**REPO_SIZES).half()
+    model.save_pretrained(tmp_path / "model")
+    fields = json.loads((tiny_repo / "config.json").read_text()) | {"torch_dtype": "float16"}
+    (tmp_path / "model" / "config.json").write_text(json.dumps(fields))
+    loaded = AutoModel.from_pretrained(tmp_path / "model", trust_remote_code=True)
+    held = sum(parameter.nbytes for parameter in loaded.parameters())
+    assert held == sum(parameter.nbytes for parameter in model.parameters())  # not twice as much
