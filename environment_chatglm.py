@@ -30,6 +30,7 @@ import torch
 from packaging import version
 from torch import Tensor
 from transformers.modeling_outputs import CausalLMOutputWithPast
+from transformers.modeling_utils import load_state_dict
 from transformers.utils import logging
 
 # The oldest and the newest bound what pyproject.toml installs; tools/noxfile.py tests all of them.
@@ -106,6 +107,21 @@ def rename_cache(arguments: dict[str, Any]) -> None:
         arguments[CACHE_NAME] = cache
 
 
+def ask_for_own_dtype(options: dict[str, Any]) -> bool:
+    """Ask for the dtype of config.json where none is named: transformers 4 takes float32 else.
+
+    Args:
+        options: keyword arguments of `from_pretrained`.
+
+    Returns:
+        Whether it is the configuration's, and not one of the caller's.
+    """
+    named = [options[key] for key in ("dtype", "torch_dtype") if options.get(key) is not None]
+    if not named:
+        options["dtype"] = "auto"
+    return all(isinstance(dtype, str) and dtype == "auto" for dtype in named)
+
+
 def read_load_settings(args: tuple[Any, ...], options: dict[str, Any]) -> Mapping[str, Any]:
     """Return what `_load_pretrained_model` was told, by name.
 
@@ -137,6 +153,19 @@ def renew_ties(model: Any) -> None:
 
 
 # Reading checkpoints
+
+
+def open_shards(files: list[str], weights_only: bool) -> dict[str, Tensor]:
+    """Map the shards into memory; nothing but their tables of contents is read yet."""
+    tensors: dict[str, Tensor] = {}
+    for file in files:
+        tensors |= load_state_dict(file, map_location="cpu", weights_only=weights_only)
+    return tensors
+
+
+def whole_shape(tensor: Tensor) -> tuple[int, ...]:
+    """Return the shape of a tensor of which DeepSpeed's ZeRO-3 may leave this process a part."""
+    return getattr(tensor, "ds_shape", tensor.shape)
 
 
 class StoredTensor:
@@ -323,6 +352,7 @@ __all__ = [
     "TESTED_TRANSFORMERS",
     "PendingTensor",
     "StoredTensor",
+    "ask_for_own_dtype",
     "change_load_settings",
     "check_transformers",
     "choose_cache",
@@ -330,9 +360,11 @@ __all__ = [
     "is_mapped",
     "kernels_off",
     "may_use_kernels",
+    "open_shards",
     "read_load_settings",
     "rename_cache",
     "renew_ties",
     "try_first",
+    "whole_shape",
     "with_fast_products",
 ]

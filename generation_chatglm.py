@@ -351,6 +351,8 @@ class GLMGenerationMixin(GenerationMixin):
         watch = CACHE_WATCH.get(None)
         if watch is not None and kwargs.get("use_cache"):
             watch.note_pass(past_length)
+        if attention_mask is None and past_length == 0 and input_ids.shape[1] > 1:
+            attention_mask = torch.ones_like(input_ids)  # `generate` has looked for pads already
         prompt_embeds = inputs_embeds if past_length == 0 else None
         least = past_length + 1 if prompt_embeds is None else prompt_embeds.shape[1]
         are_known = input_ids.shape[1] >= least

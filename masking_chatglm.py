@@ -28,11 +28,21 @@ UNKNOWN_TOKEN = -1  # a column whose id is not known, such as a prompt given as 
 
 
 class SpecialIds(NamedTuple):
-    """The ids of the tokens that shape an input."""
+    """The ids of the tokens that shape an input; `pad` is None if none tells padding."""
 
     bos: int
     mask: int
     gmask: int
+    pad: int | None = None
+
+    @classmethod
+    def of_config(cls, config: Any) -> "SpecialIds":
+        """Return a model's. As for transformers' `generate`, an end token is no pad."""
+        ends = (
+            config.eos_token_id if isinstance(config.eos_token_id, list) else [config.eos_token_id]
+        )
+        pad = None if config.pad_token_id in ends else config.pad_token_id
+        return cls(config.bos_token_id, config.mask_token_id, config.gmask_token_id, pad)
 
 
 class Geometry(NamedTuple):
@@ -76,6 +86,31 @@ def find_real_tokens(input_ids: Tensor, attention_mask: Tensor | None) -> Tensor
             f"{tuple(input_ids.shape)}; pass one column for every token, cached ones included."
         )
     return attention_mask != 0
+
+
+def infer_attention_mask(
+    all_ids: Tensor, num_new: int, past_key_values: Any, special_ids: SpecialIds
+) -> Tensor | None:
+    """Tell a row's pads on the left by their id: `(B, T)`, True for real tokens; or None, for all.
+
+    Pads behind a row hide nothing from its answer, and a model may write their id itself. Behind a
+    cache the first pass decides, so that no step has to wait for a GPU.
+
+    Args:
+        all_ids: `(B, T)`, all tokens so far.
+        num_new: how many of the T columns are new.
+        past_key_values: a cache, which is told of the pads, or None.
+        special_ids: with the id of pads, or None for rows that have none.
+    """
+    if special_ids.pad is None:
+        return None
+    if num_new < all_ids.shape[1] and not getattr(past_key_values, "has_left_pads", False):
+        return None
+    is_real = (all_ids != special_ids.pad).cumsum(dim=1) > 0
+    may_ask = not (all_ids.is_meta or torch.compiler.is_compiling())
+    if past_key_values is not None and may_ask:
+        past_key_values.has_left_pads = not bool(is_real[:, 0].all())
+    return is_real
 
 
 def find_border(input_ids: Tensor, is_real: Tensor, special_ids: SpecialIds) -> Border:
@@ -262,7 +297,7 @@ def locate(
 ) -> tuple[Tensor, Tensor | None]:
     """Return the positions `(B, P, S)` and the mask (True = hidden) of new tokens.
 
-    What a caller gives in GLM's own shape is used; the rest follows from the ids.
+    What a caller gives in GLM's own shape is used; the rest follows from the ids, pads included.
 
     Args:
         input_ids: `(B, S)`, or None if only embeddings are known.
@@ -287,10 +322,7 @@ def locate(
     geometry = locate_new_tokens(
         input_ids, attention_mask, past_key_values, special_ids, num_positions
     )
-    # What is traced with one token is run with any number of them.
-    is_traced = torch.jit.is_tracing()  # pyright: ignore[reportPrivateImportUsage]
-    is_masked = attention_mask is not None or is_static or is_traced or input_ids.shape[1] > 1
-    if hidden_mask is None and is_masked:
+    if hidden_mask is None:
         hidden_mask = geometry.attention_mask
     return geometry.position_ids if position_ids is None else position_ids, hidden_mask
 
@@ -321,11 +353,11 @@ def locate_new_tokens(
     """Build the geometry of new ids behind a cache, and note on the cache which ids it then holds.
 
     Cached columns that nothing was noted about are virtual tokens (peft's prefix tuning): open to
-    all, and without a position.
+    all, and without a position. A single token from which nothing is hidden gets no mask.
 
     Args:
         input_ids: `(B, S)`, the new tokens.
-        attention_mask: `(B, T)` over all tokens, or None; virtual ones may be left out.
+        attention_mask: `(B, T)` over all tokens, or None to infer it; virtual ones may be left out.
         past_key_values: a cache of transformers, or None.
         special_ids, num_positions: as for `build_geometry`.
 
@@ -341,7 +373,15 @@ def locate_new_tokens(
         )
     if attention_mask is not None and attention_mask.shape[1] > all_ids.shape[1]:
         attention_mask = attention_mask[:, num_virtual:]
+    if attention_mask is None:
+        attention_mask = infer_attention_mask(
+            all_ids, input_ids.shape[1], past_key_values, special_ids
+        )
     key_length = reserved_length(past_key_values)
+    # What is traced with one token is run with any number of them.
+    is_traced = torch.jit.is_tracing()  # pyright: ignore[reportPrivateImportUsage]
+    is_open = attention_mask is None and key_length is None and not is_traced
+    is_masked = not is_open or input_ids.shape[1] > 1
     if key_length is None and _is_quick_step(input_ids, all_ids):
         geometry = _build_step_geometry(all_ids, attention_mask, special_ids, num_positions)
     else:
@@ -353,8 +393,8 @@ def locate_new_tokens(
             key_length=None if key_length is None else key_length - num_virtual,
             num_positions=num_positions,
         )
-    if geometry.attention_mask is None:
-        return geometry
+    if geometry.attention_mask is None or not is_masked:
+        return geometry._replace(attention_mask=None)
     hidden_mask = torch.nn.functional.pad(geometry.attention_mask, (num_virtual, 0), value=False)
     return geometry._replace(attention_mask=hidden_mask)
 
@@ -420,6 +460,7 @@ def note_tokens(past_key_values: Any, input_ids: Tensor) -> tuple[Tensor, int]:
     if count_cached_columns(past_key_values) == 0 or not hasattr(past_key_values, "noted_tokens"):
         past_key_values.noted_tokens = input_ids[:, :0]
         past_key_values.num_virtual_tokens = count_cached_columns(past_key_values)
+        past_key_values.has_left_pads = False
     if past_key_values.noted_tokens.shape[0] == input_ids.shape[0]:
         # A cropped cache holds fewer than were noted.
         noted = past_key_values.noted_tokens[:, : count_cached_tokens(past_key_values)]

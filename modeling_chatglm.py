@@ -390,7 +390,7 @@ class ChatGLMModel(ChatGLMPreTrainedModel):
     `forward` takes:
         input_ids: `(B, S)`, the new tokens.
         attention_mask: `(B, T)`, 1 for real tokens, over past and new ones; or the original's
-            boolean `(B, 1, S, K)`, True = hidden; or None if all tokens are real.
+            boolean `(B, 1, S, K)`, True = hidden; or None to tell pads by their id.
         position_ids: the original's `(B, P, S)`. By default they follow from the ids; 1-D ranges,
             as generic trainers pass them, are ignored.
         past_key_values, or cache: the keys and values of the T - S tokens before; extended in
@@ -407,9 +407,7 @@ class ChatGLMModel(ChatGLMPreTrainedModel):
     def __init__(self, config: ChatGLMConfig) -> None:
         super().__init__(config)
         self.pre_seq_len = config.pre_seq_len
-        self.special_ids = SpecialIds(
-            config.bos_token_id, config.mask_token_id, config.gmask_token_id
-        )
+        self.special_ids = SpecialIds.of_config(config)
         self.word_embeddings = nn.Embedding(config.vocab_size, config.hidden_size)
         self.rotary_emb = RotaryEmbedding(config)
         self.layers = BlockStack(GLMBlock(config, i) for i in range(config.num_layers))

@@ -401,8 +401,12 @@ class PackedMatrix(nn.Module):
         self.weight_scale = freeze(scale.float() if scale.dtype == torch.bfloat16 else scale)
 
     def pack(self, weight: Tensor, name: str = "weight") -> None:
-        """Hold a float matrix of this layer's shape from now on; errors as in `quantize_weight`."""
+        """Hold a float matrix of this layer's shape from now on; errors as in `quantize_weight`.
+
+        Under bfloat16 the scales are float32, as those of a model that is cast or loaded so.
+        """
         packed, scale = quantize_weight(weight, self.bits, name, self.group_size)
+        scale = scale.float() if weight.dtype == torch.bfloat16 else scale
         self.weight, self.weight_scale = freeze(packed), freeze(scale)
 
     def unpack(self, dtype: torch.dtype) -> Tensor:

@@ -404,7 +404,8 @@ class CudaKernels:
     Both products return None for what they do not compute: other dtypes than half with half scales
     and bfloat16 with float32 scales, other groups than of 32, 64 or 128 columns, tensors on
     different devices, shapes that do not fit together, empty results; and anything at all after a
-    failure, of which the log has said the reason once. The caller then computes it in torch.
+    failure. The log says once which dtypes there is no kernel for, and the reason of a failure. The
+    caller then computes it in torch.
 
     Args:
         driver: the driver's library, or what stands in for it.
@@ -437,6 +438,7 @@ class CudaKernels:
         self._modules: dict[Variant, ctypes.c_void_p] = {}
         self._functions: dict[tuple[Variant, str], ctypes.c_void_p] = {}
         self._has_failed = False
+        self._declined: set[tuple[torch.dtype, torch.dtype]] = set()  # of inputs and scales
         # Torch's own context, which lives as long as the process does: never released here.
         self._context = ctypes.c_void_p()
         device = ctypes.c_int()
@@ -522,7 +524,7 @@ class CudaKernels:
         """Return the columns that share a scale, or None for what the kernels do not compute."""
         if self._has_failed or bits not in (4, 8) or weight.dim() != 2 or not weight.numel():
             return None
-        if weight.dtype != torch.int8 or weight_scale.dtype != SCALE_DTYPES.get(dtype):
+        if weight.dtype != torch.int8 or self._declines(dtype, weight_scale.dtype):
             return None
         if weight_scale.device != weight.device or weight_scale.shape[:1] != weight.shape[:1]:
             return None
@@ -531,6 +533,15 @@ class CudaKernels:
             return in_features
         groups = weight_scale.shape[1] if weight_scale.dim() == 2 else 0
         return next((size for size in GROUP_SIZES if size * groups == in_features), None)
+
+    def _declines(self, dtype: torch.dtype, scale_dtype: torch.dtype) -> bool:
+        """Tell whether there is no kernel for numbers with such scales, and log that once."""
+        declines = scale_dtype != SCALE_DTYPES.get(dtype)
+        if declines and (dtype, scale_dtype) not in self._declined:
+            self._declined.add((dtype, scale_dtype))
+            reason = f"there is no kernel for {dtype} with scales of {scale_dtype}"
+            _report(self._index, f"{reason}; cast the model by half() or bfloat16()")
+        return declines
 
     def _plan_multiply(
         self, num_rows: int, out_features: int, is_wide: bool
@@ -594,7 +605,7 @@ def _choose_variant(bits: int, dtype: torch.dtype, weight_scale: Tensor) -> Vari
     return Variant(bits, dtype == torch.bfloat16, weight_scale.dim() == 2)
 
 
-def _report(index: int, reason: Exception) -> None:
+def _report(index: int, reason: Exception | str) -> None:
     message = "Quantized layers on cuda:%d compute in plain torch, which is slower: %s."
     logger.warning(message, index, reason)
 

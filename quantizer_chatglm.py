@@ -21,7 +21,6 @@ from typing import Any, NamedTuple, cast
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
-from transformers.modeling_utils import load_state_dict
 from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_QUANTIZER_MAPPING
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils import logging
@@ -30,9 +29,12 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from .environment_chatglm import (
     PendingTensor,
     StoredTensor,
+    ask_for_own_dtype,
     change_load_settings,
+    open_shards,
     read_load_settings,
     renew_ties,
+    whole_shape,
 )
 from .quantization import (
     GROUP_SIZES,
@@ -348,12 +350,14 @@ class QuantizedLoadingMixin:
         Args:
             args, kwargs: as in transformers. A `quantization_config` of the method "chatglm", or
                 `quantization_bit` in the configuration, packs a float checkpoint while it is read.
+                Without a dtype it is that of config.json.
 
         Raises:
             ValueError: if the checkpoint's tensors are not those of the configuration, or cannot
                 be packed; it names the tensor.
         """
         register()
+        ask_for_own_dtype(kwargs)
         asked = _read_format(kwargs)
         loaded = cast(Any, super()).from_pretrained(*args, **kwargs)
         model = loaded[0] if isinstance(loaded, tuple) else loaded
@@ -379,7 +383,7 @@ class QuantizedLoadingMixin:
             # An adapter, or the layers of another method: none of our tensors.
             return load(model, state_dict, checkpoint_files, *args, **options)
         are_files = state_dict is None
-        tensors = state_dict or _open_shards(checkpoint_files or [], settings["weights_only"])
+        tensors = state_dict or open_shards(checkpoint_files or [], settings["weights_only"])
         checkpoint = Checkpoint.match(model, tensors)
         check_checkpoint(checkpoint, settings)
         changes: dict[str, Any] = {"hf_quantizer": None}  # nothing is left for it to do
@@ -415,14 +419,6 @@ def _check_asked_format(found: WeightFormat, asked: WeightFormat) -> None:
 
 def _is_foreign(quantizer: HfQuantizer | None) -> bool:
     return quantizer is not None and quantizer.quantization_config.quant_method != METHOD
-
-
-def _open_shards(files: list[str], weights_only: bool) -> dict[str, Tensor]:
-    """Map the shards into memory; nothing but their tables of contents is read yet."""
-    tensors: dict[str, Tensor] = {}
-    for file in files:
-        tensors |= load_state_dict(file, map_location="cpu", weights_only=weights_only)
-    return tensors
 
 
 class Checkpoint(NamedTuple):
@@ -580,12 +576,7 @@ def _check_plain_tensors(checkpoint: Checkpoint, may_differ: bool) -> None:
                 "the embedding is packed, or use the unquantized weights."
             )
         if not may_differ:
-            _check_size(name, stored, _whole_shape(expected))
-
-
-def _whole_shape(tensor: Tensor) -> tuple[int, ...]:
-    """Return the shape of a tensor of which DeepSpeed's ZeRO-3 may leave this process a part."""
-    return getattr(tensor, "ds_shape", tensor.shape)
+            _check_size(name, stored, whole_shape(expected))
 
 
 def _check_index(checkpoint: Checkpoint, weight_map: Mapping[str, str]) -> None:

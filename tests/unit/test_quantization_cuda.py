@@ -282,7 +282,7 @@ def declined_operands() -> dict[str, tuple[Tensor, Tensor, Tensor, int]]:
 
 
 @pytest.mark.parametrize("name", declined_operands())
-def test_what_the_kernels_do_not_compute_is_declined_in_silence(
+def test_what_the_kernels_do_not_compute_is_declined(
     name: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     with simulate() as machine:
@@ -291,7 +291,8 @@ def test_what_the_kernels_do_not_compute_is_declined_in_silence(
         if not name.endswith(("of other columns", "another device")) or "scales" in name:
             assert machine.kernels.dequantize(weight, scale, bits, input.dtype) is None
     assert machine.driver.launches == []
-    assert caplog.records == []
+    has_other_dtypes = name.startswith(("float32", "bfloat16"))
+    assert len(caplog.records) == has_other_dtypes  # a model's own, which its user can change
 
 
 # Failures
