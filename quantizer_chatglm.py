@@ -246,13 +246,11 @@ def _check_same_format(layer: PackedMatrix, asked: WeightFormat) -> None:
         )
 
 
-def _check_layer(
-    name: str, module: nn.Module, weight_format: WeightFormat, empty_init: bool
-) -> None:
-    if not isinstance(module, nn.Linear | nn.Embedding):
+def _check_layer(name: str, module: Any, weight_format: WeightFormat, empty_init: bool) -> None:
+    if type(module) not in (nn.Linear, nn.Embedding):  # other quantizers derive theirs from these
         raise ValueError(
-            f"{name} is a {type(module).__name__}, and only linear layers can be quantized: "
-            "quantize before adding adapters, or merge them first."
+            f"{name} is a {type(module).__name__}, and only torch's own layers can be quantized: "
+            "load unquantized weights, and quantize before adding adapters, or merge them first."
         )
     if module.weight.is_meta and not empty_init:
         raise ValueError(f"{name} has no values (meta device): load the weights first.")
