@@ -26,6 +26,8 @@ CONTRACTS_OF_THE_MODEL = (
     "remote_code_laws",
     "state_dict_names",
 )
+# What the tests of foreign tools ask for. Here alone: 120 MB, and peft imports it wherever it is.
+FOREIGN_TOOLS = ("bitsandbytes==0.50.2",)
 NOT_IMPORTABLE = (
     "import importlib.util as u; assert not any(map(u.find_spec, ('chatglm', 'llvmlite')))"
 )
@@ -66,7 +68,7 @@ def alone(session: nox.Session) -> None:
     """The tests of the model's files in a folder that holds no package, where none is installed."""
     release = read_releases()[-1]
     pins = [pin for pin in read_pins(release) if not pin.startswith("llvmlite")]
-    session.install("--no-compile", *pins, f"transformers=={release}")
+    session.install("--no-compile", *pins, *FOREIGN_TOOLS, f"transformers=={release}")
     tests = [f"tests/{name}" for name in TESTS_OF_THE_MODEL]
     tests += [f"tests/contract/test_{name}.py" for name in CONTRACTS_OF_THE_MODEL]
     options = ["--numprocesses", "2", "--dist", "loadfile", "--no-loadscope-reorder"]
