@@ -44,7 +44,7 @@ from .masking_chatglm import (
     locate,
     pick_places,
 )
-from .quantization import WeightFormat
+from .quantization import WeightFormat, is_packed
 
 # Not used here: transformers copies the files that this one imports, and not theirs.
 from .quantization_cuda import find_kernels  # noqa: F401
@@ -376,12 +376,13 @@ class ChatGLMPreTrainedModel(QuantizationMixin, QuantizedLoadingMixin, PreTraine
         """
         if isinstance(module, PrefixTable):
             nn.init.normal_(module.weight)
-        elif type(module) in (nn.Linear, nn.Embedding):
+        elif isinstance(module, nn.Linear | nn.Embedding) and not is_packed(module):
             nn.init.xavier_normal_(module.weight)
         elif isinstance(module, nn.LayerNorm):
             nn.init.ones_(module.weight)
-        if type(module) in (nn.Linear, nn.LayerNorm) and module.bias is not None:
-            nn.init.zeros_(module.bias)
+        bias = getattr(module, "bias", None)
+        if type(module) in (nn.Linear, nn.LayerNorm) and bias is not None:
+            nn.init.zeros_(bias)
 
 
 class ChatGLMModel(ChatGLMPreTrainedModel):
