@@ -404,8 +404,7 @@ class CudaKernels:
     Both products return None for what they do not compute: other dtypes than half with half scales
     and bfloat16 with float32 scales, other groups than of 32, 64 or 128 columns, tensors on
     different devices, shapes that do not fit together, empty results; and anything at all after a
-    failure. The log says once which dtypes there is no kernel for, and the reason of a failure. The
-    caller then computes it in torch.
+    failure. The log says once which dtypes have no kernel, or why it failed; torch computes it then.
 
     Args:
         driver: the driver's library, or what stands in for it.
@@ -438,7 +437,7 @@ class CudaKernels:
         self._modules: dict[Variant, ctypes.c_void_p] = {}
         self._functions: dict[tuple[Variant, str], ctypes.c_void_p] = {}
         self._has_failed = False
-        self._declined: set[tuple[torch.dtype, torch.dtype]] = set()  # of inputs and scales
+        self._declined: set[str] = set()
         # Torch's own context, which lives as long as the process does: never released here.
         self._context = ctypes.c_void_p()
         device = ctypes.c_int()
@@ -536,12 +535,13 @@ class CudaKernels:
 
     def _declines(self, dtype: torch.dtype, scale_dtype: torch.dtype) -> bool:
         """Tell whether there is no kernel for numbers with such scales, and log that once."""
-        declines = scale_dtype != SCALE_DTYPES.get(dtype)
-        if declines and (dtype, scale_dtype) not in self._declined:
-            self._declined.add((dtype, scale_dtype))
-            reason = f"there is no kernel for {dtype} with scales of {scale_dtype}"
+        if scale_dtype == SCALE_DTYPES.get(dtype):
+            return False
+        reason = f"there is no kernel for {dtype} with scales of {scale_dtype}"
+        if reason not in self._declined:
+            self._declined.add(reason)
             _report(self._index, f"{reason}; cast the model by half() or bfloat16()")
-        return declines
+        return True
 
     def _plan_multiply(
         self, num_rows: int, out_features: int, is_wide: bool

@@ -1,8 +1,8 @@
 """Writes docs/compatibility.md: on which releases the tests passed, when, and beside what.
 
-    python tools/compatibility.py record REPORT   # note a run's outcome; tools/noxfile.py does
-    python tools/compatibility.py                 # take new notes over and write the page
-    python tools/compatibility.py --check         # exit with 1 if the page is out of date
+    python tools/compatibility.py record REPORT...  # note a run's outcome; tools/noxfile.py does
+    python tools/compatibility.py                   # take new notes over and write the page
+    python tools/compatibility.py --check           # exit with 1 if the page is out of date
 
 Owns the notes (docs/compatibility.json) and the page. Knows nothing of how the tests are run.
 """
@@ -90,14 +90,21 @@ def read_processor() -> str:
     return f"{name}, {os.cpu_count()} cores"
 
 
-def record(report: Path) -> None:
-    """Note the outcome of a run beside its report, with the versions of this environment."""
+def record(reports: list[Path]) -> None:
+    """Note the outcome of a run beside its report, with the versions of this environment.
+
+    Args:
+        reports: of the run, or of its parts: NAME.xml, or NAME-PART.xml for each.
+    """
+    parts = [read_report(report) for report in reports]
+    found = {key: sum((part[key] for part in parts[1:]), parts[0][key]) for key in parts[0]}
+    name = reports[0].stem.partition("-")[0]
     today = datetime.datetime.now(datetime.timezone.utc).date().isoformat()
     note = {"date": today, "commit": read_commit(), "versions": read_versions()}
     note["processor"] = read_processor()
-    note |= read_report(report)
-    report.with_suffix(".json").write_text(json.dumps(note, indent=2), encoding="utf-8")
-    sys.stdout.write(f"{report.stem}: {describe(note)}\n")
+    note |= found
+    reports[0].with_name(f"{name}.json").write_text(json.dumps(note, indent=2), encoding="utf-8")
+    sys.stdout.write(f"{name}: {describe(note)}\n")
 
 
 def describe(note: dict[str, Any]) -> str:
@@ -142,13 +149,13 @@ def main(argv: list[str] | None = None) -> int:
     """Record a run, or write or check the page; return the exit code."""
     parser = argparse.ArgumentParser(description="Write docs/compatibility.md.")
     parser.add_argument("action", nargs="?", choices=["record"], help="note a run's outcome")
-    parser.add_argument("report", nargs="?", type=Path, help="what pytest wrote, in JUnit's form")
+    parser.add_argument("reports", nargs="*", type=Path, help="what pytest wrote, in JUnit's form")
     parser.add_argument("--check", action="store_true", help="only say whether it is up to date")
     args = parser.parse_args(argv)
     if args.action == "record":
-        if args.report is None:
+        if not args.reports:
             parser.error("record needs the report's path")
-        record(args.report)
+        record(args.reports)
         return 0
     if not args.check:
         PAGE.write_text(build_page(take_notes()), encoding="utf-8", newline="\n")
