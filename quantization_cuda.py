@@ -404,7 +404,7 @@ class CudaKernels:
     Both products return None for what they do not compute: other dtypes than half with half scales
     and bfloat16 with float32 scales, other groups than of 32, 64 or 128 columns, tensors on
     different devices, shapes that do not fit together, empty results; and anything at all after a
-    failure. The log says once which dtypes have no kernel, or why it failed; torch computes it then.
+    failure. The log says once which dtypes have no kernel, or what failed; torch computes then.
 
     Args:
         driver: the driver's library, or what stands in for it.
@@ -537,10 +537,10 @@ class CudaKernels:
         """Tell whether there is no kernel for numbers with such scales, and log that once."""
         if scale_dtype == SCALE_DTYPES.get(dtype):
             return False
-        reason = f"there is no kernel for {dtype} with scales of {scale_dtype}"
-        if reason not in self._declined:
-            self._declined.add(reason)
-            _report(self._index, f"{reason}; cast the model by half() or bfloat16()")
+        if (dtypes := f"{dtype} with scales of {scale_dtype}") not in self._declined:
+            self._declined.add(dtypes)
+            remedy = "cast the model by half() or bfloat16()"
+            _report(self._index, f"there is no kernel for {dtypes}; {remedy}")
         return True
 
     def _plan_multiply(
