@@ -1,10 +1,11 @@
 """Numbers that came out otherwise than the weights say, each by its line in the list of faults.
 
-B2 dtype of a plain load, B3 scales under bfloat16, B8 pads without a mask.
+B2 dtype of a plain load, B3 scales under bfloat16, B6 what beams promise, B8 pads without a mask.
 """
 
 import json
 import logging
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from chatglm_6b.environment_chatglm import CACHE_NAME
 from chatglm_6b.masking_chatglm import SpecialIds, locate, locate_new_tokens
 from chatglm_6b.modeling_chatglm import ChatGLMForConditionalGeneration
 from chatglm_6b.quantization import QuantizedLinear, quantized_linear
-from conftest import REPO_SIZES, TINY, build_model, pad_rows
+from conftest import REPO_SIZES, ROOT, TINY, build_model, pad_rows
 from ptx.cases import simulate
 from transformers import AutoModel
 
@@ -211,3 +212,28 @@ def test_b2_so_do_the_auto_classes(tiny_repo: Path, tmp_path: Path) -> None:
     loaded = AutoModel.from_pretrained(tmp_path / "model", trust_remote_code=True)
     held = sum(parameter.nbytes for parameter in loaded.parameters())
     assert held == sum(parameter.nbytes for parameter in model.parameters())  # not twice as much
+
+
+@torch.no_grad()
+def test_b6_a_beam_s_score_is_divided_by_the_length_of_its_answer() -> None:
+    """What README and differences.md say of transformers, with beams that end at other lengths."""
+    model = build_model(spread=5)
+    prompt = torch.tensor([ROWS[0][:4]])
+    ends = list(range(20, 60))  # many, so that beams end early
+    options: dict[str, Any] = {"num_beams": 4, "num_return_sequences": 4, "do_sample": False}
+    options |= {"return_dict_in_generate": True, "output_scores": True, "max_new_tokens": 12}
+    outputs = model.generate(prompt, eos_token_id=ends, **options)
+    answers = [[i for i in row[4:].tolist() if i != PAD] for row in outputs.sequences]
+    assert len({len(answer) for answer in answers}) > 1
+    for answer, score in zip(answers, outputs.sequences_scores.tolist()):
+        ids = torch.cat((prompt, torch.tensor([answer])), dim=1)
+        logits = model(ids).logits[0, 3:-1].float().log_softmax(dim=-1)
+        total = logits.gather(1, torch.tensor(answer)[:, None]).sum().item()
+        assert score == pytest.approx(total / len(answer), rel=1e-4)
+
+
+@pytest.mark.parametrize("name", ["README.md", "README_zh.md", "docs/differences.md"])
+def test_b6_the_documents_promise_no_equal_beams(name: str) -> None:
+    text = (ROOT / name).read_text(encoding="utf-8")
+    assert re.search(r"4 of 140 held-out cases|140 个留出用例里有 4 个", text)
+    assert "greedy and beam search" not in text and "贪心搜索和束搜索" not in text
