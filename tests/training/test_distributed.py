@@ -9,6 +9,7 @@ import importlib.util
 import json
 import os
 import subprocess
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -45,6 +46,12 @@ def keys(tiny_repo: Path, tmp_path_factory: pytest.TempPathFactory) -> list[str]
     words = f"--model {tiny_repo} --train_data {file} --max_steps {STEPS} --learning_rate 1e-3"
     words += " --save_steps 2 --logging_steps 1 --disable_tqdm --report_to none"
     return words.split()
+
+
+@pytest.fixture(scope="module")
+def quick_python() -> str:
+    """A real Python: a fork that torch's launcher starts was seen to die at its end (SIGABRT)."""
+    return sys.executable
 
 
 @pytest.fixture(scope="module")
