@@ -779,7 +779,7 @@ trainer.log.close()
 
 
 @pytest.mark.slow
-def test_two_processes_learn_as_one(quick_python: str, tiny_repo: Path, folder: Path) -> None:
+def test_two_processes_learn_as_one(tiny_repo: Path, folder: Path) -> None:
     trainer = build_trainer(tiny_repo, folder, "one", max_new_tokens=9)
     trainer.actor.value_head.weight.data.fill_(0.1)
     trainer.run.seed(0)
@@ -796,9 +796,9 @@ def test_two_processes_learn_as_one(quick_python: str, tiny_repo: Path, folder: 
     (folder / "half.py").write_text(HALF)
     sizes = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2, "use_cpu": "true"}
     words = make_words(tiny_repo, folder, "two", max_new_tokens=9, **sizes)
-    launch = [quick_python, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
     variables = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    variables |= {"PYTHON_EXEC": quick_python}
+    variables |= {"PYTHON_EXEC": sys.executable}
     done = subprocess.run(
         [*launch, folder / "half.py", folder, *words],
         env=variables,
