@@ -5,6 +5,7 @@ import os
 import shutil
 import signal
 import subprocess
+import sys
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
