@@ -40,11 +40,10 @@ With a newer transformers than the last one here the model loads and says in one
 has tried it. To try it: `make compat COMPAT="tests(newest)"`.
 
 "model" are the tests of the model's files, the engine and the package, "rest" those of training,
-end to end, benchmarks and recipes. What failed is listed below the table; it was mended in later
-commits, and the tests that had failed were run again.
+end to end, benchmarks and recipes. What failed is listed below the table.
 
-Known: with transformers 4 a training of several processes on CPUs cannot be resumed. It reads the
-optimizer to `cpu:0`, which torch has no place for. One process, GPUs and transformers 5 can.
+Known: with 4.56.2 and 5.8.1 a training of several processes on CPUs could not be resumed; 4.56.2
+reads the optimizer to `cpu:0`, which torch has no place for.
 
 """
 

@@ -127,7 +127,7 @@ def read_pins(transformers: str) -> list[str]:
 
 
 def without_bounds() -> list[str]:
-    """What users and tests install, without upper bounds: `torch>=2.6,<2.15` as `torch>=2.6`."""
+    """What users and tests install, without upper bounds: `torch>=2.6,<2.14` as `torch>=2.6`."""
     project = nox.project.load_toml(ROOT / "pyproject.toml")["project"]
     extras = project["optional-dependencies"]
     requirements = [*project["dependencies"], *extras["train"], *extras["test"]]

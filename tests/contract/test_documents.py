@@ -222,7 +222,8 @@ def test_the_bounds_are_the_newest_releases_that_were_tested() -> None:
     notes = json.loads(read("docs/compatibility.json"))
     assert {*TESTED_TRANSFORMERS, "newest"} == set(notes)
     for package, (least, bound) in read_project().items():
-        met = [first_numbers(note["versions"][package]) for note in notes.values()]
+        runs = [notes[release] for release in TESTED_TRANSFORMERS]  # the canary bounds nothing
+        met = [first_numbers(run["versions"][package]) for run in runs]
         major, minor = first_numbers(f"{bound.removeprefix('<')}.0")
         assert max(met) < (major, minor), package
         assert max(met)[0] == major - 1 if minor == 0 else max(met) == (major, minor - 1), package
