@@ -292,9 +292,10 @@ def find_engine() -> Any:
     except ImportError as error:
         problem = f"{ENGINE} cannot be imported ({error})"
     else:
-        if engine.SEAM_VERSION == SEAM_VERSION:
+        version_found = getattr(engine, "SEAM_VERSION", None)
+        if version_found == SEAM_VERSION:
             return engine
-        problem = f"{ENGINE} has version {engine.SEAM_VERSION} of the seam, not {SEAM_VERSION}"
+        problem = f"{ENGINE} has version {version_found} of the seam, not {SEAM_VERSION}"
     logger.warning_once(
         f"ChatGLM's kernels for CPUs are not used, torch's slower operations are: {problem}. "
         "`pip install -U chatglm` brings the package that fits."
