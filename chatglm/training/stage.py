@@ -8,10 +8,10 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 from chatglm.training.models import load_policy, load_tokenizer
+from chatglm.training.precision import get_compute_dtype, keep_launcher
 from chatglm.training.settings import Settings
 from chatglm.training.trainer import (
     build_arguments,
-    get_compute_dtype,
     prepare_output,
     train_and_evaluate,
     write_outputs,
@@ -70,6 +70,10 @@ class TrainerStage:
         Raises:
             ValueError: for settings, rows or a folder that cannot be used.
         """
+        with keep_launcher():
+            return self._train(settings, given)
+
+    def _train(self, settings: Any, given: Mapping[str, Any]) -> dict[str, float]:
         defaults = {**self.defaults, **(self.lora_defaults if settings.uses_lora else {})}
         arguments = self.build_arguments(self.arguments, settings, given, **defaults)
         checkpoint = prepare_output(settings, given)

@@ -22,6 +22,7 @@ from transformers.trainer_utils import EvalPrediction, get_last_checkpoint
 
 from chatglm.training.data.batches import LengthSampler, find_learned
 from chatglm.training.models import name_as_before, save_trained
+from chatglm.training.precision import check_launcher
 from chatglm.training.progress import Meter, build_callbacks
 from chatglm.training.settings import (
     SETTINGS_FILE,
@@ -87,6 +88,7 @@ def build_arguments(
     if values.get("gradient_checkpointing"):
         # The other way, the default until transformers 5, gives adapters no gradient.
         values.setdefault("gradient_checkpointing_kwargs", {"use_reentrant": False})
+    check_launcher(values)
     names = {item.name for item in fields(arguments_class)}
     for old, new in RENAMED.items():
         if old in values and new in names:
@@ -97,13 +99,6 @@ def build_arguments(
         raise KeyProblem(f"the configuration cannot be used: {error}") from error
     set_seed(arguments.seed)
     return arguments
-
-
-def get_compute_dtype(arguments: Any) -> torch.dtype | None:
-    """Return what `bf16` or `fp16` say that a training computes in; None for float32."""
-    if arguments.bf16:
-        return torch.bfloat16
-    return torch.float16 if arguments.fp16 else None
 
 
 def prepare_output(settings: Settings, given: Mapping[str, Any]) -> Path | None:
@@ -369,7 +364,6 @@ def write_outputs(trainer: Trainer, settings: Settings) -> None:
 __all__ = [
     "ChatTrainer",
     "build_arguments",
-    "get_compute_dtype",
     "prepare_output",
     "train_and_evaluate",
     "write_outputs",

@@ -10,6 +10,7 @@ from typing import Any
 from unittest import mock
 
 import torch
+from accelerate.state import AcceleratorState, GradientState, PartialState
 from conftest import ROOT
 
 from chatglm.cli import main
@@ -40,6 +41,12 @@ build = core.build_callbacks
 core.build_callbacks = lambda *args: [*build(*args), Killer()]
 sys.exit(main(sys.argv[1:]))
 """
+
+
+def forget_accelerator() -> None:
+    """Let a process have another run, perhaps in another number format."""
+    for state in (AcceleratorState, GradientState, PartialState):
+        state._reset_state()
 
 
 def write_rows(path: Path, rows: Iterable[dict[str, Any]]) -> Path:

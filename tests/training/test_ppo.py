@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from accelerate.state import AcceleratorState, GradientState, PartialState
+from aligning import forget_accelerator
 from conftest import ROOT
 from safetensors.torch import load_file
 from torch import Tensor
@@ -63,12 +63,6 @@ def fail(prompts, answers, references):
 def spoil(prompts, answers, references):
     return [1e39] * len(answers)
 """
-
-
-def forget_accelerator() -> None:
-    """Let a process have another run, perhaps in another number format."""
-    for state in (AcceleratorState, GradientState, PartialState):
-        state._reset_state()
 
 
 @pytest.fixture(autouse=True)

@@ -12,8 +12,8 @@ from typing import Any
 
 import pytest
 import torch
-from accelerate.state import AcceleratorState, GradientState, PartialState
-from aligning import make_pairs, read_log, train, write_rows
+from accelerate import Accelerator
+from aligning import forget_accelerator, make_pairs, read_log, train, write_rows
 from conftest import build_model, count_calls
 from tqdm.auto import tqdm
 from transformers import PrinterCallback, ProgressCallback, Trainer, TrainingArguments
@@ -22,6 +22,7 @@ from chatglm.training import progress, stage
 from chatglm.training import trainer as core
 from chatglm.training.data.batches import LengthSampler, PaddingCollator
 from chatglm.training.models import name_as_before
+from chatglm.training.precision import LAUNCHER
 from chatglm.training.trainer import DEFAULTS, RESERVED, CheckedSteps, find_checkpoint
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*gradient_checkpointing.* is dep:FutureWarning")
@@ -333,6 +334,19 @@ def test_every_refused_key_is_one_of_trl_s(hook: str) -> None:
 # Proximal policy optimization: accelerate
 
 
+@pytest.mark.parametrize("hook", ["accelerate.ACCELERATE_MIXED_PRECISION"])
+def test_accelerate_reads_what_its_launcher_asks_for(
+    hook: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert hook.endswith(LAUNCHER)
+    for name in ("bf16", "no"):
+        forget_accelerator()
+        monkeypatch.setenv(LAUNCHER, name)
+        found = Accelerator(cpu=True).mixed_precision
+        assert found == name, f"{hook} is not what accelerate reads: {found} for {name}"
+    forget_accelerator()
+
+
 @pytest.mark.parametrize("hook", ["tensorboard.SummaryWriter(purge_step)"])
 def test_a_resumed_curve_has_no_doubled_points(
     hook: str, tiny_repo: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -353,7 +367,6 @@ def test_a_resumed_curve_has_no_doubled_points(
     keys = {"reward_function": f"{tmp_path / 'judge.py'}:count", "max_new_tokens": 4}
     keys |= {"report_to": "tensorboard", "save_steps": 1, "num_mini_batches": 1}
     for steps, more in ((1, {}), (2, {"resume": True})):
-        for state in (AcceleratorState, GradientState, PartialState):
-            state._reset_state()
+        forget_accelerator()
         train("ppo", tiny_repo, data, tmp_path / "out", **keys, **more, max_steps=steps)
     assert [kwargs.get("purge_step") for kwargs in given] == [None, 2], f"{hook} is not handed on"

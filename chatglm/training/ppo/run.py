@@ -16,6 +16,7 @@ from torch import Tensor
 from transformers import set_seed
 
 from chatglm.training.ppo.settings import PpoArguments, PpoSettings
+from chatglm.training.precision import check_launcher, name_format
 from chatglm.training.settings import KeyProblem, require
 from chatglm.training.trainer import check_loss
 
@@ -94,11 +95,11 @@ def build_accelerator(settings: PpoSettings, arguments: PpoArguments) -> Acceler
     for name in arguments.trackers:
         wanted = "none, or something that is installed"
         require(name in installed, "report_to", name, f"{wanted} ({', '.join(installed) or '-'})")
-    precision = "bf16" if arguments.bf16 else "fp16" if arguments.fp16 else "no"
+    check_launcher(vars(arguments))
     project = ProjectConfiguration(settings.output, str(Path(settings.output) / "runs"))
     try:
         accelerator = Accelerator(
-            mixed_precision=precision,
+            mixed_precision=name_format(vars(arguments)),
             cpu=arguments.use_cpu,
             log_with=[*arguments.trackers] or None,
             project_config=project,

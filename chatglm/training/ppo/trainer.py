@@ -41,10 +41,11 @@ from chatglm.training.ppo.run import Run, build_accelerator
 from chatglm.training.ppo.settings import PpoArguments, PpoSettings, read_arguments
 from chatglm.training.ppo.update import PolicyUpdater
 from chatglm.training.ppo.value_head import ActorCritic, Reference
+from chatglm.training.precision import get_compute_dtype
 from chatglm.training.progress import Samples
 from chatglm.training.run_log import RunLog
 from chatglm.training.stage import Stage
-from chatglm.training.trainer import get_compute_dtype, prepare_output
+from chatglm.training.trainer import prepare_output
 
 # Evaluations draw from the seed with this number; the steps have the numbers from 0 on.
 EVALUATION_SEED = 2**32 - 1

@@ -15,6 +15,7 @@ from typing import Any
 from chatglm.training.data.batches import Examples
 from chatglm.training.data.rendering import Renderer
 from chatglm.training.models import find_core, load_policy
+from chatglm.training.precision import get_compute_dtype
 from chatglm.training.settings import RowSettings
 from chatglm.training.stage import TrainerStage
 from chatglm.training.stages.trl_stages import (
@@ -26,7 +27,6 @@ from chatglm.training.stages.trl_stages import (
     read_pair_rows,
     write_rows,
 )
-from chatglm.training.trainer import get_compute_dtype
 
 with importing_trl():
     from trl import DPOConfig, DPOTrainer  # pyright: ignore[reportPrivateImportUsage]

@@ -25,6 +25,7 @@ from chatglm.training.ppo.rewards import (
     load_reward_model,
 )
 from chatglm.training.ppo.rollouts import Prompts
+from chatglm.training.precision import get_compute_dtype
 from chatglm.training.settings import KeyProblem, Settings
 from chatglm.training.stage import TrainerStage
 from chatglm.training.stages.trl_stages import (
@@ -35,7 +36,6 @@ from chatglm.training.stages.trl_stages import (
     importing_trl,
     write_rows,
 )
-from chatglm.training.trainer import get_compute_dtype
 
 with importing_trl():
     from trl import GRPOConfig, GRPOTrainer  # pyright: ignore[reportPrivateImportUsage]
