@@ -5,10 +5,10 @@ convention that changed from one of them to the next. Apart from that check noth
 version number: what an object looks like decides, so that a release that is not out yet is met by
 the same code.
 
-Owns the seam to the engine too. The model's files are complete without it: each function that the
-engine has a fast twin of is the slow one, and answers wherever the twin does not, which for
-operands that it does not take returns None. The engine is the package `chatglm.cpu`; another
-version of the seam is left alone, with a line in the log.
+Owns the seam to the engine too, and what graphs hold in the place of kernels. The model's files are
+complete without an engine: each function that it has a fast twin of is the slow one, and answers
+wherever the twin does not, which for operands that it does not take returns None. The engine is the
+package `chatglm.cpu`; another version of the seam is left alone, with a line in the log.
 
 Knows nothing of what the model or its engine computes. `docs/hooks.md` lists what else the model's
 files lean on, and the test that names each of it.
@@ -53,6 +53,7 @@ WEIGHTS_AT_ONCE = 2**20
 
 ENGINE = "chatglm.cpu"
 SEAM_VERSION = 1
+OPERATORS = "chatglm"  # where torch keeps the operations that graphs see
 # The first is for all devices; the second is what the CPU's alone was called before.
 SWITCH_VARIABLES = ("CHATGLM_KERNELS", "CHATGLM_CPU_KERNELS")
 
@@ -273,12 +274,15 @@ def kernels_off() -> Iterator[None]:
         _switched_off.remove(marker)
 
 
+def are_kernels_on() -> bool:
+    """Say whether the user leaves kernels switched on."""
+    return not _switched_off and not any(os.environ.get(v) == "off" for v in SWITCH_VARIABLES)
+
+
 def may_use_kernels() -> bool:
     """Say whether code of our own may compute; a compiler or a tracer has to see torch's."""
     is_tracing = torch.jit.is_tracing()  # pyright: ignore[reportPrivateImportUsage]
-    if torch.compiler.is_compiling() or is_tracing:
-        return False
-    return not _switched_off and not any(os.environ.get(v) == "off" for v in SWITCH_VARIABLES)
+    return not torch.compiler.is_compiling() and not is_tracing and are_kernels_on()
 
 
 @functools.cache
@@ -347,6 +351,59 @@ def with_fast_products(forward: Callable[..., Any]) -> Callable[..., Any]:
     return run
 
 
+# What graphs hold
+
+
+def keep_whole(
+    name: str, allocate: Callable[..., Tensor], has_kernels: Callable[[torch.device], bool]
+) -> Callable[[Callable[..., Tensor]], Callable[..., Tensor]]:
+    """Let graphs call the decorated function, where it has kernels, and not look into it.
+
+    What `torch.compile` and `torch.export` make then holds `torch.ops.chatglm.<name>`, which
+    computes what the function does, and by its kernels, whenever the graph is run.
+
+    Args:
+        name: of the operation.
+        allocate: takes the same arguments, and returns memory as the result's.
+        has_kernels: tells it of a device, with a compiler's leave to ask.
+    """
+
+    def plug(compute: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        operator = _define_operator(name, compute, allocate)
+
+        @functools.wraps(compute)
+        def choose(input: Tensor, *args: Any) -> Tensor:
+            # Outside of graphs the operation costs 10 us more than the call: 1 ms a token of 6B.
+            is_kept = torch.compiler.is_compiling() and are_kernels_on()
+            if is_kept and has_kernels(input.device) and not _is_autocast(input):
+                return operator(input, *args)
+            return compute(input, *args)
+
+        return choose
+
+    return plug
+
+
+def _define_operator(
+    name: str, compute: Callable[..., Tensor], allocate: Callable[..., Tensor]
+) -> Callable[..., Tensor]:
+    """Have torch know a function by a name, and return the operation.
+
+    A process may hold several copies of these files, and torch takes a name once: the first copy
+    computes for all. So a name's meaning never changes; another meaning gets another name.
+    """
+    known = getattr(torch.ops, OPERATORS)
+    if not hasattr(known, name):
+        operator = torch.library.custom_op(f"{OPERATORS}::{name}", compute, mutates_args=())
+        operator.register_fake(allocate)
+    return getattr(known, name)
+
+
+def _is_autocast(tensor: Tensor) -> bool:
+    """Tell whether torch casts products of a tensor, by rules that are not an operation's."""
+    return torch.is_autocast_enabled(tensor.device.type)
+
+
 __all__ = [
     "CACHE_NAME",
     "CACHE_NAMES",
@@ -357,8 +414,10 @@ __all__ = [
     "change_load_settings",
     "check_transformers",
     "choose_cache",
+    "find_engine",
     "find_twin",
     "is_mapped",
+    "keep_whole",
     "kernels_off",
     "may_use_kernels",
     "open_shards",

@@ -24,7 +24,7 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor, nn
 
-from .environment_chatglm import StoredTensor, find_twin, may_use_kernels
+from .environment_chatglm import StoredTensor, find_engine, keep_whole, may_use_kernels
 from .quantization_cuda import find_kernels as find_cuda_kernels
 
 GROUP_SIZES = (32, 64, 128)
@@ -278,8 +278,8 @@ def _align(tensor: Tensor) -> Tensor:
 
 
 def _find_cpu_kernels(device: torch.device) -> LinearKernels:
-    twin = find_twin("find_kernels")
-    found = None if twin is None else twin()
+    engine = find_engine()
+    found = None if engine is None else engine.find_kernels()
     return TorchKernels() if found is None else found
 
 
@@ -301,6 +301,22 @@ def _dequantize(weight: Tensor, weight_scale: Tensor, bits: int, dtype: torch.dt
     return dequantize_weight(weight, weight_scale, bits, dtype) if matrix is None else matrix
 
 
+def allocate_product(
+    input: Tensor, weight: Tensor, weight_scale: Tensor, bits: int, activations: str
+) -> Tensor:
+    """Return memory as the result of `multiply_packed` has it."""
+    torch._check(input.shape[-1] == weight.shape[1] * 8 // bits)
+    return input.new_empty(*input.shape[:-1], weight.shape[0])
+
+
+@torch.compiler.assume_constant_result
+def _has_kernels(device: torch.device) -> bool:
+    """Tell whether products on a device have kernels; a compiler asks, and does not look in."""
+    kernels = KERNEL_FINDERS[device.type](device) if device.type in KERNEL_FINDERS else None
+    return not isinstance(kernels, TorchKernels | None)
+
+
+@keep_whole("packed_linear", allocate_product, _has_kernels)
 def multiply_packed(
     input: Tensor, weight: Tensor, weight_scale: Tensor, bits: int, activations: str
 ) -> Tensor:
