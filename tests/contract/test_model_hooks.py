@@ -21,7 +21,7 @@ from chatglm_6b.cache_chatglm import ChatGLMCache, ReservedLayer
 from chatglm_6b.configuration_chatglm import ChatGLMConfig
 from chatglm_6b.environment_chatglm import CACHE_NAME, CACHE_NAMES
 from chatglm_6b.modeling_chatglm import ChatGLMForConditionalGeneration, GLMBlock
-from chatglm_6b.quantization import QuantizedLinear, TorchKernels
+from chatglm_6b.quantization import QuantizedLinear, TorchKernels, allocate_product
 from chatglm_6b.quantizer_chatglm import ChatGLMQuantizer, QuantizedLoadingMixin, register
 from conftest import TINY, build_model, count_calls, forget_kernels, import_from_package
 from packaging.version import Version
@@ -375,6 +375,16 @@ def test_who_looks_into_a_block_is_noticed(hook: str) -> None:
     assert not decoding_step._is_watched(block)
     watch[hook](block)
     assert decoding_step._is_watched(block), f"{hook} is kept elsewhere"
+
+
+@pytest.mark.parametrize("hook", ["torch._check"])
+def test_a_graph_is_not_made_for_an_input_of_other_columns(hook: str) -> None:
+    layer: Any = QuantizedLinear(64, 32, 4, device="meta")
+    packed = (layer.weight, layer.weight_scale, 4, "int8")
+    product = allocate_product(torch.empty(2, 3, 64, device="meta"), *packed)
+    assert product.shape == (2, 3, 32), f"{hook} is another function"
+    with pytest.raises(RuntimeError):
+        allocate_product(torch.empty(2, 3, 32, device="meta"), *packed)
 
 
 @pytest.mark.parametrize("hook", ["aten._weight_int8pack_mm"])
