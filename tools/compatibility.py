@@ -42,9 +42,6 @@ has tried it. To try it: `make compat COMPAT="tests(newest)"`.
 "model" are the tests of the model's files, the engine and the package, "rest" those of training,
 end to end, benchmarks and recipes. What failed is listed below the table.
 
-Known: with 4.56.2 and 5.8.1 a training of several processes on CPUs could not be resumed; 4.56.2
-reads the optimizer to `cpu:0`, which torch has no place for.
-
 """
 
 

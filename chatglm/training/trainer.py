@@ -101,6 +101,19 @@ def build_arguments(
     return arguments
 
 
+def restore_on_cpu(storage: Any, location: str) -> Any:
+    """Return a stored tensor's values as they are where they belong on a CPU with a number.
+
+    Of several processes on CPUs accelerate numbers the devices, transformers before 5.23 reads an
+    optimizer's checkpoint to such a one, and torch knows "cpu" alone.
+    """
+    return storage if location.startswith("cpu:") else None
+
+
+# The number is where torch looks for another place of a tensor: behind its own, from 10 on.
+torch.serialization.register_package(100, lambda storage: None, restore_on_cpu)
+
+
 def prepare_output(settings: Settings, given: Mapping[str, Any]) -> Path | None:
     """Open the output folder, and return the checkpoint to go on from.
 
