@@ -4,8 +4,8 @@
 
 Prints one JSON line: the seconds from `--began` (`time.monotonic` of whoever started it) until the
 model was loaded, until the first token of an answer was decoded to text and until all was done, and
-the most memory that was resident then. With `--context` it goes on to a prompt that long and some tokens behind it, as
-the memory of a long chat needs.
+the most memory that was resident then. With `--context` it goes on to a prompt that long and some
+tokens behind it, as the memory of a long chat needs.
 """
 
 import argparse
