@@ -69,7 +69,7 @@ def main(args: argparse.Namespace) -> int:
     if not sys.stderr.isatty():
         transformers.logging.disable_progress_bar()
     folder = choose_folder(args.folder, args.model) or default_model_folder()
-    model, tokenizer = load_model(folder, args.bits, args.device, args.dtype)
+    model, tokenizer = load_model(folder, args.bits, args.device, args.dtype, args.verify)
     if args.seed is not None:
         transformers.set_seed(args.seed)
     is_interactive = sys.stdin.isatty() and sys.stdout.isatty()
