@@ -4,6 +4,7 @@ import ast
 import importlib.util
 import json
 import re
+import sys
 from functools import cache
 from importlib.metadata import version
 from pathlib import Path
@@ -47,8 +48,10 @@ def table_rows(text: str) -> list[list[str]]:
 
 
 def load_script(name: str) -> Any:
-    """A file of the repository that is no part of a package."""
+    """A script of the repository, which imports what lies beside it."""
     path = ROOT / name
+    if str(path.parent) not in sys.path:
+        sys.path.append(str(path.parent))
     spec = importlib.util.spec_from_file_location(path.stem, path)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
