@@ -3,9 +3,9 @@
     python -m benchmarks.first_answer FOLDER --began SECONDS [--dtype D] [--threads N] [--context N]
 
 Prints one JSON line: the seconds from `--began` (`time.monotonic` of whoever started it) until the
-model was loaded and until the first token of an answer was decoded to text, and the most memory
-that was resident. With `--context` it goes on to a prompt that long and some tokens behind it, as
-the memory of a long chat needs.
+model was loaded, until the first token of an answer was decoded to text and until all was done, and
+the most memory that was resident then. With `--context` it goes on to a prompt that long and some
+tokens behind it, as the memory of a long chat needs.
 """
 
 import argparse
@@ -48,7 +48,8 @@ def main() -> None:
         never_end(model)
         prompt = draw_prompt(model, args.context - TOKENS_BEHIND)
         time_answer(model, prompt, TOKENS_BEHIND)
-    print(json.dumps({"loaded": loaded, "answered": answered, "peak": read_peak()}))
+    said = {"loaded": loaded, "answered": answered, "peak": read_peak()}
+    print(json.dumps({**said, "done": time.monotonic() - args.began}))
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from chatglm.checkpoints.checksums import SUMS
 from chatglm.converting.adapters import ADAPTER_FILES, CONFIG_FILE
 from chatglm.loading import WEIGHT_FILES
 from chatglm.model_files import find_model_files
@@ -23,7 +24,7 @@ PLAIN_FILES = {
     "added_tokens.json",
     "chat_template.jinja",
     "ice_text.model",
-    "SHA256SUMS",
+    SUMS,
     CONFIG_FILE,
     *ADAPTER_FILES,
 }

@@ -185,6 +185,7 @@ FOLDER_OPTIONS: dict[str, tuple[Any, Any]] = {
     "FOLDER": ("FOLDER", None),
     "--model": ("PATH", None),
     "--trust-folder-code": (None, False),
+    "--verify": (None, False),
 }
 CHAT_OPTIONS: dict[str, tuple[Any, Any]] = {
     **FOLDER_OPTIONS,
@@ -203,6 +204,7 @@ QUANTIZE_OPTIONS: dict[str, tuple[Any, Any]] = {
     "SRC": ("SRC", None),
     "DST": ("DST", None),
     "--model": ("SRC", None),
+    "--verify": (None, False),
     "--bits": ((4, 8), None),
     "--group-size": ((32, 64, 128), None),
     "--embeddings": (None, False),
@@ -212,6 +214,7 @@ MERGE_OPTIONS: dict[str, tuple[Any, Any]] = {
     "SRC": ("SRC", None),
     "DST": ("DST", None),
     "--model": ("SRC", None),
+    "--verify": (None, False),
     "--lora": ("DIR", None),
     "--format": (("safetensors", "bin"), "safetensors"),
     "--dtype": (("float32", "float16", "bfloat16"), None),
@@ -308,6 +311,7 @@ def test_the_modules_that_scripts_reach_into() -> None:
 
 def test_the_loader_s_signature() -> None:
     expected = {"path": REQUIRED, "bits": None, "device": None, "dtype": None}
+    expected["verify"] = False
     load_model = import_from_package("chatglm.loading").load_model
     assert list(parameters(load_model).items()) == list(expected.items())
 

@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 import time
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -114,6 +115,20 @@ def test_ctrl_c_ends_the_answer_and_keeps_what_was_said(run: Any) -> None:
     assert run(model, "a\nb\n") == (0, "one two\n2\n", "")
     assert model.calls[1][1] == [("a", "one two")]
     assert model.closed == 2
+
+
+@pytest.mark.parametrize("ending", [None, signal.SIGINT])
+def test_a_warning_of_an_answer_is_a_line_behind_it(run: Any, ending: Any) -> None:
+    class Broken(FakeModel):
+        def stream_chat(self, *args: Any, **options: Any) -> Iterator[Any]:
+            try:
+                yield from super().stream_chat(*args, **options)
+            finally:
+                warnings.warn("scores were not finite", RuntimeWarning, stacklevel=2)
+
+    model = Broken({"a": ["one", *([ending] if ending else [])]})
+    line = "chatglm: scores were not finite\n"
+    assert run(model, "a\na\n") == (0, "one\none\n", 2 * line)
 
 
 def test_ctrl_c_before_the_first_word_leaves_no_round(run: Any) -> None:
