@@ -19,6 +19,7 @@ import ctypes
 import dataclasses
 import functools
 import importlib
+import inspect
 import mmap
 import os
 import sys
@@ -28,7 +29,7 @@ from typing import Any
 
 import torch
 from packaging import version
-from torch import Tensor
+from torch import Tensor, nn
 from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.modeling_utils import load_state_dict
 from transformers.utils import logging
@@ -55,6 +56,10 @@ ENGINE = "chatglm.cpu"
 SEAM_VERSION = 1
 # The first is for all devices; the second is what the CPU's alone was called before.
 SWITCH_VARIABLES = ("CHATGLM_KERNELS", "CHATGLM_CPU_KERNELS")
+
+# The methods of peft that compute with the weight of the layer that an adapter is around. Those of
+# DoRA and PiSSA, and others that make an adapter from it, end as the last one does.
+WEIGHT_READERS = ("merge", "_merge", "get_base_weight", "init")
 
 logger = logging.get_logger(__name__)
 
@@ -105,6 +110,34 @@ def rename_cache(arguments: dict[str, Any]) -> None:
     cache = choose_cache(*(arguments.pop(name, None) for name in CACHE_NAMES))
     if cache is not None:
         arguments[CACHE_NAME] = cache
+
+
+def refuse_weight_of_integers(layer: nn.Module) -> None:
+    """Refuse an adapter of peft that is about to compute with a packed layer's weight.
+
+    Its `get_base_layer` asks every layer for a `base_layer` within, and calls nothing else of ours
+    before it reads the weight; which method wants it only the next frame tells. Left alone, some
+    methods end in torch's errors of shapes or dtypes, and others change the integers in silence.
+
+    Args:
+        layer: that was asked.
+
+    Raises:
+        ValueError: if it is for one of `WEIGHT_READERS`.
+    """
+    names: list[str] = []
+    frame = inspect.currentframe()
+    while frame is not None and len(names) < 4:
+        names.append(frame.f_code.co_name)
+        frame = frame.f_back
+    asked_by, reader = (*names, "", "")[2:4]  # behind this function and the layer's property
+    if asked_by == "get_base_layer" and (reader in WEIGHT_READERS or reader.endswith("_init")):
+        raise ValueError(
+            f"This adapter needs the weight of {layer}, which is packed integers, to be merged or "
+            "to be made from it (as DoRA and PiSSA are): unpack the model first, by "
+            "model.get_base_model().dequantize(), or use the unquantized weights (chatglm merge "
+            "FOLDER TARGET --lora ADAPTER, and chatglm quantize behind it)."
+        )
 
 
 def ask_for_own_dtype(options: dict[str, Any]) -> bool:
@@ -363,6 +396,7 @@ __all__ = [
     "may_use_kernels",
     "open_shards",
     "read_load_settings",
+    "refuse_weight_of_integers",
     "rename_cache",
     "renew_ties",
     "try_first",

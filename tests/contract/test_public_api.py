@@ -47,6 +47,7 @@ PUBLIC_NAMES = {
         "may_use_kernels",
         "open_shards",
         "read_load_settings",
+        "refuse_weight_of_integers",
         "rename_cache",
         "renew_ties",
         "try_first",
