@@ -15,6 +15,7 @@ files lean on, and the test that names each of it.
 """
 
 import contextlib
+import contextvars
 import ctypes
 import dataclasses
 import functools
@@ -60,6 +61,9 @@ SWITCH_VARIABLES = ("CHATGLM_KERNELS", "CHATGLM_CPU_KERNELS")
 # The methods of peft that compute with the weight of the layer that an adapter is around. Those of
 # DoRA and PiSSA, and others that make an adapter from it, end as the last one does.
 WEIGHT_READERS = ("merge", "_merge", "get_base_weight", "init")
+
+# Whether the `from_pretrained` that runs in this thread was told no dtype of the caller's.
+IS_PLAIN_LOAD = contextvars.ContextVar("IS_PLAIN_LOAD", default=False)
 
 logger = logging.get_logger(__name__)
 
@@ -140,19 +144,37 @@ def refuse_weight_of_integers(layer: nn.Module) -> None:
         )
 
 
-def ask_for_own_dtype(options: dict[str, Any]) -> bool:
+@contextlib.contextmanager
+def loading_own_dtype(options: dict[str, Any]) -> Iterator[None]:
     """Ask for the dtype of config.json where none is named: transformers 4 takes float32 else.
+
+    Meanwhile `IS_PLAIN_LOAD` says whether it is the configuration's, and not one of the caller's.
 
     Args:
         options: keyword arguments of `from_pretrained`.
-
-    Returns:
-        Whether it is the configuration's, and not one of the caller's.
     """
     named = [options[key] for key in ("dtype", "torch_dtype") if options.get(key) is not None]
     if not named:
         options["dtype"] = "auto"
-    return all(isinstance(dtype, str) and dtype == "auto" for dtype in named)
+    token = IS_PLAIN_LOAD.set(all(isinstance(x, str) and x == "auto" for x in named))
+    try:
+        yield
+    finally:
+        IS_PLAIN_LOAD.reset(token)
+
+
+def keep_float_norms(parameters: Mapping[str, Tensor], stored: Mapping[str, Tensor]) -> None:
+    """Widen a model's norms where a checkpoint has float32, unless the caller named a dtype.
+
+    Args:
+        parameters: of the model, by name; those of norms have no values yet.
+        stored: tensors of the checkpoint, by the same names.
+    """
+    for name, tensor in stored.items():
+        parameter = parameters[name]
+        is_wide = "layernorm" in name and tensor.dtype == torch.float32
+        if is_wide and parameter.is_meta and IS_PLAIN_LOAD.get():
+            parameter.data = parameter.data.float()
 
 
 def read_load_settings(args: tuple[Any, ...], options: dict[str, Any]) -> Mapping[str, Any]:
@@ -386,13 +408,14 @@ __all__ = [
     "TESTED_TRANSFORMERS",
     "PendingTensor",
     "StoredTensor",
-    "ask_for_own_dtype",
     "change_load_settings",
     "check_transformers",
     "choose_cache",
     "find_twin",
     "is_mapped",
+    "keep_float_norms",
     "kernels_off",
+    "loading_own_dtype",
     "may_use_kernels",
     "open_shards",
     "read_load_settings",
