@@ -42,7 +42,7 @@ from .masking_chatglm import (
     find_last_columns,
     find_static_columns,
     locate,
-    pick_places,
+    select_positions,
 )
 from .quantization import WeightFormat, is_packed
 
@@ -581,11 +581,11 @@ class ChatGLMForConditionalGeneration(ChatGLMPreTrainedModel, ChatMixin, GLMGene
             return_dict=True,
             cache_position=kwargs.pop("cache_position", None),
         )
-        logits = self.lm_head(pick_places(outputs.last_hidden_state, logits_to_keep))
+        logits = self.lm_head(select_positions(outputs.last_hidden_state, logits_to_keep))
         loss = None
         if labels is not None:
             shift_labels = nn.functional.pad(labels[:, 1:], (0, 1), value=IGNORED_LABEL)
-            shift_labels = pick_places(shift_labels, logits_to_keep).contiguous()
+            shift_labels = select_positions(shift_labels, logits_to_keep).contiguous()
             kwargs.setdefault("shift_labels", shift_labels)
             loss = self.loss_function(logits, labels, self.config.vocab_size, **kwargs)
         output = CausalLMOutputWithPast(loss=loss, logits=logits, **_states_of(outputs))
