@@ -35,7 +35,7 @@ def write_norm(writer: KernelWriter, width: Width) -> None:
     Without an update (0) the stream is the residual. The columns are a multiple of 16.
     """
     at, builder = writer.slot, writer.builder
-    with writer.claimed_blocks(at("tokens")) as token:
+    with writer.parallel_for(at("tokens")) as token:
         row = writer.times(writer.times(token, at("columns")), 4)
         total = writer.variable(writer.filled(writer.f32, STEP, 0.0))
         with writer.loop(writer.const(0), at("columns"), STEP) as column:
@@ -79,7 +79,7 @@ def write_gelu(writer: KernelWriter, width: Width) -> None:
     gelu(x) = x * (1 + tanh(u)) / 2 = x - x / (1 + exp(2 * u)),   u = a * (x + b * x**3)
     """
     at, builder = writer.slot, writer.builder
-    with writer.claimed_blocks(at("blocks")) as block:
+    with writer.parallel_for(at("blocks")) as block:
         token = builder.sdiv(block, at("parts"))
         first = writer.times(builder.srem(block, at("parts")), 1024)
         row = writer.times(writer.times(token, at("columns")), 4)
@@ -110,7 +110,7 @@ def _gelu(writer: KernelWriter, numbers: Any) -> Any:
 def write_bias(writer: KernelWriter, width: Width) -> None:
     """Add a bias in place; a block of the work is a token."""
     at = writer.slot
-    with writer.claimed_blocks(at("tokens")) as token:
+    with writer.parallel_for(at("tokens")) as token:
         row = writer.times(writer.times(token, at("columns")), 4)
         with writer.loop(writer.const(0), at("columns"), STEP) as column:
             numbers = _numbers(writer, "output", row, column)
