@@ -15,10 +15,12 @@ files lean on, and the test that names each of it.
 """
 
 import contextlib
+import contextvars
 import ctypes
 import dataclasses
 import functools
 import importlib
+import inspect
 import mmap
 import os
 import sys
@@ -28,7 +30,7 @@ from typing import Any
 
 import torch
 from packaging import version
-from torch import Tensor
+from torch import Tensor, nn
 from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.modeling_utils import load_state_dict
 from transformers.utils import logging
@@ -56,6 +58,13 @@ SEAM_VERSION = 1
 OPERATORS = "chatglm"  # where torch keeps the operations that graphs see
 # The first is for all devices; the second is what the CPU's alone was called before.
 SWITCH_VARIABLES = ("CHATGLM_KERNELS", "CHATGLM_CPU_KERNELS")
+
+# The methods of peft that compute with the weight of the layer that an adapter is around. Those of
+# DoRA and PiSSA, and others that make an adapter from it, end as the last one does.
+WEIGHT_READERS = ("merge", "_merge", "get_base_weight", "init")
+
+# Whether the `from_pretrained` that runs in this thread was told no dtype of the caller's.
+IS_PLAIN_LOAD = contextvars.ContextVar("IS_PLAIN_LOAD", default=False)
 
 logger = logging.get_logger(__name__)
 
@@ -108,19 +117,65 @@ def rename_cache(arguments: dict[str, Any]) -> None:
         arguments[CACHE_NAME] = cache
 
 
-def ask_for_own_dtype(options: dict[str, Any]) -> bool:
+def refuse_weight_of_integers(layer: nn.Module) -> None:
+    """Refuse an adapter of peft that is about to compute with a packed layer's weight.
+
+    Its `get_base_layer` asks every layer for a `base_layer` within, and calls nothing else of ours
+    before it reads the weight; which method wants it only the next frame tells. Left alone, some
+    methods end in torch's errors of shapes or dtypes, and others change the integers in silence.
+
+    Args:
+        layer: that was asked.
+
+    Raises:
+        ValueError: if it is for one of `WEIGHT_READERS`.
+    """
+    names: list[str] = []
+    frame = inspect.currentframe()
+    while frame is not None and len(names) < 4:
+        names.append(frame.f_code.co_name)
+        frame = frame.f_back
+    asked_by, reader = (*names, "", "")[2:4]  # behind this function and the layer's property
+    if asked_by == "get_base_layer" and (reader in WEIGHT_READERS or reader.endswith("_init")):
+        raise ValueError(
+            f"This adapter needs the weight of {layer}, which is packed integers, to be merged or "
+            "to be made from it (as DoRA and PiSSA are): unpack the model first, by "
+            "model.get_base_model().dequantize(), or use the unquantized weights (chatglm merge "
+            "FOLDER TARGET --lora ADAPTER, and chatglm quantize behind it)."
+        )
+
+
+@contextlib.contextmanager
+def loading_own_dtype(options: dict[str, Any]) -> Iterator[None]:
     """Ask for the dtype of config.json where none is named: transformers 4 takes float32 else.
+
+    Meanwhile `IS_PLAIN_LOAD` says whether it is the configuration's, and not one of the caller's.
 
     Args:
         options: keyword arguments of `from_pretrained`.
-
-    Returns:
-        Whether it is the configuration's, and not one of the caller's.
     """
     named = [options[key] for key in ("dtype", "torch_dtype") if options.get(key) is not None]
     if not named:
         options["dtype"] = "auto"
-    return all(isinstance(dtype, str) and dtype == "auto" for dtype in named)
+    token = IS_PLAIN_LOAD.set(all(isinstance(x, str) and x == "auto" for x in named))
+    try:
+        yield
+    finally:
+        IS_PLAIN_LOAD.reset(token)
+
+
+def keep_float_norms(parameters: Mapping[str, Tensor], stored: Mapping[str, Tensor]) -> None:
+    """Widen a model's norms where a checkpoint has float32, unless the caller named a dtype.
+
+    Args:
+        parameters: of the model, by name; those of norms have no values yet.
+        stored: tensors of the checkpoint, by the same names.
+    """
+    for name, tensor in stored.items():
+        parameter = parameters[name]
+        is_wide = "layernorm" in name and tensor.dtype == torch.float32
+        if is_wide and parameter.is_meta and IS_PLAIN_LOAD.get():
+            parameter.data = parameter.data.float()
 
 
 def read_load_settings(args: tuple[Any, ...], options: dict[str, Any]) -> Mapping[str, Any]:
@@ -411,18 +466,20 @@ __all__ = [
     "TESTED_TRANSFORMERS",
     "PendingTensor",
     "StoredTensor",
-    "ask_for_own_dtype",
     "change_load_settings",
     "check_transformers",
     "choose_cache",
     "find_engine",
     "find_twin",
     "is_mapped",
+    "keep_float_norms",
     "keep_whole",
     "kernels_off",
+    "loading_own_dtype",
     "may_use_kernels",
     "open_shards",
     "read_load_settings",
+    "refuse_weight_of_integers",
     "rename_cache",
     "renew_ties",
     "try_first",

@@ -24,7 +24,13 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor, nn
 
-from .environment_chatglm import StoredTensor, find_engine, keep_whole, may_use_kernels
+from .environment_chatglm import (
+    StoredTensor,
+    find_engine,
+    keep_whole,
+    may_use_kernels,
+    refuse_weight_of_integers,
+)
 from .quantization_cuda import find_kernels as find_cuda_kernels
 
 GROUP_SIZES = (32, 64, 128)
@@ -429,6 +435,12 @@ class PackedMatrix(nn.Module):
         """Return the matrix `(O, I)` that the layer computes with."""
         return _dequantize(self.weight, self.weight_scale, self.bits, dtype)
 
+    @property
+    def base_layer(self) -> Any:
+        """Have none, as peft sees it; ValueError if peft would compute with the integers."""
+        refuse_weight_of_integers(self)
+        raise AttributeError(f"{type(self).__name__} is no layer around another one")
+
     def _format(self) -> str:
         group = "" if self.group_size is None else f", group_size={self.group_size}"
         return f"bits={self.bits}{group}"
@@ -459,7 +471,7 @@ class QuantizedLinear(PackedMatrix, nn.Linear):
     """A linear layer with a packed weight.
 
     It is an `nn.Linear` to those who look for layers to adapt (peft), but one whose weight is
-    integers: merge adapters into a model that `dequantize` has unpacked.
+    integers: adapters are merged into a model that `dequantize` has unpacked, others are refused.
 
     Args:
         in_features, out_features, bias, device: as in `nn.Linear`.

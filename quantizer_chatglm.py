@@ -13,6 +13,7 @@ official integers.
 Shapes: `O` output features, `I` input features of a packed layer.
 """
 
+import re
 import threading
 from collections.abc import Iterator, Mapping
 from functools import partial
@@ -29,8 +30,9 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from .environment_chatglm import (
     PendingTensor,
     StoredTensor,
-    ask_for_own_dtype,
     change_load_settings,
+    keep_float_norms,
+    loading_own_dtype,
     open_shards,
     read_load_settings,
     renew_ties,
@@ -71,12 +73,11 @@ class QuantizationMixin:
 
     @property
     def dtype(self) -> torch.dtype:
-        """Number format of the model; scales, which bfloat16 never narrows, do not count."""
-        model = cast(nn.Module, self)
+        """Number format of the model; scales and norms, which may be wider, do not count."""
         return next(
             tensor.dtype
-            for name, tensor in model.named_parameters()
-            if tensor.is_floating_point() and not name.endswith("weight_scale")
+            for name, tensor in cast(nn.Module, self).named_parameters()
+            if tensor.is_floating_point() and not re.search("weight_scale|layernorm", name)
         )
 
     def quantize(
@@ -348,16 +349,16 @@ class QuantizedLoadingMixin:
         Args:
             args, kwargs: as in transformers. A `quantization_config` of the method "chatglm", or
                 `quantization_bit` in the configuration, packs a float checkpoint while it is read.
-                Without a dtype it is that of config.json.
+                Without a dtype it is that of config.json, but norms stored in float32 stay so.
 
         Raises:
             ValueError: if the checkpoint's tensors are not those of the configuration, or cannot
                 be packed; it names the tensor.
         """
         register()
-        ask_for_own_dtype(kwargs)
         asked = _read_format(kwargs)
-        loaded = cast(Any, super()).from_pretrained(*args, **kwargs)
+        with loading_own_dtype(kwargs):
+            loaded = cast(Any, super()).from_pretrained(*args, **kwargs)
         model = loaded[0] if isinstance(loaded, tuple) else loaded
         if asked is not None:
             _check_asked_format(WeightFormat.of_config(model.config), asked)
@@ -384,6 +385,8 @@ class QuantizedLoadingMixin:
         tensors = state_dict or open_shards(checkpoint_files or [], settings["weights_only"])
         checkpoint = Checkpoint.match(model, tensors)
         check_checkpoint(checkpoint, settings)
+        stored = {name: tensors[place] for name, place in checkpoint.names.items()}
+        keep_float_norms(checkpoint.expected, stored)
         changes: dict[str, Any] = {"hf_quantizer": None}  # nothing is left for it to do
         if checkpoint.has_float_matrices:
             changes["sharded_metadata"] = None  # it does not know the scales

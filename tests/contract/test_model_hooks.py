@@ -25,7 +25,7 @@ from chatglm_6b.quantization import QuantizedLinear, TorchKernels, allocate_prod
 from chatglm_6b.quantizer_chatglm import ChatGLMQuantizer, QuantizedLoadingMixin, register
 from conftest import TINY, build_model, count_calls, forget_kernels, import_from_package
 from packaging.version import Version
-from peft import LoraConfig, TaskType, get_peft_model
+from peft import IA3Config, LoraConfig, TaskType, get_peft_model
 from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import PreTrainedModel
@@ -398,6 +398,17 @@ def test_torch_has_a_product_with_integers(hook: str, monkeypatch: pytest.Monkey
     torch.testing.assert_close(product.float(), expected, rtol=0.02, atol=0.02)
     monkeypatch.setattr(torch.ops, "aten", SimpleNamespace())
     assert TorchKernels().multiply(*given) is None
+
+
+@pytest.mark.parametrize("hook", ["BaseTunerLayer.get_base_layer"])
+def test_peft_asks_a_layer_before_it_reads_its_weight(hook: str) -> None:
+    """Merged into 8-bit integers, IA3's factors round to others without an error."""
+    layer = nn.Sequential(QuantizedLinear.from_linear(nn.Linear(64, 32), 8))
+    config = IA3Config(target_modules=["0"], feedforward_modules=[], init_ia3_weights=False)
+    adapted = get_peft_model(layer, config)
+    with pytest.raises(ValueError, match="packed integers"):
+        adapted.merge_adapter()
+        pytest.fail(f"{hook} asks for no base_layer, or is called by others than WEIGHT_READERS")
 
 
 @pytest.mark.parametrize(

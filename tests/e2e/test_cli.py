@@ -193,7 +193,7 @@ def test_loading_gets_the_options(monkeypatch: pytest.MonkeyPatch, run: Any) -> 
 
     monkeypatch.setattr(loading, "load_model", record)
     code = cli.main(["chat", "--bits", "4", "--device", "cpu", "--dtype", "bfloat16"])
-    assert (code, calls) == (2, [(loading.default_model_folder(), 4, "cpu", "bfloat16")])
+    assert (code, calls) == (2, [(loading.default_model_folder(), 4, "cpu", "bfloat16", False)])
 
 
 def test_the_oldest_rounds_leave_when_the_window_is_full(run: Any) -> None:
@@ -266,6 +266,7 @@ def test_the_options_of_chat_are_frozen() -> None:
         "folder",
         "--model",
         "--trust-folder-code",
+        "--verify",
         "--bits",
         "--device",
         "--dtype",
