@@ -2,8 +2,9 @@
 
 Owns how a float matrix becomes integers with a scale per row or per group of columns, how two 4-bit
 integers share a byte, and the layers that compute with them. Knows nothing of attention, of text,
-or of how a model gets such layers (`quantizer_chatglm`). Kernels for a device come from a file of
-their own; what none of them takes is computed by plain torch, on whatever torch runs on.
+or of how a model gets such layers (`quantizer_chatglm`); which formats there are is the
+configuration's. Kernels for a device come from a file of their own; what none of them takes is
+computed by plain torch, on whatever torch runs on.
 
 The official scheme is the original's (absmax rounding as in GLM-130B,
 https://arxiv.org/abs/2210.02414, symmetric, one scale a row), with `limit = 2 ** (bits - 1) - 1`:
@@ -19,17 +20,15 @@ Shapes: `O` output features, `I` input features, `C` stored columns: `I`, or `I 
 """
 
 from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
+from .configuration_chatglm import ACTIVATIONS, check_columns
 from .environment_chatglm import StoredTensor, find_twin, may_use_kernels
 from .quantization_cuda import find_kernels as find_cuda_kernels
 
-GROUP_SIZES = (32, 64, 128)
-# Whether kernels may round the input of a product to 8 bits, with a scale for every few columns.
-ACTIVATIONS = ("int8", "exact")
 # Larger matrices are worked on by blocks of rows of this many weights: few enough that the head is
 # never unpacked as a whole, and on a CPU that each step of unpacking finds its data in the caches.
 BLOCK_WEIGHTS = 2**26
@@ -37,78 +36,6 @@ CPU_BLOCK_WEIGHTS = 2**22
 # What torch's product with integers reads at once, and where it may begin.
 VECTOR_LENGTH = 16
 VECTOR_BYTES = 64
-
-
-def check_bits(bits: int) -> None:
-    """Raise ValueError for a number of bits that there is no format for."""
-    if bits not in (4, 8):
-        raise ValueError(f"bits must be 4 or 8, got {bits!r}; 0 leaves a model as it is.")
-
-
-def check_activations(activations: str) -> str:
-    """Return a treatment of products' inputs; ValueError if there is none of this name."""
-    if activations not in ACTIVATIONS:
-        raise ValueError(f"activations must be one of {ACTIVATIONS}, got {activations!r}.")
-    return activations
-
-
-def check_columns(
-    in_features: int, bits: int, group_size: int | None = None, name: str = "weight"
-) -> None:
-    """Raise ValueError if a matrix of so many columns cannot be stored so.
-
-    Args:
-        in_features: columns of the matrix.
-        bits: 4 or 8.
-        group_size: 32, 64 or 128 columns that share a scale; None for whole rows.
-        name: what the error calls the matrix.
-    """
-    check_bits(bits)
-    if bits == 4 and in_features % 2:
-        raise ValueError(
-            f"{name} has {in_features} columns, and 4 bits need an even number of them, two to a "
-            "byte: use 8 bits."
-        )
-    if group_size is not None and group_size not in GROUP_SIZES:
-        raise ValueError(
-            f"group_size must be one of {GROUP_SIZES}, or None for a scale per row; got "
-            f"{group_size!r}."
-        )
-    if group_size is not None and in_features % group_size:
-        raise ValueError(
-            f"{name} has {in_features} columns, which groups of {group_size} do not divide: use "
-            "another group_size, or None for a scale per row."
-        )
-
-
-class WeightFormat(NamedTuple):
-    """What `quantize` takes: the format of the packed weights.
-
-    Attributes:
-        bits: 4 or 8.
-        group_size: columns that share a scale; None for whole rows, the official format.
-        embeddings: whether the embedding and the head are packed too.
-        activations: "int8" if a CPU's kernels may round the input of products, or "exact".
-    """
-
-    bits: int
-    group_size: int | None = None
-    embeddings: bool = False
-    activations: str = ACTIVATIONS[0]
-
-    def __str__(self) -> str:
-        group = "" if self.group_size is None else f" in groups of {self.group_size}"
-        return f"{self.bits} bits{group}"
-
-    @classmethod
-    def of_config(cls, config: Any) -> "WeightFormat":
-        """Return the format that a model's configuration names; 0 bits for plain weights."""
-        return cls(
-            config.quantization_bit,
-            config.quantization_group_size,
-            config.quantization_embeddings,
-            check_activations(config.quantization_activations),
-        )
 
 
 def pack_int4(integers: Tensor) -> Tensor:
