@@ -270,6 +270,14 @@ def forget_pages(tensor: Tensor) -> None:
         advise(ctypes.c_void_p(start), ctypes.c_size_t(length), ctypes.c_int(mmap.MADV_DONTNEED))
 
 
+def _forget_read_pages(tensor: Tensor) -> None:
+    """Give the pages of a tensor back that lies in a file, unless somebody has written there."""
+    if tensor.is_inference() or getattr(tensor, "_version", None) != 0:
+        return
+    if tensor.is_contiguous() and is_mapped(tensor):
+        forget_pages(tensor)
+
+
 # Torch's own products
 
 
@@ -328,6 +336,7 @@ class Int4Blocks(NamedTuple):
         if rows % block_rows or in_features % INT4_GROUP_SIZES[-1]:
             return None
         integers = _order_int4(weight, block_rows)
+        _forget_read_pages(weight)
         if weight_scale.dim() == 1:
             group_size = next(size for size in INT4_GROUP_SIZES if in_features % size == 0)
             factors = make_unit_factors(in_features // group_size, rows)

@@ -413,6 +413,17 @@ def test_torch_has_a_product_with_4_bit_integers(
     find_int4_block_rows.cache_clear()
 
 
+@pytest.mark.parametrize("hook", ["Tensor._version"])
+def test_what_was_written_is_counted(hook: str) -> None:
+    weight = nn.Parameter(torch.zeros(4), requires_grad=False)
+    assert weight.detach()._version == 0, f"{hook} counts something else"
+    layer = nn.Linear(2, 2)
+    layer.load_state_dict(nn.Linear(2, 2).state_dict())
+    with torch.no_grad():
+        weight.add_(1)
+    assert weight.detach()._version and layer.weight.detach()._version, f"{hook} counts no writes"
+
+
 @pytest.mark.parametrize("hook", ["Module.named_parameters(_parameters)"])
 def test_who_looks_at_parameters_sees_the_official_bytes(
     hook: str, monkeypatch: pytest.MonkeyPatch

@@ -7,6 +7,8 @@ bytes, by whatever way, and there is never a second copy.
 import copy
 import io
 import pickle
+import re
+import sys
 import threading
 import weakref
 from collections.abc import Callable
@@ -21,7 +23,7 @@ from chatglm_6b.environment_chatglm import Int4Blocks, find_int4_block_rows, ker
 from chatglm_6b.modeling_chatglm import ChatGLMForConditionalGeneration
 from chatglm_6b.quantization import QuantizedLinear, dequantize_weight
 from conftest import TINY
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 pytestmark = [
@@ -337,6 +339,37 @@ def test_the_stored_bytes_are_released(group_size: int | None) -> None:
     ordered = weakref.ref(blocks.int4_blocks.integers)
     del blocks
     assert layer.weight.nbytes == nbytes and ordered() is None
+
+
+def read_resident(tensor: Tensor) -> int:
+    """Return how many bytes of the mapping that a tensor lies in are in memory."""
+    address, is_inside = tensor.data_ptr(), False
+    for line in Path("/proc/self/smaps").read_text(encoding="utf-8").splitlines():
+        if area := re.match(r"([0-9a-f]+)-([0-9a-f]+) ", line):
+            start, end = (int(number, 16) for number in area.groups())
+            is_inside = start <= address < end
+        elif is_inside and line.startswith("Rss:"):
+            return 1024 * int(line.split()[1])
+    raise ValueError(f"{address:x} is nowhere")
+
+
+@needs_the_product
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+@pytest.mark.parametrize("is_written", [False, True])
+def test_pages_of_a_file_are_given_back_unless_written(is_written: bool, tmp_path: Path) -> None:
+    layer = make_layer(in_features=16384)
+    save_file({"weight": layer.weight.detach()}, tmp_path / "one.safetensors")
+    loaded = load_file(tmp_path / "one.safetensors")["weight"]
+    layer.weight = nn.Parameter(loaded, requires_grad=False)
+    if is_written:
+        with torch.no_grad():
+            layer.weight.bitwise_not_()
+    assert environment_chatglm.is_mapped(loaded)
+    expected = loaded.clone()
+    assert read_resident(loaded) >= loaded.nbytes
+    move(layer)
+    assert (read_resident(loaded) >= loaded.nbytes) == is_written
+    assert torch.equal(loaded, expected) and torch.equal(layer.weight, expected)
 
 
 @needs_the_product
