@@ -290,18 +290,20 @@ ORDERING = threading.RLock()
 
 
 def _count_references(parameters: dict[str, Any], name: str) -> int:
-    parameter = parameters[name]
-    return sys.getrefcount(parameter)
+    return sys.getrefcount(parameters.get(name))
 
 
+# The references to a parameter that only its layer's dictionary holds.
 ALONE = _count_references({"weight": nn.Parameter(torch.empty(0))}, "weight")
 
 
-def _is_alone(parameters: dict[str, Any], name: str) -> bool:
-    """Tell whether a parameter is plain memory of a CPU that only its layer holds."""
-    if _count_references(parameters, name) > ALONE or type(parameters[name]) is not nn.Parameter:
+def _are_alone(parameters: dict[str, Any]) -> bool:
+    """Tell whether weight and scales are plain memory of a CPU that only their layer holds."""
+    names = ("weight", "weight_scale")
+    if any(_count_references(parameters, name) > ALONE for name in names):
         return False
-    return parameters[name].is_cpu and not parameters[name].is_shared()
+    values = [parameters.get(name) for name in names]
+    return all(type(x) is nn.Parameter and x.is_cpu and not x.is_shared() for x in values)
 
 
 def _get_values(parameter: nn.Parameter) -> Tensor:
@@ -318,9 +320,8 @@ def _set_values(parameter: nn.Parameter, values: Tensor) -> None:
 class PackedMatrix(nn.Module):
     """What packed layers share: frozen integers and scales under the official names.
 
-    A new one holds zeros, to be loaded into. While products take `Int4Blocks`, the parameter
-    `weight` has no values, but those blocks: whoever looks at the layer's parameters, by whatever
-    way, has them moved back first.
+    A new one holds zeros, to be loaded into. While products take `Int4Blocks`, `weight` has these
+    in the place of values: whoever looks at the layer's parameters has them moved back first.
 
     Attributes:
         weight: int8 `(O, C)`.
@@ -373,15 +374,16 @@ class PackedMatrix(nn.Module):
         """
         block_rows, parameters = find_int4_block_rows(), self.__dict__["_parameters"]
         with ORDERING, torch.inference_mode(False):
-            blocks = getattr(parameters["weight"], "int4_blocks", None)
-            names = ("weight", "weight_scale")
-            if blocks is None and block_rows and all(_is_alone(parameters, name) for name in names):
-                weight, weight_scale = (_get_values(parameters[name]) for name in names)
-                blocks = Int4Blocks.of_packed(weight, weight_scale, block_rows)
-                if blocks is not None:
-                    _set_values(parameters["weight"], weight.new_empty(0))
-                    parameters["weight"].int4_blocks = blocks
-        return blocks
+            blocks = getattr(parameters.get("weight"), "int4_blocks", None)
+            if blocks is not None or not block_rows or not _are_alone(parameters):
+                return blocks
+            weight, weight_scale = (_get_values(parameters[n]) for n in ("weight", "weight_scale"))
+            blocks = Int4Blocks.of_packed(weight, weight_scale, block_rows)
+            if blocks is None or not _are_alone(parameters):  # which took a while
+                return None
+            _set_values(parameters["weight"], weight.new_empty(0))
+            parameters["weight"].int4_blocks = blocks
+            return blocks
 
     def _give_blocks_back(self) -> None:
         weight = self.__dict__.get("_parameters", {}).get("weight")

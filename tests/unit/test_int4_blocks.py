@@ -475,6 +475,24 @@ def test_a_model_is_saved_with_the_official_bytes(group_size: int | None, tmp_pa
 
 
 @needs_the_product
+@pytest.mark.parametrize("sample", [False, True])
+def test_no_weight_is_moved_back_while_a_model_answers(
+    sample: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Back and forth for every token would take as long as unpacking."""
+    calls = []
+    restore = Int4Blocks.restore
+    monkeypatch.setattr(Int4Blocks, "restore", lambda self: calls.append(1) or restore(self))
+    model = make_model().quantize(4).bfloat16()
+    for _ in range(2):
+        model.generate(INPUT_IDS, max_new_tokens=4, do_sample=sample)
+    assert len(list(model.stream_generate(INPUT_IDS, max_new_tokens=4))) > 1
+    assert all(list_moved(model)) and not calls
+    model.state_dict()
+    assert len(calls) == 8
+
+
+@needs_the_product
 @both_kinds
 def test_a_model_generates_as_the_unpacked_one(group_size: int | None) -> None:
     model = make_model().quantize(4, group_size=group_size).bfloat16()
