@@ -25,7 +25,7 @@ from transformers.modeling_outputs import (
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from .cache_chatglm import ChatGLMCache, KeyValues, extend_cache
-from .configuration_chatglm import ChatGLMConfig
+from .configuration_chatglm import ChatGLMConfig, WeightFormat
 from .conversation_chatglm import ChatMixin
 from .environment_chatglm import (
     CACHE_NAME,
@@ -44,7 +44,7 @@ from .masking_chatglm import (
     locate,
     select_positions,
 )
-from .quantization import WeightFormat, is_packed
+from .quantization import is_packed
 
 # Not used here: transformers copies the files that this one imports, and not theirs.
 from .quantization_cuda import find_kernels  # noqa: F401

@@ -27,6 +27,13 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils import logging
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
+from .configuration_chatglm import (
+    GROUP_SIZES,
+    WeightFormat,
+    check_activations,
+    check_bits,
+    check_columns,
+)
 from .environment_chatglm import (
     PendingTensor,
     StoredTensor,
@@ -39,15 +46,10 @@ from .environment_chatglm import (
     whole_shape,
 )
 from .quantization import (
-    GROUP_SIZES,
     PackedMatrix,
     Packing,
     QuantizedEmbedding,
     QuantizedLinear,
-    WeightFormat,
-    check_activations,
-    check_bits,
-    check_columns,
     has_finite_scales,
     is_packed,
     quantize_weight,

@@ -239,12 +239,12 @@ def test_the_picture_of_the_imports_is_up_to_date_and_has_no_circle(
     drawing = load_script("tools/draw_imports.py")
     assert drawing.main(["--check"]) == 0, capsys.readouterr().err
     graph = drawing.read_graph()
-    assert graph["quantization"] == {"environment_chatglm", "quantization_cuda"}
+    assert graph["configuration_chatglm"] == {"environment_chatglm"}
     assert all(
         "chatglm." not in target for part in graph if "." not in part for target in graph[part]
     )
-    graph["environment_chatglm"] = {"quantization"}
-    with pytest.raises(ValueError, match="environment_chatglm -> quantization -> environment_chat"):
+    graph["environment_chatglm"] = {"configuration_chatglm"}
+    with pytest.raises(ValueError, match="configuration_chatglm -> environment_chatglm -> config"):
         drawing.draw(graph)
     monkeypatch.setattr(drawing, "PICTURE", tmp_path / "imports.svg")
     assert drawing.main(["--check"]) == 1

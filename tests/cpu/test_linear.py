@@ -16,8 +16,8 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
+from chatglm_6b.configuration_chatglm import ACTIVATIONS
 from chatglm_6b.quantization import (
-    ACTIVATIONS,
     QuantizedLinear,
     TorchKernels,
     dequantize_weight,

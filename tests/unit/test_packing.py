@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from chatglm_6b import quantization, quantizer_chatglm
-from chatglm_6b.configuration_chatglm import ChatGLMConfig
+from chatglm_6b.configuration_chatglm import GROUP_SIZES, ChatGLMConfig
 from chatglm_6b.environment_chatglm import find_engine
 from chatglm_6b.modeling_chatglm import (
     ChatGLMForConditionalGeneration,
@@ -60,7 +60,7 @@ def logits_of(model: Any) -> Tensor:
 
 
 @both_bits
-@pytest.mark.parametrize("group_size", quantization.GROUP_SIZES)
+@pytest.mark.parametrize("group_size", GROUP_SIZES)
 def test_a_group_is_quantized_as_a_row_of_its_own(bits: int, group_size: int) -> None:
     torch.manual_seed(1)
     weight = torch.randn(5, 256) * torch.logspace(-2, 2, 256)
