@@ -48,6 +48,7 @@ from .quantization import is_packed
 
 # Not used here: transformers copies the files that this one imports, and not theirs.
 from .quantization_cuda import find_kernels  # noqa: F401
+from .quantization_torch import find_int8_product  # noqa: F401
 from .quantizer_chatglm import QuantizationMixin, QuantizedLoadingMixin, note_ties, swap_layers
 
 # Of the released weights; the original code uses this number for a model of any depth.
@@ -58,10 +59,7 @@ PREFIX_DROPOUT = 0.1
 
 
 class RotaryEmbedding(nn.Module):
-    """Turns position ids into the cosines and sines that rotate queries and keys.
-
-    Every position axis owns `D / P` of a head's dimensions.
-    """
+    """The cosines and sines of positions; each of the axes owns `D / P` of a head's dimensions."""
 
     def __init__(self, config: ChatGLMConfig) -> None:
         super().__init__()

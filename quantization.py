@@ -19,8 +19,6 @@ Shapes: `O` output features, `I` input features, `C` stored columns: `I`, or `I 
 `G` groups of a row. Scales are `(O,)`, or `(O, G)` with groups.
 """
 
-import sys
-import threading
 from collections.abc import Callable, Iterator
 from typing import Any, Protocol
 
@@ -29,16 +27,14 @@ from torch import Tensor, nn
 
 from .configuration_chatglm import ACTIVATIONS, check_columns
 from .environment_chatglm import (
-    Int4Blocks,
     StoredTensor,
     find_engine,
-    find_int4_block_rows,
-    find_int8_product,
     keep_whole,
     may_use_kernels,
     refuse_weight_of_integers,
 )
 from .quantization_cuda import find_kernels as find_cuda_kernels
+from .quantization_torch import ReorderedWeight, find_int8_product
 
 # Larger matrices are worked on by blocks of rows of this many weights: few enough that the head is
 # never unpacked as a whole, and on a CPU that each step of unpacking finds its data in the caches.
@@ -303,43 +299,11 @@ def quantized_linear(
     return output if bias is None else output + bias
 
 
-# A weight is moved to torch's order and back by one thread at a time.
-ORDERING = threading.RLock()
-
-
-def _count_references(parameters: dict[str, Any], name: str) -> int:
-    return sys.getrefcount(parameters.get(name))
-
-
-# The references to a parameter that only its layer's dictionary holds.
-ALONE = _count_references({"weight": nn.Parameter(torch.empty(0))}, "weight")
-
-
-def _are_alone(parameters: dict[str, Any]) -> bool:
-    """Tell whether weight and scales are plain memory of a CPU that only their layer holds."""
-    names = ("weight", "weight_scale")
-    if any(_count_references(parameters, name) > ALONE for name in names):
-        return False
-    values = [parameters.get(name) for name in names]
-    return all(type(x) is nn.Parameter and x.is_cpu and not x.is_shared() for x in values)
-
-
-def _get_values(parameter: nn.Parameter) -> Tensor:
-    """Return a parameter's values; those made in inference mode could not be viewed outside."""
-    return parameter.clone() if parameter.is_inference() else parameter.detach()
-
-
-def _set_values(parameter: nn.Parameter, values: Tensor) -> None:
-    """Give a parameter other values; one made in inference mode stays so."""
-    with torch.inference_mode(is_inference := parameter.is_inference()):
-        parameter.data = values.clone() if is_inference else values
-
-
-class PackedMatrix(nn.Module):
+class PackedMatrix(ReorderedWeight):
     """What packed layers share: frozen integers and scales under the official names.
 
-    A new one holds zeros, to be loaded into. While products take `Int4Blocks`, `weight` has these
-    in the place of values: whoever looks at the layer's parameters has them moved back first.
+    A new one holds zeros, to be loaded into. While torch's own 4-bit product computes, `weight`
+    lies in that product's order, and is moved back for whoever looks (`ReorderedWeight`).
 
     Attributes:
         weight: int8 `(O, C)`.
@@ -390,55 +354,6 @@ class PackedMatrix(nn.Module):
         """Have none, as peft sees it; ValueError if peft would compute with the integers."""
         refuse_weight_of_integers(self)
         raise AttributeError(f"{type(self).__name__} is no layer around another one")
-
-    def _take_blocks(self) -> Int4Blocks | None:
-        """Return the weight in torch's order, which it has from now on; None to leave it as it is.
-
-        One that anybody else holds stays, such as a tied embedding: it would be there twice.
-        """
-        block_rows, parameters = find_int4_block_rows(), self.__dict__["_parameters"]
-        with ORDERING, torch.inference_mode(False):
-            blocks = getattr(parameters.get("weight"), "int4_blocks", None)
-            if blocks is not None or not block_rows or not _are_alone(parameters):
-                return blocks
-            weight, weight_scale = (_get_values(parameters[n]) for n in ("weight", "weight_scale"))
-            blocks = Int4Blocks.of_packed(weight, weight_scale, block_rows)
-            if blocks is None or not _are_alone(parameters):  # which took a while
-                return None
-            _set_values(parameters["weight"], weight.new_empty(0))
-            parameters["weight"].int4_blocks = blocks
-            return blocks
-
-    def _give_blocks_back(self) -> None:
-        weight = self.__dict__.get("_parameters", {}).get("weight")
-        with ORDERING, torch.inference_mode(False):
-            blocks = getattr(weight, "int4_blocks", None)
-            if blocks is not None:
-                _set_values(weight, blocks.restore())
-                del weight.int4_blocks
-
-    def _show_parameters(self) -> dict[str, Any]:
-        self._give_blocks_back()
-        return self.__dict__["_parameters"]
-
-    def _set_parameters(self, parameters: dict[str, Any]) -> None:
-        self.__dict__["_parameters"] = parameters
-
-    _parameters: Any = property(_show_parameters, _set_parameters)
-
-    def __getattr__(self, name: str) -> Any:
-        """Find a parameter, which `nn.Module` looks for without the property."""
-        if torch.compiler.is_compiling():  # which knows no locks: it moves the weight in the graph
-            found = super().__getattr__(name)
-            blocks = getattr(found, "int4_blocks", None) if name == "weight" else None
-            return found if blocks is None else blocks.restore()
-        with ORDERING:  # until the caller holds it, which nobody moves then
-            if name in ("weight", "weight_scale"):
-                self._give_blocks_back()
-            return super().__getattr__(name)
-
-    def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"_parameters": self._parameters}
 
     def _format(self) -> str:
         group = "" if self.group_size is None else f", group_size={self.group_size}"
@@ -535,7 +450,7 @@ class QuantizedLinear(PackedMatrix, nn.Linear):
     def forward(self, input: Tensor) -> Tensor:
         """Map `(..., in_features)` to `(..., out_features)`."""
         activations = "exact" if self.training else self.activations
-        blocks = self._take_blocks() if self._may_use_blocks(input, activations) else None
+        blocks = self.take_blocks() if self._may_use_blocks(input, activations) else None
         if blocks is not None:
             output = blocks.multiply(input)
             return output if self.bias is None else output + self.bias

@@ -184,6 +184,14 @@ def without_kernels() -> Iterator[None]:
         yield
 
 
+def leave_engine_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Leave the model's files without the engine, as where they are alone."""
+    from chatglm_6b import environment_chatglm, quantization
+
+    for module in (environment_chatglm, quantization):
+        monkeypatch.setattr(module, "find_engine", lambda: None)
+
+
 def forget_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
     """Make CPU kernels be looked for, and compiled or read from the disk, as in a new process."""
     anew: dict[Any, Any] = {}

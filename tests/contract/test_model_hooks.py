@@ -19,11 +19,19 @@ import transformers
 from chatglm_6b import cache_chatglm, environment_chatglm
 from chatglm_6b.cache_chatglm import ChatGLMCache, ReservedLayer
 from chatglm_6b.configuration_chatglm import ChatGLMConfig
-from chatglm_6b.environment_chatglm import CACHE_NAME, CACHE_NAMES, find_int4_block_rows
+from chatglm_6b.environment_chatglm import CACHE_NAME, CACHE_NAMES
 from chatglm_6b.modeling_chatglm import ChatGLMForConditionalGeneration, GLMBlock
 from chatglm_6b.quantization import QuantizedLinear, TorchKernels, allocate_product
+from chatglm_6b.quantization_torch import find_int4_block_rows
 from chatglm_6b.quantizer_chatglm import ChatGLMQuantizer, QuantizedLoadingMixin, register
-from conftest import TINY, build_model, count_calls, forget_kernels, import_from_package
+from conftest import (
+    TINY,
+    build_model,
+    count_calls,
+    forget_kernels,
+    import_from_package,
+    leave_engine_out,
+)
 from packaging.version import Version
 from peft import IA3Config, LoraConfig, TaskType, get_peft_model
 from safetensors.torch import load_file, save_file
@@ -418,7 +426,7 @@ def test_torch_has_a_product_with_4_bit_integers(
     """Its order is asked for with known integers; without it, or in another, nothing is moved."""
     if torch.backends.cpu.get_cpu_capability() not in ("AVX2", "AVX512"):
         pytest.skip("torch's 4-bit product is fast with AVX2 and AVX512 only")
-    monkeypatch.setattr(environment_chatglm, "find_engine", lambda: None)
+    leave_engine_out(monkeypatch)
     layer = QuantizedLinear.from_linear(nn.Linear(64, 128), 4).bfloat16().eval()
     states = torch.randn(2, 64, dtype=torch.bfloat16)
     product = layer(states)
@@ -450,7 +458,7 @@ def test_who_looks_at_parameters_sees_the_official_bytes(
     hook: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """torch's walks ask a module for the attribute, which is a property of packed layers."""
-    monkeypatch.setattr(environment_chatglm, "find_engine", lambda: None)
+    leave_engine_out(monkeypatch)
     layers = nn.Sequential(QuantizedLinear.from_linear(nn.Linear(64, 128), 4)).bfloat16().eval()
     expected: Any = layers[0].weight.detach().clone()
     looks = {

@@ -42,6 +42,7 @@ PUBLIC_NAMES = {
         "choose_cache",
         "find_engine",
         "find_twin",
+        "forget_pages",
         "is_mapped",
         "keep_float_norms",
         "keep_whole",
@@ -77,6 +78,12 @@ PUBLIC_NAMES = {
         "quantized_linear",
     },
     "quantization_cuda": {"CudaKernels", "find_kernels"},
+    "quantization_torch": {
+        "Int4Blocks",
+        "ReorderedWeight",
+        "find_int4_block_rows",
+        "find_int8_product",
+    },
     "quantizer_chatglm": {
         "ChatGLMQuantizationConfig",
         "ChatGLMQuantizer",

@@ -17,12 +17,13 @@ from typing import Any
 
 import pytest
 import torch
-from chatglm_6b import environment_chatglm, quantization
+from chatglm_6b import environment_chatglm, quantization, quantization_torch
 from chatglm_6b.configuration_chatglm import GROUP_SIZES, ChatGLMConfig
-from chatglm_6b.environment_chatglm import Int4Blocks, find_int4_block_rows, kernels_off
+from chatglm_6b.environment_chatglm import kernels_off
 from chatglm_6b.modeling_chatglm import ChatGLMForConditionalGeneration
 from chatglm_6b.quantization import QuantizedLinear, dequantize_weight
-from conftest import TINY
+from chatglm_6b.quantization_torch import Int4Blocks, find_int4_block_rows
+from conftest import TINY, leave_engine_out
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -32,8 +33,8 @@ pytestmark = [
         "ignore:.(is_gradient_checkpointing|gradient_checkpointing_enable). is:FutureWarning"
     ),
 ]
-BLOCK_ROWS = environment_chatglm.INT4_BLOCK_ROWS
-INPUT_ROWS = environment_chatglm.INT4_INPUT_ROWS
+BLOCK_ROWS = quantization_torch.INT4_BLOCK_ROWS
+INPUT_ROWS = quantization_torch.INT4_INPUT_ROWS
 INPUT_IDS = torch.tensor([[7, 8, 9, 301, 304, 11, 12]])
 both_kinds = pytest.mark.parametrize("group_size", [None, 32])
 needs_the_product = pytest.mark.skipif(
@@ -44,7 +45,7 @@ needs_the_product = pytest.mark.skipif(
 @pytest.fixture(autouse=True)
 def alone(monkeypatch: pytest.MonkeyPatch) -> None:
     """Leave the model's files without the engine."""
-    monkeypatch.setattr(environment_chatglm, "find_engine", lambda: None)
+    leave_engine_out(monkeypatch)
 
 
 def draw_bytes(rows: int, columns: int) -> Tensor:
@@ -121,7 +122,7 @@ def test_sizes_without_whole_blocks_are_left_alone(rows: int, in_features: int) 
 
 def test_an_order_that_we_do_not_know_is_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
     """As on processors with neither AVX2 nor AVX512: the product of known integers is wrong."""
-    monkeypatch.setattr(environment_chatglm, "INT4_BLOCK_ROWS", (16, 128))
+    monkeypatch.setattr(quantization_torch, "INT4_BLOCK_ROWS", (16, 128))
     find_int4_block_rows.cache_clear()
     layer, states = make_layer(), torch.randn(2, 256, dtype=torch.bfloat16)
     product = layer(states)
