@@ -60,6 +60,7 @@ WEIGHT_FILES = (
     ("model.safetensors", "model.safetensors.index.json"),
     ("pytorch_model.bin", "pytorch_model.bin.index.json"),
 )
+PLAIN_NAME = re.compile(r"\w[\w.-]*")  # no folder, nothing hidden, and no pattern for many names
 GENERATION_FILE = "generation_config.json"
 REMEDY = "use the config.json that came with the weights, and all of their shards"
 
@@ -197,15 +198,14 @@ def read_weight_map(index: Path) -> dict[str, str]:
     weight_map = read_object(index).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise ValueError(
-            f"{index} has the weight_map {weight_map!r}, and no shard of each tensor: fetch it "
-            "again, with the shards"
+            f"{index} has the weight_map {weight_map!r:.60}, which leads to no shards: take the "
+            "index that came with the weights"
         )
     for name, shard in weight_map.items():
-        # Hubs of weights may lie on another system than the one that wrote them.
-        if not isinstance(shard, str) or set(shard) & set("/\\:") or shard in ("", ".", ".."):
+        if not isinstance(shard, str) or not PLAIN_NAME.fullmatch(shard):
             raise ValueError(
-                f"{index} puts {name} into {shard!r}, and shards are named as files beside it: "
-                "fetch it again, with the shards"
+                f"{index} puts {name} into {shard!r}, and shards lie beside it under plain "
+                "names: take the index that came with the weights"
             )
     return weight_map
 
@@ -268,8 +268,7 @@ def open_shards(
         for name, tensor in _map_file(file, weights_only).items():
             if name in found:
                 raise ValueError(
-                    f"{name} is in {found[name].file} and in {file}: remove the shard that does "
-                    "not belong there"
+                    f"{found[name]} is also in {file}: remove the shard that does not belong there"
                 )
             found[name] = StoredTensor(tensor, name, file)
     return found
@@ -383,7 +382,8 @@ class Checkpoint(NamedTuple):
                 if name in expected:
                     names[name] = stored
                     break
-        ties = model._tied_weights_keys if model.config.tie_word_embeddings else None
+        is_tied = getattr(model.config, "tie_word_embeddings", False)
+        ties = model._tied_weights_keys if is_tied else None
         computed = model._keys_to_ignore_on_load_unexpected or ()
         placed = set(names.values())
         left_over = [

@@ -404,10 +404,14 @@ class QuantizedLoadingMixin:
         else:
             tensors = {name: StoredTensor(tensor, name) for name, tensor in state_dict.items()}
         checkpoint = Checkpoint.match(model, tensors)
-        check_checkpoint(model, checkpoint, settings)
+        may_differ = settings["ignore_mismatched_sizes"]
+        check_checkpoint(model, checkpoint, CORE, REMEDY_IN_PYTHON, may_differ)
+        if settings["sharded_metadata"] is not None:
+            _check_index(model, checkpoint, settings["sharded_metadata"]["weight_map"])
         changes: dict[str, Any] = {"hf_quantizer": None}  # nothing is left for it to do
         if has_float_matrices(model, checkpoint):
             changes["sharded_metadata"] = None  # it does not know the scales
+            _check_no_disk(settings["device_map"] or {})
             state_dict = pack_checkpoint(model, checkpoint)
         del tensors, checkpoint  # shards of an old kind are not mapped, but read as a whole
         args, options = change_load_settings(args, options, changes)
@@ -444,43 +448,38 @@ def _is_foreign(quantizer: HfQuantizer | None) -> bool:
 
 
 def check_checkpoint(
-    model: PreTrainedModel, checkpoint: Checkpoint, settings: Mapping[str, Any]
+    model: Any,
+    checkpoint: Checkpoint,
+    pattern: str = "",
+    remedy: str = REMEDY,
+    may_differ: bool = False,
 ) -> None:
     """Refuse stored tensors that are not the model's, before any is read.
 
     Args:
         model: what is to be filled; on the meta device it takes no memory.
         checkpoint: what is to be loaded into it.
-        settings: transformers' `sharded_metadata`, `device_map` and `ignore_mismatched_sizes`.
+        pattern: what is searched for in the names that may neither be missing nor left over.
+        remedy: what an error advises.
+        may_differ: whether sizes and names may be others, except those of packed layers.
 
     Raises:
         ValueError: with the field of the configuration, or with the tensor's name.
     """
-    may_differ = settings["ignore_mismatched_sizes"]
     if not may_differ:
-        _check_fields(model, checkpoint)
-    _check_one_dtype(model, checkpoint)
+        _check_fields(model.config, checkpoint, remedy)
     packed = {name: (layer, stored) for name, layer, stored in iter_matrices(model, checkpoint)}
+    _check_one_dtype([stored for _, stored in packed.values()])
+    sizes = {}
     for name, (layer, stored) in packed.items():
-        if not stored.dtype.is_floating_point:
+        if stored.dtype.is_floating_point:
+            sizes[name] = (layer.weight.shape[0], _count_columns(layer))
+        else:
             _check_packed(name, layer, stored, checkpoint.find(f"{name}_scale"))
     _check_plain_tensors(packed, checkpoint)
-    sizes = {
-        name: (layer.weight.shape[0], _count_columns(layer))
-        for name, (layer, stored) in packed.items()
-        if stored.dtype.is_floating_point
-    }
-    checkpoint.check_sizes(packed if may_differ else checkpoint.names, sizes, REMEDY_IN_PYTHON)
+    checkpoint.check_sizes(packed if may_differ else checkpoint.names, sizes, remedy)
     if not may_differ:
-        checkpoint.check_names(CORE, [f"{name}_scale" for name in sizes])
-    if settings["sharded_metadata"] is not None:
-        _check_index(packed, checkpoint, settings["sharded_metadata"]["weight_map"])
-    on_disk = "disk" in (settings["device_map"] or {}).values()
-    if on_disk and has_float_matrices(model, checkpoint):
-        raise ValueError(
-            'device_map puts layers on "disk", where they cannot be quantized while loading: save '
-            "a quantized checkpoint first and load that."
-        )
+        checkpoint.check_names(pattern, [f"{name}_scale" for name in sizes])
 
 
 def iter_matrices(
@@ -492,7 +491,8 @@ def iter_matrices(
         ValueError: for a layer that is not stored.
     """
     for layer_name, layer in model.named_modules():
-        if not is_packed(layer):
+        # The layers may be of another folder's copy of the code, and so of another class.
+        if not hasattr(layer, "weight_scale"):
             continue
         name = f"{layer_name}.weight"
         stored = checkpoint.find(name)
@@ -507,20 +507,17 @@ def has_float_matrices(model: nn.Module, checkpoint: Checkpoint) -> bool:
     return any(stored.dtype.is_floating_point for _, _, stored in iter_matrices(model, checkpoint))
 
 
-def _check_fields(model: PreTrainedModel, checkpoint: Checkpoint) -> None:
+def _check_fields(config: Any, checkpoint: Checkpoint, remedy: str) -> None:
     """Compare the sizes that the configuration names with those of the stored tensors."""
-    config = cast(Any, model.config)
     found = {field: _read_size(checkpoint, *place) for field, place in SIZES.items()}
     found["num_layers"] = len({m[1] for m in map(BLOCK.search, checkpoint.tensors) if m})
-    checkpoint.refuse(
-        "config.json has",
-        (
-            f"{field} {getattr(config, field)}, and the weights {size}"
-            for field, size in found.items()
-            if size and size != getattr(config, field)
-        ),
-        REMEDY_IN_PYTHON,
+    wanted = {field: getattr(config, field, None) for field in found}
+    others = (
+        f"{field} {wanted[field]}, and the weights {size}"
+        for field, size in found.items()
+        if size and wanted[field] not in (None, size)
     )
+    checkpoint.refuse("config.json has", others, remedy)
 
 
 def _read_size(checkpoint: Checkpoint, ending: str, axis: int) -> int | None:
@@ -535,15 +532,13 @@ def _count_columns(layer: PackedMatrix) -> int:
     return layer.weight.shape[1] * 8 // layer.bits
 
 
-def _check_one_dtype(model: nn.Module, checkpoint: Checkpoint) -> None:
+def _check_one_dtype(matrices: list[StoredTensor]) -> None:
     """Refuse a mixture of checkpoints among the packed layers."""
-    first: StoredTensor | None = None
-    for _, _, stored in iter_matrices(model, checkpoint):
-        first = first or stored
-        if stored.dtype != first.dtype:
+    for stored in matrices:
+        if stored.dtype != matrices[0].dtype:
             raise ValueError(
-                f"{first} is stored as {first.dtype} and {stored} as {stored.dtype}: take all "
-                "shards from one checkpoint, quantized or not."
+                f"{matrices[0]} is stored as {matrices[0].dtype} and {stored} as {stored.dtype}: "
+                "take all shards from one checkpoint, quantized or not."
             )
 
 
@@ -591,11 +586,9 @@ def _check_plain_tensors(packed: Collection[str], checkpoint: Checkpoint) -> Non
             )
 
 
-def _check_index(
-    packed: Collection[str], checkpoint: Checkpoint, weight_map: Mapping[str, str]
-) -> None:
+def _check_index(model: nn.Module, checkpoint: Checkpoint, weight_map: Mapping[str, str]) -> None:
     """Refuse an index of other shards: a float index beside quantized ones, or the reverse."""
-    for name in packed:
+    for name, _, _ in iter_matrices(model, checkpoint):
         stored = f"{checkpoint.names[name]}_scale"
         if (stored in weight_map) != (stored in checkpoint.tensors):
             known = "lists" if stored in weight_map else "does not list"
@@ -604,6 +597,14 @@ def _check_index(
                 f"The checkpoint's index {known} {stored}, and its shards' data {held} it: use "
                 "the index that came with the shards, quantized or not."
             )
+
+
+def _check_no_disk(device_map: Mapping[str, Any]) -> None:
+    if "disk" in device_map.values():
+        raise ValueError(
+            'device_map puts layers on "disk", where they cannot be quantized while loading: save '
+            "a quantized checkpoint first and load that."
+        )
 
 
 # Packing while reading
@@ -641,6 +642,7 @@ __all__ = [
     "ChatGLMQuantizer",
     "QuantizationMixin",
     "QuantizedLoadingMixin",
+    "check_checkpoint",
     "note_ties",
     "swap_layers",
 ]

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from chatglm.cards import CARD_FILE
-from chatglm.converting.checkpoint import read_json
+from chatglm.checkpoints.recognize import read_object
 
 RECORD = "job.json"
 SUMS = "SHA256SUMS"
@@ -67,7 +67,7 @@ class Staging:
                     "or name another target"
                 )
             return
-        left = read_json(record)
+        left = read_object(record)
         if left["job"] == self._job:
             self._sums = dict(_intact(self.folder, left["finished"]))
 

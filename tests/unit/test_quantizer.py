@@ -476,7 +476,12 @@ FIRST = r"transformer\.layers\.0\.attention\.query_key_value\.weight"
 @pytest.mark.parametrize(
     ("quantized", "fields", "change", "message"),
     [
-        ({"bits": 8}, EIGHT, drop_scale, rf"{W} in .* is stored as torch\.int8, but .*no {W}_scale"),
+        (
+            {"bits": 8},
+            EIGHT,
+            drop_scale,
+            rf"{W} in .* is stored as torch\.int8, but .*no {W}_scale",
+        ),
         ({"bits": 8}, EIGHT, drop_matrix, rf"the weights lack {W}; use .* all of their shards"),
         ({"bits": 8}, EIGHT, spoil_scale(float("nan")), rf"{W}_scale in \S+ holds nan, and every"),
         ({"bits": 4}, FOUR, spoil_scale(float("-inf")), rf"{W}_scale in \S+ holds -inf, and every"),
@@ -491,12 +496,17 @@ FIRST = r"transformer\.layers\.0\.attention\.query_key_value\.weight"
         ({"bits": 8}, as_fields(8, None, True), keep, r"float16 and .*int8|int8 and .*float16"),
         ({"bits": 8}, EIGHT, widen, rf"int8 and {W} in \S+ as torch\.float32: take"),
         ({}, EIGHT, widen, rf"float16 and {W} in \S+ as torch\.float32: take all shards"),
-        ({}, EIGHT, spoil_matrix, rf"{W}\[0:256\] cannot be quantized: row 5 reaches inf"),
+        ({}, EIGHT, spoil_matrix, rf"{W} cannot be quantized: row 5 reaches inf"),
         ({}, EIGHT, cut_matrix, rf"{W} .*sizes \(256, 32\).*\(256, 64\).*config\.json"),
         ({"bits": 8}, EIGHT, cut_matrix, rf"{W} .*sizes \(256, 32\), which is 4 bits"),
         ({}, EIGHT, cut_norm, r"final_layernorm\.bias .*\(8,\).*\(64,\).*ignore_mismatched"),
         ({}, as_fields(0), cut_norm, r"final_layernorm\.bias .*\(8,\).*\(64,\).*ignore_mismatch"),
-        ({}, {"inner_hidden_size": 128}, keep, "has inner_hidden_size 128, and the weights 256; use"),
+        (
+            {},
+            {"inner_hidden_size": 128},
+            keep,
+            "has inner_hidden_size 128, and the weights 256; use",
+        ),
     ],
 )
 @pytest.mark.parametrize("kind", ["bin", "safetensors"])
