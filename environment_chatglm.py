@@ -139,6 +139,20 @@ def ask_for_own_dtype(options: dict[str, Any]) -> bool:
     return all(isinstance(dtype, str) and dtype == "auto" for dtype in named)
 
 
+def check_dtype_name(name: Any) -> None:
+    """Refuse the name of a number format that torch does not have.
+
+    Raises:
+        ValueError: with the names that checkpoints have.
+    """
+    is_known = isinstance(getattr(torch, str(name).removeprefix("torch."), None), torch.dtype)
+    if name not in (None, "auto") and not is_known:
+        raise ValueError(
+            f"config.json has the dtype {name!r}, and it must be one of torch's: float32, float16 "
+            "or bfloat16."
+        )
+
+
 def read_load_settings(args: tuple[Any, ...], options: dict[str, Any]) -> Mapping[str, Any]:
     """Return what `_load_pretrained_model` was told, by name.
 
@@ -223,13 +237,8 @@ def check_settings(folder: Path, options: Mapping[str, Any]) -> None:
     folder = folder / (options.get("subfolder") or "")
     if (folder / GENERATION_FILE).is_file():
         read_object(folder / GENERATION_FILE)
-    kinds = WEIGHT_FILES[1:] if options.get("use_safetensors") is False else WEIGHT_FILES
-    has_others = any(options.get(name) for name in ("gguf_file", "state_dict", "variant"))
-    for single, index in () if has_others else kinds:
-        if (folder / index).is_file() and not (folder / single).is_file():
-            read_weight_map(folder / index)
-        if (folder / single).is_file() or (folder / index).is_file():
-            return
+    if any((folder / name).is_file() for kind in WEIGHT_FILES for name in kind):
+        list_weight_files(folder)
 
 
 def read_object(file: Path) -> dict[str, Any]:
@@ -280,8 +289,10 @@ def _map_file(file: Path, weights_only: bool) -> dict[str, Tensor]:
     try:
         tensors: Any = load_state_dict(str(file), map_location="cpu", weights_only=weights_only)
     except unreadable as error:
-        reason = str(error).partition("\n")[0]
-        raise ValueError(f"{file} cannot be read: {reason}; fetch it again") from error
+        reason = re.split(r"\n|\. ", str(error))[0]
+        raise ValueError(
+            f"{file} cannot be read: {reason}; fetch it again (git lfs pull, if it is a pointer)"
+        ) from error
     if not isinstance(tensors, Mapping) or not tensors:
         raise ValueError(f"{file} holds no tensors by name: save the model's state_dict")
     for name, tensor in tensors.items():
@@ -615,6 +626,7 @@ __all__ = [
     "StoredTensor",
     "ask_for_own_dtype",
     "change_load_settings",
+    "check_dtype_name",
     "check_settings",
     "check_transformers",
     "choose_cache",

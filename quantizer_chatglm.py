@@ -511,13 +511,15 @@ def _check_fields(config: Any, checkpoint: Checkpoint, remedy: str) -> None:
     """Compare the sizes that the configuration names with those of the stored tensors."""
     found = {field: _read_size(checkpoint, *place) for field, place in SIZES.items()}
     found["num_layers"] = len({m[1] for m in map(BLOCK.search, checkpoint.tensors) if m})
-    wanted = {field: getattr(config, field, None) for field in found}
-    others = (
-        f"{field} {wanted[field]}, and the weights {size}"
+    others = {
+        field: getattr(config, field)
         for field, size in found.items()
-        if size and wanted[field] not in (None, size)
-    )
-    checkpoint.refuse("config.json has", others, remedy)
+        if size and getattr(config, field, size) != size
+    }
+    if others:
+        named = ", ".join(f"{field} {value}" for field, value in others.items())
+        stored = ", ".join(str(found[field]) for field in others)
+        checkpoint.refuse("the configuration has", [f"{named}, and the weights {stored}"], remedy)
 
 
 def _read_size(checkpoint: Checkpoint, ending: str, axis: int) -> int | None:

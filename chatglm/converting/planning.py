@@ -192,6 +192,9 @@ def read_source(folder: Path) -> Source:
     settings = folder
     if not is_ours or not all((folder / name).is_file() for name in SETTINGS):
         settings = _find_generation(folder, own.get("vocab_size"))
+    for name in SETTINGS:  # a folder that carries on broken ones would fail with its next reader
+        if (settings / name).is_file():
+            read_object(settings / name)
     fields = own if is_ours else complete_fields(own)
     for name in ("_name_or_path", "dtype", "torch_dtype"):
         fields.pop(name, None)
