@@ -200,8 +200,12 @@ def _check_number(
 
 def _complete_token_ids(vocab_size: int, token_ids: dict[str, int | None]) -> dict[str, Any]:
     """Fill in ids that old configurations leave out, from the generation `vocab_size` names."""
-    for name, token_id in token_ids.items():
-        if token_id is not None:
+    for name, value in token_ids.items():
+        # More than one token may end an answer.
+        several: list[Any] = (
+            value if name == "eos_token_id" and isinstance(value, list) else [value]
+        )
+        for token_id in several if value is not None else ():
             _check_number(name, token_id, 0, vocab_size)
     missing = [name for name, token_id in token_ids.items() if token_id is None]
     if not missing:

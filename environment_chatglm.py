@@ -140,11 +140,7 @@ def ask_for_own_dtype(options: dict[str, Any]) -> bool:
 
 
 def check_dtype_name(name: Any) -> None:
-    """Refuse the name of a number format that torch does not have.
-
-    Raises:
-        ValueError: with the names that checkpoints have.
-    """
+    """Raise ValueError for the name of a number format that torch does not have."""
     is_known = isinstance(getattr(torch, str(name).removeprefix("torch."), None), torch.dtype)
     if name not in (None, "auto") and not is_known:
         raise ValueError(
@@ -230,9 +226,6 @@ def check_settings(folder: Path, options: Mapping[str, Any]) -> None:
     Args:
         folder: a model folder; nothing is checked of one that is not on this machine.
         options: keyword arguments of `from_pretrained`.
-
-    Raises:
-        ValueError: naming the file.
     """
     folder = folder / (options.get("subfolder") or "")
     if (folder / GENERATION_FILE).is_file():
@@ -270,7 +263,8 @@ def open_shards(
         All their tensors, by name.
 
     Raises:
-        ValueError: if a file cannot be read, holds something else, or repeats another's tensor.
+        UnreadableWeightsError: if a file cannot be read.
+        ValueError: if it holds something else, or repeats another's tensor.
     """
     found: dict[str, StoredTensor] = {}
     for file in map(Path, files):
@@ -289,8 +283,10 @@ def _map_file(file: Path, weights_only: bool) -> dict[str, Tensor]:
     try:
         tensors: Any = load_state_dict(str(file), map_location="cpu", weights_only=weights_only)
     except unreadable as error:
-        reason = re.split(r"\n|\. ", str(error))[0]
-        raise ValueError(
+        # What torch has to say first, that other options would help, would be no help.
+        told = re.search(r"Unpickler error: (.*)", str(error)) or re.match(r"(.*)", str(error))
+        reason = re.split(r"\. |, | at '", told[1])[0] if told else ""
+        raise UnreadableWeightsError(
             f"{file} cannot be read: {reason}; fetch it again (git lfs pull, if it is a pointer)"
         ) from error
     if not isinstance(tensors, Mapping) or not tensors:
@@ -346,7 +342,7 @@ class StoredTensor:
                 forget_pages(block)
 
     def read(self, dtype: torch.dtype | None = None) -> Tensor:
-        """Return a copy that no file stands behind, as stored or in another number format."""
+        """Return a copy that no file stands behind, in another number format if one is given."""
         result = torch.empty(self.shape, dtype=dtype or self.dtype)
         for rows, block in self.iter_blocks():
             result[rows] = block
@@ -358,6 +354,10 @@ class StoredTensor:
             return True
         pairs = zip(self.iter_blocks(), other.iter_blocks())
         return all(torch.equal(block, twin.to(block.dtype)) for (_, block), (_, twin) in pairs)
+
+
+class UnreadableWeightsError(OSError, ValueError):
+    """A file that is none: transformers says so by an OSError, this code by the other."""
 
 
 class Checkpoint(NamedTuple):
