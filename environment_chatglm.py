@@ -624,6 +624,7 @@ __all__ = [
     "Checkpoint",
     "PendingTensor",
     "StoredTensor",
+    "UnreadableWeightsError",
     "ask_for_own_dtype",
     "change_load_settings",
     "check_dtype_name",

@@ -305,6 +305,25 @@ def test_pages_are_given_back_and_read_again(kind: str, tmp_path: Path) -> None:
     assert torch.equal(stored, values)
 
 
+def test_a_row_is_named_as_the_matrix_counts_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(environment_chatglm, "WEIGHTS_AT_ONCE", 640)  # ten rows
+    state = make_state()
+    state[f"{MLP}.weight"][123, 6] = float("inf")
+    folder = write_checkpoint(tmp_path / "tiny", state)
+    with pytest.raises(ValueError, match=rf"{MLP}\.weight cannot be quantized: row 123 reaches"):
+        load(folder, **ask(bits=4))
+
+
+def test_a_tensor_in_two_shards_is_refused(tmp_path: Path) -> None:
+    folder = write_checkpoint(tmp_path / "tiny", make_state())
+    first, second = sorted(folder.glob("*.bin"))
+    torch.save(torch.load(second) | torch.load(first), second)
+    with pytest.raises(ValueError, match=rf"in {first.name} is also in .*{second.name}: remove"):
+        load(folder)
+
+
 @linux_only
 def test_every_mapped_matrix_is_given_back(
     half_folder: Path, monkeypatch: pytest.MonkeyPatch
@@ -464,6 +483,18 @@ def cut_norm(state: State) -> None:
     state["transformer.final_layernorm.bias"] = torch.zeros(8, dtype=torch.float16)
 
 
+def drop_norm(state: State) -> None:
+    del state["transformer.final_layernorm.weight"]
+
+
+def add_block(state: State) -> None:
+    state["transformer.layers.3.mlp.dense_4h_to_h.bias"] = torch.zeros(64)
+
+
+def add_to_block(state: State) -> None:
+    state[f"{MLP}.lora"] = torch.zeros(1)
+
+
 def keep(state: State) -> None:
     """Change nothing: the configuration is what is wrong."""
 
@@ -501,6 +532,16 @@ FIRST = r"transformer\.layers\.0\.attention\.query_key_value\.weight"
         ({"bits": 8}, EIGHT, cut_matrix, rf"{W} .*sizes \(256, 32\), which is 4 bits"),
         ({}, EIGHT, cut_norm, r"final_layernorm\.bias .*\(8,\).*\(64,\).*ignore_mismatched"),
         ({}, as_fields(0), cut_norm, r"final_layernorm\.bias .*\(8,\).*\(64,\).*ignore_mismatch"),
+        ({}, EIGHT, drop_norm, r"weights lack transformer\.final_layernorm\.weight; use the"),
+        ({}, {}, drop_matrix, rf"the weights lack {W}; use .* and all of their shards"),
+        ({}, {}, add_block, "the configuration has num_layers 3, and the weights 4; use the"),
+        ({}, {}, add_to_block, rf"the model has no place for {MLP}\.lora; use the config"),
+        (
+            {},
+            {"vocab_size": 321, "num_layers": 2},
+            keep,
+            "has vocab_size 321, num_layers 2, and the",
+        ),
         (
             {},
             {"inner_hidden_size": 128},
