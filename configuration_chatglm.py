@@ -1,10 +1,10 @@
 """The configuration of a ChatGLM model: its fields, their defaults and what may not be combined.
 
-Owns the sizes of the model and the ids of the special tokens per vocabulary generation. Knows
-nothing of tensors or of text.
+Owns the sizes of the model, the ids of the special tokens per vocabulary generation, and which
+formats of packed weights there are. Knows nothing of tensors or of text.
 """
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import transformers
 from transformers import PretrainedConfig
@@ -27,6 +27,9 @@ SPECIAL_TOKEN_IDS = {
 FROM_WEIGHTS = "use the config.json that came with the weights"
 
 QUANTIZATION_BITS = (0, 4, 8)
+GROUP_SIZES = (32, 64, 128)
+# Whether kernels may round the input of a product to 8 bits, with a scale for every few columns.
+ACTIVATIONS = ("int8", "exact")
 
 COUNTS = (
     "vocab_size",
@@ -217,6 +220,78 @@ def _complete_token_ids(vocab_size: int, token_ids: dict[str, int | None]) -> di
         )
     offset = TEXT_OFFSETS[vocab_size]
     return token_ids | {name: offset + SPECIAL_TOKEN_IDS[name] for name in missing}
+
+
+def check_bits(bits: int) -> None:
+    """Raise ValueError for a number of bits that there is no format for."""
+    if bits not in (4, 8):
+        raise ValueError(f"bits must be 4 or 8, got {bits!r}; 0 leaves a model as it is.")
+
+
+def check_activations(activations: str) -> str:
+    """Return a treatment of products' inputs; ValueError if there is none of this name."""
+    if activations not in ACTIVATIONS:
+        raise ValueError(f"activations must be one of {ACTIVATIONS}, got {activations!r}.")
+    return activations
+
+
+def check_columns(
+    in_features: int, bits: int, group_size: int | None = None, name: str = "weight"
+) -> None:
+    """Raise ValueError if a matrix of so many columns cannot be stored so.
+
+    Args:
+        in_features: columns of the matrix.
+        bits: 4 or 8.
+        group_size: 32, 64 or 128 columns that share a scale; None for whole rows.
+        name: what the error calls the matrix.
+    """
+    check_bits(bits)
+    if bits == 4 and in_features % 2:
+        raise ValueError(
+            f"{name} has {in_features} columns, and 4 bits need an even number of them, two to a "
+            "byte: use 8 bits."
+        )
+    if group_size is not None and group_size not in GROUP_SIZES:
+        raise ValueError(
+            f"group_size must be one of {GROUP_SIZES}, or None for a scale per row; got "
+            f"{group_size!r}."
+        )
+    if group_size is not None and in_features % group_size:
+        raise ValueError(
+            f"{name} has {in_features} columns, which groups of {group_size} do not divide: use "
+            "another group_size, or None for a scale per row."
+        )
+
+
+class WeightFormat(NamedTuple):
+    """What `quantize` takes: the format of the packed weights.
+
+    Attributes:
+        bits: 4 or 8.
+        group_size: columns that share a scale; None for whole rows, the official format.
+        embeddings: whether the embedding and the head are packed too.
+        activations: "int8" if a CPU's kernels may round the input of products, or "exact".
+    """
+
+    bits: int
+    group_size: int | None = None
+    embeddings: bool = False
+    activations: str = ACTIVATIONS[0]
+
+    def __str__(self) -> str:
+        group = "" if self.group_size is None else f" in groups of {self.group_size}"
+        return f"{self.bits} bits{group}"
+
+    @classmethod
+    def of_config(cls, config: Any) -> "WeightFormat":
+        """Return the format that a model's configuration names; 0 bits for plain weights."""
+        return cls(
+            config.quantization_bit,
+            config.quantization_group_size,
+            config.quantization_embeddings,
+            check_activations(config.quantization_activations),
+        )
 
 
 __all__ = ["ChatGLMConfig"]

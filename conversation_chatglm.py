@@ -6,6 +6,7 @@ tokens come from `generation_chatglm`.
 """
 
 import re
+import warnings
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -22,6 +23,18 @@ FULL_WIDTH = {",": "，", "!": "！", ":": "：", ";": "；", "?": "？"}
 HANZI = "[\u4e00-\u9fff]"
 WORD_START = "\u2581"  # SentencePiece's piece of a lone space
 BROKEN_CHARACTER = "\ufffd"  # what half a character's bytes decode to
+
+BROKEN_SCORES = (
+    "Scores of this answer were not finite (NaN or infinity), and a space was said in place of "
+    "each such token: it is no answer of the model. {}."
+)
+DAMAGED = (
+    "A weight file may be damaged: compare the folder with its SHA256SUMS (chatglm chat FOLDER "
+    "--verify, or sha256sum -c SHA256SUMS)"
+)
+OVERFLOWN = (
+    ", or numbers grow beyond float16: load the model in bfloat16 or float32 (dtype, --dtype)"
+)
 
 
 class StopOnText(StoppingCriteria):
@@ -58,6 +71,7 @@ class ChatCall(NamedTuple):
     rounds: History
     stops: list[str]
     prompt_length: int
+    score_guard: InvalidScoreLogitsProcessor
 
 
 class ChatMixin:
@@ -65,6 +79,7 @@ class ChatMixin:
 
     config: Any
     device: Any
+    dtype: Any
     generate: Any
     stream_generate: Any
 
@@ -133,6 +148,7 @@ class ChatMixin:
         kwargs |= sampling | {"max_length": max_length, "logits_processor": logits_processor}
         call = self._prepare_chat(tokenizer, query, history, stop, kwargs)
         outputs = self.generate(num_beams=num_beams, **call.options)
+        self._warn_of_broken_scores(call)
         response = self._read_answer(tokenizer, outputs[0], call)
         return response, [*call.rounds, (query, response)]
 
@@ -158,9 +174,12 @@ class ChatMixin:
         sampling = {"do_sample": do_sample, "top_p": top_p, "temperature": temperature}
         kwargs |= sampling | {"max_length": max_length, "logits_processor": logits_processor}
         call = self._prepare_chat(tokenizer, query, history, stop, kwargs)
-        for outputs in self.stream_generate(**call.options):
-            response = self._read_answer(tokenizer, outputs[0], call)
-            yield response, [*call.rounds, (query, response)]
+        try:
+            for outputs in self.stream_generate(**call.options):
+                response = self._read_answer(tokenizer, outputs[0], call)
+                yield response, [*call.rounds, (query, response)]
+        finally:  # also of an answer that its reader breaks off
+            self._warn_of_broken_scores(call)
 
     def _prepare_chat(
         self,
@@ -178,14 +197,14 @@ class ChatMixin:
         prompt_length = inputs["input_ids"].shape[1]
         self._check_room(prompt_length, options)
         stops = _pop_stop_texts(stop, options)
-        self._complete_options(tokenizer, options)
+        score_guard = self._complete_options(tokenizer, options)
         if stops:
             own = options.get("stopping_criteria") or []
             added = StopOnText(tokenizer, stops, prompt_length)
             options["stopping_criteria"] = StoppingCriteriaList([*own, added])
         for name in ("input_ids", "attention_mask"):
             options[name] = inputs[name].to(self.device)
-        return ChatCall(options, rounds, stops, prompt_length)
+        return ChatCall(options, rounds, stops, prompt_length, score_guard)
 
     def _read_answer(self, tokenizer: Any, output_ids: Tensor, call: ChatCall) -> str:
         """Return the tidied text of an answer that may still be growing."""
@@ -205,11 +224,15 @@ class ChatMixin:
                 "max_length."
             )
 
-    def _complete_options(self, tokenizer: Any, options: dict[str, Any]) -> None:
-        """Settle limits, sampling, processors and end tokens; nothing of the caller's changes."""
-        fallback_id = tokenizer.convert_tokens_to_ids(WORD_START)
-        processors = [*(options["logits_processor"] or [])]
-        processors.append(InvalidScoreLogitsProcessor(fallback_id))
+    def _complete_options(
+        self, tokenizer: Any, options: dict[str, Any]
+    ) -> InvalidScoreLogitsProcessor:
+        """Settle limits, sampling, processors and end tokens; nothing of the caller's changes.
+
+        Returns the processor that will know whether the scores were finite.
+        """
+        score_guard = InvalidScoreLogitsProcessor(tokenizer.convert_tokens_to_ids(WORD_START))
+        processors = [*(options["logits_processor"] or []), score_guard]
         options["logits_processor"] = LogitsProcessorList(processors)
         if not options["do_sample"]:
             # Settings of sampling would only be warned about.
@@ -220,6 +243,14 @@ class ChatMixin:
             # Whatever else a script stops at, an answer ends where the model says so.
             ends = torch.as_tensor(options["eos_token_id"]).reshape(-1).tolist()
             options["eos_token_id"] = list(dict.fromkeys([*ends, self.config.eos_token_id]))
+        return score_guard
+
+    def _warn_of_broken_scores(self, call: ChatCall) -> None:
+        """Say where the caller stands if an answer was made of scores that are no numbers."""
+        if call.score_guard.has_replaced():
+            causes = DAMAGED + (OVERFLOWN if self.dtype == torch.float16 else "")
+            # The frames between are those of `chat` and of torch.no_grad.
+            warnings.warn(BROKEN_SCORES.format(causes), RuntimeWarning, stacklevel=4)
 
     def _check_tokenizer(self, tokenizer: Any) -> None:
         """Refuse a tokenizer whose special tokens are not the model's."""

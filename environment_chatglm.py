@@ -1,4 +1,4 @@
-"""What lies around the model: the release of transformers, its weight files, and the engine.
+"""What lies around the model: transformers, weight files, torch's own products, the engine.
 
 Owns the list of tested releases, the check of the installed one, and each name or calling
 convention that changed from one of them to the next. Apart from that check nothing asks for a
@@ -8,20 +8,25 @@ the same code.
 Owns the reading of checkpoints: which files they are, their tensors one by one, and whether these
 are those of a model. What they are read into may be packed; how is not known here.
 
-Owns the seam to the engine too. The model's files are complete without it: each function that the
-engine has a fast twin of is the slow one, and answers wherever the twin does not, which for
-operands that it does not take returns None. The engine is the package `chatglm.cpu`; another
-version of the seam is left alone, with a line in the log.
+Owns the products with integers that torch has for a CPU and does not promise, and the order in
+which one of them reads 4-bit weights.
 
-Knows nothing of what the model or its engine computes. `docs/hooks.md` lists what else the model's
-files lean on, and the test that names each of it.
+Owns the seam to the engine too, and what graphs hold in the place of kernels. The model's files are
+complete without an engine: each function that it has a fast twin of is the slow one, and answers
+wherever the twin does not, which for operands that it does not take returns None. The engine is the
+package `chatglm.cpu`; another version of the seam is left alone, with a line in the log.
+
+Knows nothing of layers, or of what the model or its engine computes. `docs/hooks.md` lists what
+else the model's files lean on, and the test that names each of it.
 """
 
 import contextlib
+import contextvars
 import ctypes
 import dataclasses
 import functools
 import importlib
+import inspect
 import json
 import mmap
 import os
@@ -36,7 +41,7 @@ from typing import Any, NamedTuple
 
 import torch
 from packaging import version
-from torch import Tensor
+from torch import Tensor, nn
 from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.modeling_utils import load_state_dict
 from transformers.utils import logging
@@ -64,14 +69,32 @@ PLAIN_NAME = re.compile(r"\w[\w.-]*")  # no folder, nothing hidden, and no patte
 GENERATION_FILE = "generation_config.json"
 REMEDY = "use the config.json that came with the weights, and all of their shards"
 
-# Shards are read by so many weights at once. Larger blocks are no faster, and what is freed between
-# the results leaves holes in the heap: with 2**24 they were 2 GB after the 6B model.
+# Shards are read, and weights reordered, by so many at once. Larger blocks are no faster, and what
+# is freed between the results leaves holes in the heap: with 2**24 they were 2 GB after the 6B
+# model.
 WEIGHTS_AT_ONCE = 2**20
+
+# What torch's product with 8-bit integers reads at once, and where it may begin.
+VECTOR_LENGTH = 16
+VECTOR_BYTES = 64
+# Rows of a block in torch's order of 4-bit integers, with AVX512 and with AVX2; the columns that
+# may share a factor there; and the rows of input up to which its product is the fastest.
+INT4_BLOCK_ROWS = (64, 32)
+INT4_GROUP_SIZES = (256, 128, 64, 32)
+INT4_INPUT_ROWS = 48
 
 ENGINE = "chatglm.cpu"
 SEAM_VERSION = 1
+OPERATORS = "chatglm"  # where torch keeps the operations that graphs see
 # The first is for all devices; the second is what the CPU's alone was called before.
 SWITCH_VARIABLES = ("CHATGLM_KERNELS", "CHATGLM_CPU_KERNELS")
+
+# The methods of peft that compute with the weight of the layer that an adapter is around. Those of
+# DoRA and PiSSA, and others that make an adapter from it, end as the last one does.
+WEIGHT_READERS = ("merge", "_merge", "get_base_weight", "init")
+
+# Whether the `from_pretrained` that runs in this thread was told no dtype of the caller's.
+IS_PLAIN_LOAD = contextvars.ContextVar("IS_PLAIN_LOAD", default=False)
 
 logger = logging.get_logger(__name__)
 
@@ -124,19 +147,65 @@ def rename_cache(arguments: dict[str, Any]) -> None:
         arguments[CACHE_NAME] = cache
 
 
-def ask_for_own_dtype(options: dict[str, Any]) -> bool:
+def refuse_weight_of_integers(layer: nn.Module) -> None:
+    """Refuse an adapter of peft that is about to compute with a packed layer's weight.
+
+    Its `get_base_layer` asks every layer for a `base_layer` within, and calls nothing else of ours
+    before it reads the weight; which method wants it only the next frame tells. Left alone, some
+    methods end in torch's errors of shapes or dtypes, and others change the integers in silence.
+
+    Args:
+        layer: that was asked.
+
+    Raises:
+        ValueError: if it is for one of `WEIGHT_READERS`.
+    """
+    names: list[str] = []
+    frame = inspect.currentframe()
+    while frame is not None and len(names) < 4:
+        names.append(frame.f_code.co_name)
+        frame = frame.f_back
+    asked_by, reader = (*names, "", "")[2:4]  # behind this function and the layer's property
+    if asked_by == "get_base_layer" and (reader in WEIGHT_READERS or reader.endswith("_init")):
+        raise ValueError(
+            f"This adapter needs the weight of {layer}, which is packed integers, to be merged or "
+            "to be made from it (as DoRA and PiSSA are): unpack the model first, by "
+            "model.get_base_model().dequantize(), or use the unquantized weights (chatglm merge "
+            "FOLDER TARGET --lora ADAPTER, and chatglm quantize behind it)."
+        )
+
+
+@contextlib.contextmanager
+def loading_own_dtype(options: dict[str, Any]) -> Iterator[None]:
     """Ask for the dtype of config.json where none is named: transformers 4 takes float32 else.
+
+    Meanwhile `IS_PLAIN_LOAD` says whether it is the configuration's, and not one of the caller's.
 
     Args:
         options: keyword arguments of `from_pretrained`.
-
-    Returns:
-        Whether it is the configuration's, and not one of the caller's.
     """
     named = [options[key] for key in ("dtype", "torch_dtype") if options.get(key) is not None]
     if not named:
         options["dtype"] = "auto"
-    return all(isinstance(dtype, str) and dtype == "auto" for dtype in named)
+    token = IS_PLAIN_LOAD.set(all(isinstance(x, str) and x == "auto" for x in named))
+    try:
+        yield
+    finally:
+        IS_PLAIN_LOAD.reset(token)
+
+
+def keep_float_norms(parameters: Mapping[str, Tensor], stored: Mapping[str, Tensor]) -> None:
+    """Widen a model's norms where a checkpoint has float32, unless the caller named a dtype.
+
+    Args:
+        parameters: of the model, by name; those of norms have no values yet.
+        stored: tensors of the checkpoint, by the same names.
+    """
+    for name, tensor in stored.items():
+        parameter = parameters[name]
+        is_wide = "layernorm" in name and tensor.dtype == torch.float32
+        if is_wide and parameter.is_meta and IS_PLAIN_LOAD.get():
+            parameter.data = parameter.data.float()
 
 
 def check_dtype_name(name: Any) -> None:
@@ -525,6 +594,168 @@ def forget_pages(tensor: Tensor) -> None:
         advise(ctypes.c_void_p(start), ctypes.c_size_t(length), ctypes.c_int(mmap.MADV_DONTNEED))
 
 
+def _forget_read_pages(tensor: Tensor) -> None:
+    """Give the pages of a tensor back that lies in a file, unless somebody has written there."""
+    if tensor.is_inference() or getattr(tensor, "_version", None) != 0:
+        return
+    if tensor.is_contiguous() and is_mapped(tensor):
+        forget_pages(tensor)
+
+
+# Torch's own products
+
+
+def find_int8_product(in_features: int) -> Callable[[Tensor, Tensor], Tensor] | None:
+    """Return torch's product of bfloat16 `(M, I)` with int8 `(O, I)`; None without one.
+
+    torch's kernel reads whole vectors and checks none of it: rows of other lengths it reads past
+    their end, and at odd addresses, as those of weights that a file stands behind, it faults.
+    """
+    # torch promises no such operation; without it products are torch's plain ones.
+    multiply = getattr(torch.ops.aten, "_weight_int8pack_mm", None)
+    if multiply is None or in_features % VECTOR_LENGTH:
+        return None
+
+    def multiply_aligned(input: Tensor, weight: Tensor) -> Tensor:
+        return multiply(_align(input), _align(weight), input.new_ones(weight.shape[0]))
+
+    return multiply_aligned
+
+
+def _align(tensor: Tensor) -> Tensor:
+    """Return a tensor, or a copy if its memory begins at an address that vectors do not."""
+    return tensor.clone() if tensor.data_ptr() % VECTOR_BYTES else tensor
+
+
+class Int4Blocks(NamedTuple):
+    """A 4-bit matrix in the order in which torch's own product reads it: the same bytes, moved.
+
+    As it is stored, a byte has two columns of one row, the even one in the high half. Here it has
+    one column of two rows that are half a block of `R` rows apart, the upper one in the low half,
+    and every integer is larger by 8.
+
+    Attributes:
+        integers: uint8 `(O / R, I, R / 2)`.
+        factors: bfloat16 `(I / g, O, 2)`: what each run of `g` columns is multiplied by and what is
+            added to it. With a scale per row these are 1 and 0.
+        row_scale: `(O,)`, which the product is multiplied by then; else None.
+    """
+
+    integers: Tensor
+    factors: Tensor
+    row_scale: Tensor | None
+
+    @classmethod
+    def of_packed(
+        cls, weight: Tensor, weight_scale: Tensor, block_rows: int
+    ) -> "Int4Blocks | None":
+        """Bring stored integers into torch's order; None for sizes that it has no blocks for.
+
+        Args:
+            weight: int8 `(O, I / 2)`.
+            weight_scale: `(O,)`, or `(O, G)`, which are rounded to bfloat16.
+            block_rows: `R`.
+        """
+        rows, in_features = weight.shape[0], 2 * weight.shape[1]
+        if rows % block_rows or in_features % INT4_GROUP_SIZES[-1]:
+            return None
+        integers = _order_int4(weight, block_rows)
+        _forget_read_pages(weight)
+        if weight_scale.dim() == 1:
+            group_size = next(size for size in INT4_GROUP_SIZES if in_features % size == 0)
+            factors = make_unit_factors(in_features // group_size, rows)
+            return cls(integers, factors, weight_scale)
+        scales = weight_scale.T.to(torch.bfloat16)  # (G, O)
+        return cls(integers, torch.stack((scales, torch.zeros_like(scales)), dim=-1), None)
+
+    def restore(self) -> Tensor:
+        """Return the integers as they were stored, int8 `(O, I / 2)`."""
+        num_blocks, in_features, half = self.integers.shape
+        stored = self.integers.new_empty(num_blocks, 2, half, in_features // 2)
+        step = max(1, WEIGHTS_AT_ONCE // (2 * half * in_features))
+        for ordered, rows in zip(self.integers.split(step), stored.split(step)):
+            even, odd = ordered.unflatten(1, (-1, 2)).unbind(2)  # (n, I / 2, R / 2) each
+            lower, upper = _exchange_halves(odd, even)
+            rows[:, 0], rows[:, 1] = upper.transpose(1, 2), lower.transpose(1, 2)
+        return stored.bitwise_xor_(0x88).view(torch.int8).view(2 * half * num_blocks, -1)
+
+    def multiply(self, input: Tensor) -> Tensor:
+        """Return `input @ W.T`, bfloat16 `(..., I)` to `(..., O)`."""
+        rows = input.reshape(-1, input.shape[-1]).contiguous()
+        is_short = rows.shape[0] <= INT4_INPUT_ROWS
+        product = self.multiply_few(rows) if is_short else self._multiply_many(rows)
+        if self.row_scale is not None:
+            product = (product * self.row_scale).to(input.dtype)
+        return product.view(*input.shape[:-1], -1)
+
+    def multiply_few(self, rows: Tensor) -> Tensor:
+        """Return torch's product, `(M, I)` to `(M, O)`, without the scales of rows."""
+        weight = self.integers.view(self.factors.shape[1], -1)  # (O, I / 2)
+        group_size = rows.shape[1] // self.factors.shape[0]
+        return torch.ops.aten._weight_int4pack_mm_for_cpu(rows, weight, group_size, self.factors)
+
+    def _multiply_many(self, rows: Tensor) -> Tensor:
+        """Return the same by unpacking some blocks at a time; bfloat16 holds the integers."""
+        _, in_features, half = self.integers.shape
+        step = max(1, WEIGHTS_AT_ONCE // (2 * half * in_features))
+        factors = self.factors.split(2 * half * step, dim=1)
+        parts = []
+        for integers, factor in zip(self.integers.split(step), factors):
+            halves = torch.stack((integers & 15, integers >> 4), dim=2)  # (n, I, 2, R / 2)
+            matrix = halves.transpose(0, 1).reshape(in_features, -1).to(rows.dtype).sub_(8)
+            if self.row_scale is None:
+                groups = matrix.view(factor.shape[0], -1, matrix.shape[1])  # (I / g, g, n * R)
+                groups.mul_(factor[..., 0].unsqueeze(1))
+            parts.append(rows @ matrix)
+        return torch.cat(parts, dim=-1)
+
+
+def _order_int4(weight: Tensor, block_rows: int) -> Tensor:
+    """Return the integers of `Int4Blocks`, uint8 `(O / R, I, R / 2)`, of int8 `(O, I / 2)`."""
+    rows, columns = weight.shape
+    half = block_rows // 2
+    ordered = weight.new_empty(rows // block_rows, columns, 2, half, dtype=torch.uint8)
+    step = max(1, WEIGHTS_AT_ONCE // (2 * columns * block_rows))
+    for stored, blocks in zip(weight.split(step * block_rows), ordered.split(step)):
+        larger = stored.view(torch.uint8) ^ 0x88  # by 8, both halves
+        upper, lower = larger.view(-1, 2, half, columns).unbind(1)
+        for parity, exchanged in enumerate(_exchange_halves(upper, lower)):
+            blocks[:, :, parity] = exchanged.transpose(1, 2)
+    return ordered.flatten(1, 2)  # (O / R, I / 2, 2, R / 2) -> (O / R, I, R / 2)
+
+
+def _exchange_halves(first: Tensor, second: Tensor) -> tuple[Tensor, Tensor]:
+    """Return bytes of the two high halves, and of the two low ones; the first one's go low."""
+    return (first >> 4) | (second & 0xF0), (first & 15) | (second << 4)
+
+
+@functools.cache
+def make_unit_factors(groups: int, rows: int) -> Tensor:
+    """Return factors that change nothing, `(groups, rows, 2)`; all layers of a shape share them."""
+    with torch.inference_mode(False):
+        return torch.tensor([1, 0], dtype=torch.bfloat16).repeat(groups, rows, 1)
+
+
+@functools.cache
+def find_int4_block_rows() -> int:
+    """Return the rows of a block of torch's 4-bit product on this processor, or 0 without one.
+
+    torch promises neither the product nor its order: a product of known integers has to be right.
+    """
+    if not hasattr(torch.ops.aten, "_weight_int4pack_mm_for_cpu"):
+        return 0
+    rows, in_features = 2 * max(INT4_BLOCK_ROWS), INT4_GROUP_SIZES[-1]
+    integers = torch.arange(rows * in_features).mul_(37).remainder_(251).remainder_(16).sub_(8)
+    even, odd = integers.to(torch.int8).view(rows, -1, 2).unbind(-1)
+    weight, unit = (even << 4) | (odd & 15), torch.eye(in_features, dtype=torch.bfloat16)
+    expected = integers.view(rows, -1).T.to(unit.dtype)
+    for block_rows in INT4_BLOCK_ROWS:
+        blocks = Int4Blocks.of_packed(weight, torch.ones(rows), block_rows)
+        if blocks is not None and torch.equal(blocks.multiply_few(unit), expected):
+            return block_rows
+    return 0
+
+
 # The seam
 
 
@@ -541,12 +772,15 @@ def kernels_off() -> Iterator[None]:
         _switched_off.remove(marker)
 
 
+def are_kernels_on() -> bool:
+    """Say whether the user leaves kernels switched on."""
+    return not _switched_off and not any(os.environ.get(v) == "off" for v in SWITCH_VARIABLES)
+
+
 def may_use_kernels() -> bool:
     """Say whether code of our own may compute; a compiler or a tracer has to see torch's."""
     is_tracing = torch.jit.is_tracing()  # pyright: ignore[reportPrivateImportUsage]
-    if torch.compiler.is_compiling() or is_tracing:
-        return False
-    return not _switched_off and not any(os.environ.get(v) == "off" for v in SWITCH_VARIABLES)
+    return not torch.compiler.is_compiling() and not is_tracing and are_kernels_on()
 
 
 @functools.cache
@@ -615,6 +849,60 @@ def with_fast_products(forward: Callable[..., Any]) -> Callable[..., Any]:
     return run
 
 
+# What graphs hold
+
+
+def keep_whole(
+    name: str, allocate: Callable[..., Tensor], has_kernels: Callable[[torch.device], bool]
+) -> Callable[[Callable[..., Tensor]], Callable[..., Tensor]]:
+    """Let graphs call the decorated function, where it has kernels, and not look into it.
+
+    What `torch.compile` and `torch.export` make then holds `torch.ops.chatglm.<name>`, which
+    computes what the function does, and by its kernels, whenever the graph is run.
+
+    Args:
+        name: of the operation.
+        allocate: takes the same arguments, and returns memory as the result's.
+        has_kernels: tells it of a device, with a compiler's leave to ask.
+    """
+
+    def plug(compute: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        operator = _define_operator(name, compute, allocate)
+
+        @functools.wraps(compute)
+        def choose(input: Tensor, *args: Any) -> Tensor:
+            # Outside of graphs the operation costs 10 to 25 us more than the call (1,000 small
+            # products on a CPU, torch 2.13): 1 to 3 ms a token of 6B, so the call is direct there.
+            is_kept = torch.compiler.is_compiling() and are_kernels_on()
+            if is_kept and has_kernels(input.device) and not _is_autocast(input):
+                return operator(input, *args)
+            return compute(input, *args)
+
+        return choose
+
+    return plug
+
+
+def _define_operator(
+    name: str, compute: Callable[..., Tensor], allocate: Callable[..., Tensor]
+) -> Callable[..., Tensor]:
+    """Have torch know a function by a name, and return the operation.
+
+    A process may hold several copies of these files, and torch takes a name once: the first copy
+    computes for all. So a name's meaning never changes; another meaning gets another name.
+    """
+    known = getattr(torch.ops, OPERATORS)
+    if not hasattr(known, name):
+        operator = torch.library.custom_op(f"{OPERATORS}::{name}", compute, mutates_args=())
+        operator.register_fake(allocate)
+    return getattr(known, name)
+
+
+def _is_autocast(tensor: Tensor) -> bool:
+    """Tell whether torch casts products of a tensor, by rules that are not an operation's."""
+    return torch.is_autocast_enabled(tensor.device.type)
+
+
 __all__ = [
     "CACHE_NAME",
     "CACHE_NAMES",
@@ -625,21 +913,25 @@ __all__ = [
     "PendingTensor",
     "StoredTensor",
     "UnreadableWeightsError",
-    "ask_for_own_dtype",
     "change_load_settings",
     "check_dtype_name",
     "check_settings",
     "check_transformers",
     "choose_cache",
+    "find_engine",
     "find_twin",
     "is_mapped",
+    "keep_float_norms",
+    "keep_whole",
     "kernels_off",
     "list_weight_files",
+    "loading_own_dtype",
     "may_use_kernels",
     "open_shards",
     "read_load_settings",
     "read_object",
     "read_weight_map",
+    "refuse_weight_of_integers",
     "rename_cache",
     "renew_ties",
     "try_first",

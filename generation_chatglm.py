@@ -65,19 +65,31 @@ class InvalidScoreLogitsProcessor(LogitsProcessor):
     A row with a NaN or +inf, or without any finite score, gets 0 everywhere and `FALLBACK_SCORE`
     at `fallback_id`. The original did this to all rows if one was broken, and to rows with a
     -inf, which is how other processors forbid a token.
+
+    Attributes:
+        any_replaced: whether any row was ever replaced, a number on the scores' device, or None.
     """
 
     def __init__(self, fallback_id: int) -> None:
         self.fallback_id = fallback_id
+        self.any_replaced: Tensor | None = None
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         """Return scores `(B, V)` with the broken rows replaced."""
         is_broken = ~scores.amax(dim=-1, keepdim=True).isfinite()  # NaN is the largest of all
         if scores.device.type == "cpu" and not is_broken.any():  # asking a GPU would mean waiting
             return scores
+        any_broken = is_broken.any()
+        if self.any_replaced is not None:
+            any_broken = any_broken | self.any_replaced
+        self.any_replaced = any_broken
         mended = scores.masked_fill(is_broken, 0.0)
         mended[:, self.fallback_id].masked_fill_(is_broken.squeeze(1), FALLBACK_SCORE)
         return mended
+
+    def has_replaced(self) -> bool:
+        """Say whether any row was ever replaced; a GPU is waited for, so ask behind the answer."""
+        return self.any_replaced is not None and bool(self.any_replaced)
 
 
 class NucleusLogitsWarper(TopPLogitsWarper):

@@ -273,17 +273,17 @@ def find_last_columns(attention_mask: Tensor | None, scores: Tensor) -> Tensor:
     return length - 1 - is_real.flip(1).int().argmax(dim=1)
 
 
-def pick_places(states: Tensor, places: int | Tensor) -> Tensor:
-    """Return some of `(B, S, ...)`.
+def select_positions(states: Tensor, positions: int | Tensor) -> Tensor:
+    """Return some positions of `(B, S, ...)`.
 
     Args:
-        states: what is picked from.
-        places: the last so many columns (0: all), a tensor of columns, or a boolean mask `(B, S)`,
-            whose places come row by row, `(places, ...)`.
+        states: of which some are wanted.
+        positions: the last so many columns (0: all), a tensor of columns, or a boolean mask
+            `(B, S)`, whose positions come row by row, `(positions, ...)`.
     """
-    if isinstance(places, int):
-        return states[:, slice(-places, None)]
-    return states[places] if places.dim() == 2 else states[:, places]
+    if isinstance(positions, int):
+        return states[:, slice(-positions, None)]
+    return states[positions] if positions.dim() == 2 else states[:, positions]
 
 
 def locate(

@@ -25,7 +25,7 @@ from transformers.modeling_outputs import (
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from .cache_chatglm import ChatGLMCache, KeyValues, extend_cache
-from .configuration_chatglm import ChatGLMConfig
+from .configuration_chatglm import ChatGLMConfig, WeightFormat
 from .conversation_chatglm import ChatMixin
 from .environment_chatglm import (
     CACHE_NAME,
@@ -42,21 +42,15 @@ from .masking_chatglm import (
     find_last_columns,
     find_static_columns,
     locate,
-    pick_places,
+    select_positions,
 )
-from .quantization import WeightFormat, is_packed
+from .quantization import is_packed
 
 # Not used here: transformers copies the files that this one imports, and not theirs.
 from .quantization_cuda import find_kernels  # noqa: F401
-from .quantizer_chatglm import (
-    QuantizationMixin,
-    QuantizedLoadingMixin,
-    note_ties,
-    swap_layers,
-)
+from .quantizer_chatglm import QuantizationMixin, QuantizedLoadingMixin, note_ties, swap_layers
 
-# The released weights were trained with 28 layers, and the original code uses this number for a
-# model of any depth.
+# Of the released weights; the original code uses this number for a model of any depth.
 RESIDUAL_LAYERS = 28
 IGNORED_LABEL = -100  # no loss is wanted there; torch's number
 ROTARY_BASE = 10000.0
@@ -252,6 +246,14 @@ def attend(
     return kernel(module, query_states, key, value, attention_mask, **options)
 
 
+class LayerNorm(nn.LayerNorm):
+    """A norm that may hold float32 in a half model, as the official shards do."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Normalize `(B, S, H)` in the parameters' dtype, and return the input's."""
+        return super().forward(input.to(self.weight.dtype)).to(input.dtype)
+
+
 class GLU(nn.Module):
     """The feed-forward layer: widen, tanh GELU, narrow. Not gated, whatever its official name."""
 
@@ -279,9 +281,9 @@ class GLMBlock(GradientCheckpointingLayer):
         super().__init__()
         self.alpha = math.sqrt(2 * RESIDUAL_LAYERS)
         norm = {"normalized_shape": config.hidden_size, "eps": config.layernorm_epsilon}
-        self.input_layernorm = nn.LayerNorm(**norm)
+        self.input_layernorm = LayerNorm(**norm)
         self.attention = SelfAttention(config, layer_idx)
-        self.post_attention_layernorm = nn.LayerNorm(**norm)
+        self.post_attention_layernorm = LayerNorm(**norm)
         self.mlp = GLU(config)
 
     def forward(
@@ -381,7 +383,7 @@ class ChatGLMPreTrainedModel(QuantizationMixin, QuantizedLoadingMixin, PreTraine
         elif isinstance(module, nn.LayerNorm):
             nn.init.ones_(module.weight)
         bias = getattr(module, "bias", None)
-        if type(module) in (nn.Linear, nn.LayerNorm) and bias is not None:
+        if type(module) in (nn.Linear, LayerNorm) and bias is not None:
             nn.init.zeros_(bias)
 
 
@@ -412,7 +414,7 @@ class ChatGLMModel(ChatGLMPreTrainedModel):
         self.word_embeddings = nn.Embedding(config.vocab_size, config.hidden_size)
         self.rotary_emb = RotaryEmbedding(config)
         self.layers = BlockStack(GLMBlock(config, i) for i in range(config.num_layers))
-        self.final_layernorm = nn.LayerNorm(config.hidden_size, eps=config.layernorm_epsilon)
+        self.final_layernorm = LayerNorm(config.hidden_size, eps=config.layernorm_epsilon)
         self.gradient_checkpointing = False
         if self.pre_seq_len is not None:
             self.prefix_encoder = PrefixEncoder(config, self.pre_seq_len)
@@ -579,11 +581,11 @@ class ChatGLMForConditionalGeneration(ChatGLMPreTrainedModel, ChatMixin, GLMGene
             return_dict=True,
             cache_position=kwargs.pop("cache_position", None),
         )
-        logits = self.lm_head(pick_places(outputs.last_hidden_state, logits_to_keep))
+        logits = self.lm_head(select_positions(outputs.last_hidden_state, logits_to_keep))
         loss = None
         if labels is not None:
             shift_labels = nn.functional.pad(labels[:, 1:], (0, 1), value=IGNORED_LABEL)
-            shift_labels = pick_places(shift_labels, logits_to_keep).contiguous()
+            shift_labels = select_positions(shift_labels, logits_to_keep).contiguous()
             kwargs.setdefault("shift_labels", shift_labels)
             loss = self.loss_function(logits, labels, self.config.vocab_size, **kwargs)
         output = CausalLMOutputWithPast(loss=loss, logits=logits, **_states_of(outputs))
@@ -637,8 +639,7 @@ class ChatGLMForSequenceClassification(ChatGLMPreTrainedModel):
 
 def _states_of(outputs: BaseModelOutputWithPast) -> dict[str, Any]:
     """Return what a head passes on of its base model's output."""
-    names = (CACHE_NAME, "hidden_states", "attentions")
-    return {name: getattr(outputs, name) for name in names}
+    return {name: getattr(outputs, name) for name in (CACHE_NAME, "hidden_states", "attentions")}
 
 
 __all__ = [

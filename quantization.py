@@ -2,8 +2,9 @@
 
 Owns how a float matrix becomes integers with a scale per row or per group of columns, how two 4-bit
 integers share a byte, and the layers that compute with them. Knows nothing of attention, of text,
-or of how a model gets such layers (`quantizer_chatglm`). Kernels for a device come from a file of
-their own; what none of them takes is computed by plain torch, on whatever torch runs on.
+or of how a model gets such layers (`quantizer_chatglm`); which formats there are is the
+configuration's. Kernels for a device come from a file of their own; what none of them takes is
+computed by plain torch, on whatever torch runs on.
 
 The official scheme is the original's (absmax rounding as in GLM-130B,
 https://arxiv.org/abs/2210.02414, symmetric, one scale a row), with `limit = 2 ** (bits - 1) - 1`:
@@ -18,97 +19,31 @@ Shapes: `O` output features, `I` input features, `C` stored columns: `I`, or `I 
 `G` groups of a row. Scales are `(O,)`, or `(O, G)` with groups.
 """
 
+import sys
+import threading
 from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
-from .environment_chatglm import StoredTensor, find_twin, may_use_kernels
+from .configuration_chatglm import ACTIVATIONS, check_columns
+from .environment_chatglm import (
+    Int4Blocks,
+    StoredTensor,
+    find_engine,
+    find_int4_block_rows,
+    find_int8_product,
+    keep_whole,
+    may_use_kernels,
+    refuse_weight_of_integers,
+)
 from .quantization_cuda import find_kernels as find_cuda_kernels
 
-GROUP_SIZES = (32, 64, 128)
-# Whether kernels may round the input of a product to 8 bits, with a scale for every few columns.
-ACTIVATIONS = ("int8", "exact")
 # Larger matrices are worked on by blocks of rows of this many weights: few enough that the head is
 # never unpacked as a whole, and on a CPU that each step of unpacking finds its data in the caches.
 BLOCK_WEIGHTS = 2**26
 CPU_BLOCK_WEIGHTS = 2**22
-# What torch's product with integers reads at once, and where it may begin.
-VECTOR_LENGTH = 16
-VECTOR_BYTES = 64
-
-
-def check_bits(bits: int) -> None:
-    """Raise ValueError for a number of bits that there is no format for."""
-    if bits not in (4, 8):
-        raise ValueError(f"bits must be 4 or 8, got {bits!r}; 0 leaves a model as it is.")
-
-
-def check_activations(activations: str) -> str:
-    """Return a treatment of products' inputs; ValueError if there is none of this name."""
-    if activations not in ACTIVATIONS:
-        raise ValueError(f"activations must be one of {ACTIVATIONS}, got {activations!r}.")
-    return activations
-
-
-def check_columns(
-    in_features: int, bits: int, group_size: int | None = None, name: str = "weight"
-) -> None:
-    """Raise ValueError if a matrix of so many columns cannot be stored so.
-
-    Args:
-        in_features: columns of the matrix.
-        bits: 4 or 8.
-        group_size: 32, 64 or 128 columns that share a scale; None for whole rows.
-        name: what the error calls the matrix.
-    """
-    check_bits(bits)
-    if bits == 4 and in_features % 2:
-        raise ValueError(
-            f"{name} has {in_features} columns, and 4 bits need an even number of them, two to a "
-            "byte: use 8 bits."
-        )
-    if group_size is not None and group_size not in GROUP_SIZES:
-        raise ValueError(
-            f"group_size must be one of {GROUP_SIZES}, or None for a scale per row; got "
-            f"{group_size!r}."
-        )
-    if group_size is not None and in_features % group_size:
-        raise ValueError(
-            f"{name} has {in_features} columns, which groups of {group_size} do not divide: use "
-            "another group_size, or None for a scale per row."
-        )
-
-
-class WeightFormat(NamedTuple):
-    """What `quantize` takes: the format of the packed weights.
-
-    Attributes:
-        bits: 4 or 8.
-        group_size: columns that share a scale; None for whole rows, the official format.
-        embeddings: whether the embedding and the head are packed too.
-        activations: "int8" if a CPU's kernels may round the input of products, or "exact".
-    """
-
-    bits: int
-    group_size: int | None = None
-    embeddings: bool = False
-    activations: str = ACTIVATIONS[0]
-
-    def __str__(self) -> str:
-        group = "" if self.group_size is None else f" in groups of {self.group_size}"
-        return f"{self.bits} bits{group}"
-
-    @classmethod
-    def of_config(cls, config: Any) -> "WeightFormat":
-        """Return the format that a model's configuration names; 0 bits for plain weights."""
-        return cls(
-            config.quantization_bit,
-            config.quantization_group_size,
-            config.quantization_embeddings,
-            check_activations(config.quantization_activations),
-        )
 
 
 def pack_int4(integers: Tensor) -> Tensor:
@@ -247,28 +182,21 @@ class LinearKernels(Protocol):
 class TorchKernels:
     """What torch itself has for packed weights on a CPU, where there is no engine.
 
-    It is a product of bfloat16 numbers with 8-bit weights; 4-bit ones are unpacked to 8 bits.
+    It is a product of bfloat16 numbers with 8-bit weights; 4-bit ones are unpacked to 8 bits, where
+    `Int4Blocks` does not take them.
     """
 
     def multiply(
         self, input: Tensor, weight: Tensor, weight_scale: Tensor, bits: int, activations: str
     ) -> Tensor | None:
-        """Return `input @ W.T` for bfloat16 inputs and a scale per row; None for others.
-
-        torch's kernel reads whole vectors and checks none of it: rows of other lengths it reads
-        past their end, and at odd addresses, as those of weights that a file stands behind, it
-        faults.
-        """
-        # torch promises no such operation; without it products are torch's plain ones.
-        multiply_integers = getattr(torch.ops.aten, "_weight_int8pack_mm", None)
+        """Return `input @ W.T` for bfloat16 inputs and a scale per row; None for others."""
         if input.dtype != torch.bfloat16 or weight_scale.dim() != 1 or activations == "exact":
             return None
-        if multiply_integers is None or input.shape[-1] % VECTOR_LENGTH or not input.numel():
+        multiply_int8 = find_int8_product(input.shape[-1])
+        if multiply_int8 is None or not input.numel():
             return None
-        rows = _align(input.reshape(-1, input.shape[-1]).contiguous())
-        weight = unpack_int4(weight) if bits == 4 else _align(weight)
-        ones = torch.ones_like(weight_scale, dtype=torch.bfloat16)
-        product = multiply_integers(rows, weight, ones)
+        rows = input.reshape(-1, input.shape[-1]).contiguous()
+        product = multiply_int8(rows, unpack_int4(weight) if bits == 4 else weight)
         return (product * weight_scale).to(input.dtype).view(*input.shape[:-1], -1)
 
     def dequantize(
@@ -278,14 +206,9 @@ class TorchKernels:
         return None
 
 
-def _align(tensor: Tensor) -> Tensor:
-    """Return a tensor, or a copy if its memory begins at an address that vectors do not."""
-    return tensor.clone() if tensor.data_ptr() % VECTOR_BYTES else tensor
-
-
 def _find_cpu_kernels(device: torch.device) -> LinearKernels:
-    twin = find_twin("find_kernels")
-    found = None if twin is None else twin()
+    engine = find_engine()
+    found = None if engine is None else engine.find_kernels()
     return TorchKernels() if found is None else found
 
 
@@ -307,6 +230,22 @@ def _dequantize(weight: Tensor, weight_scale: Tensor, bits: int, dtype: torch.dt
     return dequantize_weight(weight, weight_scale, bits, dtype) if matrix is None else matrix
 
 
+def allocate_product(
+    input: Tensor, weight: Tensor, weight_scale: Tensor, bits: int, activations: str
+) -> Tensor:
+    """Return memory as the result of `multiply_packed` has it."""
+    torch._check(input.shape[-1] == weight.shape[1] * 8 // bits)
+    return input.new_empty(*input.shape[:-1], weight.shape[0])
+
+
+@torch.compiler.assume_constant_result
+def _has_kernels(device: torch.device) -> bool:
+    """Tell whether products on a device have kernels; a compiler asks, and does not look in."""
+    kernels = KERNEL_FINDERS[device.type](device) if device.type in KERNEL_FINDERS else None
+    return not isinstance(kernels, TorchKernels | None)
+
+
+@keep_whole("packed_linear", allocate_product, _has_kernels)
 def multiply_packed(
     input: Tensor, weight: Tensor, weight_scale: Tensor, bits: int, activations: str
 ) -> Tensor:
@@ -370,10 +309,43 @@ def quantized_linear(
     return output if bias is None else output + bias
 
 
+# A weight is moved to torch's order and back by one thread at a time.
+ORDERING = threading.RLock()
+
+
+def _count_references(parameters: dict[str, Any], name: str) -> int:
+    return sys.getrefcount(parameters.get(name))
+
+
+# The references to a parameter that only its layer's dictionary holds.
+ALONE = _count_references({"weight": nn.Parameter(torch.empty(0))}, "weight")
+
+
+def _are_alone(parameters: dict[str, Any]) -> bool:
+    """Tell whether weight and scales are plain memory of a CPU that only their layer holds."""
+    names = ("weight", "weight_scale")
+    if any(_count_references(parameters, name) > ALONE for name in names):
+        return False
+    values = [parameters.get(name) for name in names]
+    return all(type(x) is nn.Parameter and x.is_cpu and not x.is_shared() for x in values)
+
+
+def _get_values(parameter: nn.Parameter) -> Tensor:
+    """Return a parameter's values; those made in inference mode could not be viewed outside."""
+    return parameter.clone() if parameter.is_inference() else parameter.detach()
+
+
+def _set_values(parameter: nn.Parameter, values: Tensor) -> None:
+    """Give a parameter other values; one made in inference mode stays so."""
+    with torch.inference_mode(is_inference := parameter.is_inference()):
+        parameter.data = values.clone() if is_inference else values
+
+
 class PackedMatrix(nn.Module):
     """What packed layers share: frozen integers and scales under the official names.
 
-    A new one holds zeros, to be loaded into.
+    A new one holds zeros, to be loaded into. While products take `Int4Blocks`, `weight` has these
+    in the place of values: whoever looks at the layer's parameters has them moved back first.
 
     Attributes:
         weight: int8 `(O, C)`.
@@ -419,6 +391,61 @@ class PackedMatrix(nn.Module):
         """Return the matrix `(O, I)` that the layer computes with."""
         return _dequantize(self.weight, self.weight_scale, self.bits, dtype)
 
+    @property
+    def base_layer(self) -> Any:
+        """Have none, as peft sees it; ValueError if peft would compute with the integers."""
+        refuse_weight_of_integers(self)
+        raise AttributeError(f"{type(self).__name__} is no layer around another one")
+
+    def _take_blocks(self) -> Int4Blocks | None:
+        """Return the weight in torch's order, which it has from now on; None to leave it as it is.
+
+        One that anybody else holds stays, such as a tied embedding: it would be there twice.
+        """
+        block_rows, parameters = find_int4_block_rows(), self.__dict__["_parameters"]
+        with ORDERING, torch.inference_mode(False):
+            blocks = getattr(parameters.get("weight"), "int4_blocks", None)
+            if blocks is not None or not block_rows or not _are_alone(parameters):
+                return blocks
+            weight, weight_scale = (_get_values(parameters[n]) for n in ("weight", "weight_scale"))
+            blocks = Int4Blocks.of_packed(weight, weight_scale, block_rows)
+            if blocks is None or not _are_alone(parameters):  # which took a while
+                return None
+            _set_values(parameters["weight"], weight.new_empty(0))
+            parameters["weight"].int4_blocks = blocks
+            return blocks
+
+    def _give_blocks_back(self) -> None:
+        weight = self.__dict__.get("_parameters", {}).get("weight")
+        with ORDERING, torch.inference_mode(False):
+            blocks = getattr(weight, "int4_blocks", None)
+            if blocks is not None:
+                _set_values(weight, blocks.restore())
+                del weight.int4_blocks
+
+    def _show_parameters(self) -> dict[str, Any]:
+        self._give_blocks_back()
+        return self.__dict__["_parameters"]
+
+    def _set_parameters(self, parameters: dict[str, Any]) -> None:
+        self.__dict__["_parameters"] = parameters
+
+    _parameters: Any = property(_show_parameters, _set_parameters)
+
+    def __getattr__(self, name: str) -> Any:
+        """Find a parameter, which `nn.Module` looks for without the property."""
+        if torch.compiler.is_compiling():  # which knows no locks: it moves the weight in the graph
+            found = super().__getattr__(name)
+            blocks = getattr(found, "int4_blocks", None) if name == "weight" else None
+            return found if blocks is None else blocks.restore()
+        with ORDERING:  # until the caller holds it, which nobody moves then
+            if name in ("weight", "weight_scale"):
+                self._give_blocks_back()
+            return super().__getattr__(name)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_parameters": self._parameters}
+
     def _format(self) -> str:
         group = "" if self.group_size is None else f", group_size={self.group_size}"
         return f"bits={self.bits}{group}"
@@ -449,7 +476,7 @@ class QuantizedLinear(PackedMatrix, nn.Linear):
     """A linear layer with a packed weight.
 
     It is an `nn.Linear` to those who look for layers to adapt (peft), but one whose weight is
-    integers: merge adapters into a model that `dequantize` has unpacked.
+    integers: adapters are merged into a model that `dequantize` has unpacked, others are refused.
 
     Args:
         in_features, out_features, bias, device: as in `nn.Linear`.
@@ -513,9 +540,23 @@ class QuantizedLinear(PackedMatrix, nn.Linear):
 
     def forward(self, input: Tensor) -> Tensor:
         """Map `(..., in_features)` to `(..., out_features)`."""
-        packed = (self.weight, self.weight_scale, self.bits)
         activations = "exact" if self.training else self.activations
+        blocks = self._take_blocks() if self._may_use_blocks(input, activations) else None
+        if blocks is not None:
+            output = blocks.multiply(input)
+            return output if self.bias is None else output + self.bias
+        packed = (self.weight, self.weight_scale, self.bits)
         return quantized_linear(input, *packed, self.bias, activations)
+
+    def _may_use_blocks(self, input: Tensor, activations: str) -> bool:
+        """Tell whether torch's own 4-bit product is the one for an input."""
+        if self.bits != 4 or input.dtype != torch.bfloat16 or activations == "exact":
+            return False
+        if input.shape[-1:] != (self.in_features,) or not input.numel():
+            return False
+        # What is differentiated must be the function whose gradient the backward pass takes.
+        has_gradient = torch.is_grad_enabled() and input.requires_grad
+        return not has_gradient and isinstance(_find_kernels(input), TorchKernels)
 
     def reset_parameters(self) -> None:
         """Keep the stored integers: there is no initialization for them."""

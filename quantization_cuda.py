@@ -431,9 +431,7 @@ class CudaKernels:
     ) -> None:
         self._driver, self._nvrtc = driver, nvrtc
         self._index, self._capability = index, capability
-        self._multiprocessors = multiprocessors
-        self._get_stream = get_stream
-        self._source = source
+        self._multiprocessors, self._get_stream, self._source = multiprocessors, get_stream, source
         self._modules: dict[Variant, ctypes.c_void_p] = {}
         self._functions: dict[tuple[Variant, str], ctypes.c_void_p] = {}
         self._has_failed = False
@@ -507,11 +505,8 @@ class CudaKernels:
         output = weight.new_empty(out_features, in_features, dtype=dtype)
         # The wide kernel loads 4 bytes at once.
         is_wide = in_features % WIDE_COLUMNS == 0 and weight.data_ptr() % 4 == 0
-        name, threads = (
-            ("dequantize_wide", in_features // WIDE_COLUMNS)
-            if is_wide
-            else ("dequantize_any", columns)
-        )
+        wide, narrow = ("dequantize_wide", in_features // WIDE_COLUMNS), ("dequantize_any", columns)
+        name, threads = wide if is_wide else narrow
         grid = (out_features, -(-threads // THREADS))
         arguments = (weight, weight_scale, output, in_features, group.bit_length() - 1)
         variant = _choose_variant(bits, dtype, weight_scale)
@@ -643,12 +638,11 @@ def _open_kernels(index: int) -> CudaKernels:
     if not torch.cuda.is_available():
         raise KernelError("torch finds no GPU")
     gpu = torch.cuda.get_device_properties(index)
-
-    def get_stream() -> int:
-        return torch.cuda.current_stream(index).cuda_stream
-
-    capability, size = 10 * gpu.major + gpu.minor, gpu.multi_processor_count
-    return CudaKernels(load_driver(), load_nvrtc(), index, capability, size, get_stream)
+    sizes = (10 * gpu.major + gpu.minor, gpu.multi_processor_count)
+    libraries = (load_driver(), load_nvrtc())
+    return CudaKernels(
+        *libraries, index, *sizes, lambda: torch.cuda.current_stream(index).cuda_stream
+    )
 
 
 __all__ = ["CudaKernels", "find_kernels"]

@@ -28,28 +28,31 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils import logging
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
+from .configuration_chatglm import (
+    GROUP_SIZES,
+    WeightFormat,
+    check_activations,
+    check_bits,
+    check_columns,
+)
 from .environment_chatglm import (
     REMEDY,
     Checkpoint,
     PendingTensor,
     StoredTensor,
-    ask_for_own_dtype,
     change_load_settings,
     check_settings,
+    keep_float_norms,
+    loading_own_dtype,
     open_shards,
     read_load_settings,
     renew_ties,
 )
 from .quantization import (
-    GROUP_SIZES,
     PackedMatrix,
     Packing,
     QuantizedEmbedding,
     QuantizedLinear,
-    WeightFormat,
-    check_activations,
-    check_bits,
-    check_columns,
     has_finite_scales,
     is_packed,
     quantize_weight,
@@ -89,12 +92,11 @@ class QuantizationMixin:
 
     @property
     def dtype(self) -> torch.dtype:
-        """Number format of the model; scales, which bfloat16 never narrows, do not count."""
-        model = cast(nn.Module, self)
+        """Number format of the model; scales and norms, which may be wider, do not count."""
         return next(
             tensor.dtype
-            for name, tensor in model.named_parameters()
-            if tensor.is_floating_point() and not name.endswith("weight_scale")
+            for name, tensor in cast(nn.Module, self).named_parameters()
+            if tensor.is_floating_point() and not re.search("weight_scale|layernorm", name)
         )
 
     def quantize(
@@ -366,7 +368,8 @@ class QuantizedLoadingMixin:
         Args:
             path, args, kwargs: as in transformers. A `quantization_config` of the method
                 "chatglm", or `quantization_bit` in the configuration, packs a float checkpoint
-                while it is read. Without a dtype it is that of config.json.
+                while it is read. Without a dtype it is that of config.json, but norms stored in
+                float32 stay so.
 
         Raises:
             ValueError: if the checkpoint's tensors are not those of the configuration, or cannot
@@ -374,9 +377,9 @@ class QuantizedLoadingMixin:
         """
         register()
         check_settings(Path(path or ""), kwargs)
-        ask_for_own_dtype(kwargs)
         asked = _read_format(kwargs)
-        loaded = cast(Any, super()).from_pretrained(path, *args, **kwargs)
+        with loading_own_dtype(kwargs):
+            loaded = cast(Any, super()).from_pretrained(path, *args, **kwargs)
         model = loaded[0] if isinstance(loaded, tuple) else loaded
         if asked is not None:
             _check_asked_format(WeightFormat.of_config(model.config), asked)
@@ -408,6 +411,8 @@ class QuantizedLoadingMixin:
         check_checkpoint(model, checkpoint, CORE, REMEDY_IN_PYTHON, may_differ)
         if settings["sharded_metadata"] is not None:
             _check_index(model, checkpoint, settings["sharded_metadata"]["weight_map"])
+        stored = {name: tensors[place].tensor for name, place in checkpoint.names.items()}
+        keep_float_norms(checkpoint.expected, stored)
         changes: dict[str, Any] = {"hf_quantizer": None}  # nothing is left for it to do
         if has_float_matrices(model, checkpoint):
             changes["sharded_metadata"] = None  # it does not know the scales

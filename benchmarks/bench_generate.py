@@ -1,7 +1,7 @@
 """Speed of the whole model: reading prompts, decoding behind contexts, batches, and the start.
 
     python -m benchmarks.bench_generate [--only CASE ...] [--layers N] [--threads N] [--rounds N]
-        [--ours bits=4 bits=4,group_size=32,embeddings=1 bits=0,dtype=bfloat16 ...]
+        [--ours bits=4 bits=4,group_size=32,embeddings=1 bits=4,dtype=bfloat16,alone=1 ...]
         [--chatglm-cpp PYTHON] [--original DIR --original-python PYTHON] [--checkout DIR] [--write]
 
 Cases: `prefill` (a prompt up to the first token), `decode` (a token behind a context), `batch`
@@ -9,6 +9,8 @@ Cases: `prefill` (a prompt up to the first token), `decode` (a token behind a co
 Python, sampling and the head remain), `start` (a fresh process that loads a quantized checkpoint
 from a warm disk cache and answers), `memory` (of such a process, over time, up to a long chat),
 `own` (the model of this repository, as `chatglm bench` measures it).
+
+A recipe with `alone=1` is measured without the engine, as where the model's files are alone.
 
 All contenders run side by side, each in its own process, measured in turns with the bandwidth probe
 (`workers`); ratios are ours to each peer. Beside the time of a token stand the bytes that it reads,
@@ -74,8 +76,8 @@ def parse_recipe(text: str) -> Recipe:
         if name not in Recipe._fields:
             raise ValueError(f"{name} is none of {', '.join(Recipe._fields)} (in {text})")
         fields[name] = value if name == "dtype" else int(value)
-    if "embeddings" in fields:
-        fields["embeddings"] = bool(fields["embeddings"])
+    for name in {"embeddings", "alone"} & set(fields):
+        fields[name] = bool(fields[name])
     return Recipe(**fields)
 
 
@@ -88,6 +90,7 @@ def start_ours(
         value = getattr(recipe, option[2:].replace("-", "_"))
         command += [] if value is None else [option, str(value)]
     command += ["--embeddings"] if recipe.embeddings else []
+    command += ["--alone"] if recipe.alone else []
     variables = {"PYTHONPATH": str(checkout)}
     return Worker(name or f"ours {recipe}", command, variables, checkout)
 
@@ -238,11 +241,15 @@ def measure_overhead(args: argparse.Namespace, recorder: Recorder) -> None:
 
 
 def run_first_answer(
-    folder: Path, args: argparse.Namespace, dtype: str, context: int = 0
+    folder: Path, args: argparse.Namespace, recipe: Recipe, context: int = 0
 ) -> tuple[dict[str, float], list[tuple[float, int]]]:
-    """Run one fresh process, and return what it said and its resident bytes over the seconds."""
+    """Run one fresh process, and return what it said and its resident bytes over the seconds.
+
+    What it holds while it ends is left out: with CUDA in it, PyTorch 2.14 grows by 70 MB then.
+    """
     command = [sys.executable, "-m", "benchmarks.first_answer", str(folder)]
-    command += ["--dtype", dtype, "--threads", str(args.threads), "--context", str(context)]
+    command += ["--dtype", recipe.dtype, "--threads", str(args.threads)]
+    command += ["--context", str(context), *(["--alone"] if recipe.alone else [])]
     curve = []
     began = time.monotonic()
     command += ["--began", str(began)]
@@ -254,7 +261,8 @@ def run_first_answer(
         said = process.stdout.read().splitlines()
     if process.returncode:
         raise ValueError(f"the answering process ended with exit code {process.returncode}")
-    return json.loads(said[-1]), curve
+    figures = json.loads(said[-1])
+    return figures, [(moment, size) for moment, size in curve if moment <= figures["done"]]
 
 
 def measure_start(args: argparse.Namespace, recorder: Recorder) -> None:
@@ -267,14 +275,14 @@ def measure_start(args: argparse.Namespace, recorder: Recorder) -> None:
         folder = Path(parent) / "model"
         folder.mkdir()
         save_folder(folder, recipe._replace(dtype="float16"))
-        run_first_answer(folder, args, recipe.dtype)  # warms the disk cache
+        run_first_answer(folder, args, recipe)  # warms the disk cache
         if "start" in args.only:
-            runs = [run_first_answer(folder, args, recipe.dtype)[0] for _ in range(args.rounds)]
+            runs = [run_first_answer(folder, args, recipe)[0] for _ in range(args.rounds)]
             for case, key in (("start to loaded", "loaded"), ("start to answer", "answered")):
                 place = Case(name, case, versions, rounds=len(runs))
                 recorder.add(place, Spread.of([run[key] for run in runs]), "s")
         if "memory" in args.only:
-            said, curve = run_first_answer(folder, args, recipe.dtype, args.chat_tokens)
+            said, curve = run_first_answer(folder, args, recipe, args.chat_tokens)
             peak = Case(name, "peak memory", versions, args.chat_tokens)
             recorder.add(peak, Spread.of([said["peak"] / 1e9]), "GB")
             for seconds, resident in curve[:: len(curve) // MEMORY_POINTS + 1]:

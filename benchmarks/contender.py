@@ -1,6 +1,6 @@
 """Our model as a contender of `benchmarks.serving`: random, of the 6B shape, on the CPU.
 
-python -m benchmarks.contender [--bits 4] [--dtype float32] [--layers 28] [--threads N]
+python -m benchmarks.contender [--bits 4] [--dtype float32] [--layers 28] [--alone] [--threads N]
 """
 
 import argparse
@@ -10,7 +10,15 @@ from typing import Any
 import torch
 import transformers
 
-from benchmarks.full_size import Recipe, add_recipe_options, make_model, outline_model, read_recipe
+from benchmarks.full_size import (
+    Recipe,
+    add_recipe_options,
+    leave_engine_out,
+    load_class,
+    make_model,
+    outline_model,
+    read_recipe,
+)
 from benchmarks.serving import serve
 from chatglm.benching.measuring import (
     count_position_bytes,
@@ -31,6 +39,8 @@ class Contender:
     """
 
     def __init__(self, recipe: Recipe, threads: int) -> None:
+        if recipe.alone:
+            leave_engine_out()
         torch.set_num_threads(threads)
         transformers.logging.set_verbosity_error()
         # Counted before there are values: kernels may keep weights in other forms.
@@ -43,6 +53,7 @@ class Contender:
         return {
             "versions": f"torch {torch.__version__}, transformers {transformers.__version__}",
             "threads": torch.get_num_threads(),
+            "engine": load_class("environment_chatglm.find_engine")() is not None,
             "step_bytes": self.step_bytes,
             "kv_bytes": count_position_bytes(self.model),
         }
@@ -64,6 +75,7 @@ def main() -> None:
     """Serve a model."""
     parser = argparse.ArgumentParser(description="Our model as a contender.")
     add_recipe_options(parser)
+    parser.add_argument("--alone", action="store_true", help="the model's files, no engine")
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
     args = parser.parse_args()
     serve(lambda: Contender(read_recipe(args), args.threads))

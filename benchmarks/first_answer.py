@@ -1,11 +1,12 @@
 """A fresh process that loads a model folder as the command line does, and answers.
 
     python -m benchmarks.first_answer FOLDER --began SECONDS [--dtype D] [--threads N] [--context N]
+        [--alone]
 
 Prints one JSON line: the seconds from `--began` (`time.monotonic` of whoever started it) until the
-model was loaded and until the first token of an answer was decoded to text, and the most memory
-that was resident. With `--context` it goes on to a prompt that long and some tokens behind it, as
-the memory of a long chat needs.
+model was loaded, until the first token of an answer was decoded to text and until all was done, and
+the most memory that was resident then. With `--context` it goes on to a prompt that long and some
+tokens behind it, as the memory of a long chat needs.
 """
 
 import argparse
@@ -26,15 +27,19 @@ def main() -> None:
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
     parser.add_argument("--context", type=int, default=0)
+    parser.add_argument("--alone", action="store_true")
     args = parser.parse_args()
     # Imported here: what the imports take belongs to the answer's time.
     import torch
     import transformers
 
+    from benchmarks.full_size import leave_engine_out
     from chatglm.benching.measuring import draw_prompt, never_end, time_answer
     from chatglm.loading import load_model
     from chatglm.process_memory import read_peak
 
+    if args.alone:
+        leave_engine_out()
     torch.set_num_threads(args.threads)
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
@@ -48,7 +53,8 @@ def main() -> None:
         never_end(model)
         prompt = draw_prompt(model, args.context - TOKENS_BEHIND)
         time_answer(model, prompt, TOKENS_BEHIND)
-    print(json.dumps({"loaded": loaded, "answered": answered, "peak": read_peak()}))
+    said = {"loaded": loaded, "answered": answered, "peak": read_peak()}
+    print(json.dumps({**said, "done": time.monotonic() - args.began}))
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ import json
 import shutil
 import sys
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -40,6 +40,7 @@ class Recipe(NamedTuple):
         dtype: "float32", "float16" or "bfloat16", of all that is not packed.
         layers: number of blocks.
         hidden: width of the model; others than 4096 keep the shape of heads and vocabulary.
+        alone: whether the model's files have to do without the package's engine.
     """
 
     bits: int = 4
@@ -48,11 +49,18 @@ class Recipe(NamedTuple):
     dtype: str = "float32"
     layers: int = 28
     hidden: int = 4096
+    alone: bool = False
 
     def __str__(self) -> str:
         name = f"INT{self.bits}" if self.bits else "plain"
         group = f" g{self.group_size}" if self.group_size else ""
-        return f"{name}{group}{' + embeddings' if self.embeddings else ''}, {self.dtype}"
+        embeddings = " + embeddings" if self.embeddings else ""
+        return f"{name}{group}{embeddings}, {self.dtype}{', files alone' if self.alone else ''}"
+
+
+def leave_engine_out() -> None:
+    """Let nothing in this process import the engine, as where only the model's files are."""
+    sys.modules["chatglm.cpu"] = cast(Any, None)
 
 
 def load_class(reference: str) -> Any:
@@ -159,7 +167,8 @@ def add_recipe_options(parser: argparse.ArgumentParser) -> None:
 
 def read_recipe(args: argparse.Namespace) -> Recipe:
     """Return the recipe that the options name."""
-    return Recipe(**{name: getattr(args, name) for name in Recipe._fields})
+    given = vars(args)
+    return Recipe(**{name: given[name] for name in Recipe._fields if name in given})
 
 
 def main() -> int:

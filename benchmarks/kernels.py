@@ -9,6 +9,7 @@ Shapes: `O` output features, `I` input features, `M` rows of a product.
 
 import importlib
 import importlib.util
+import sys
 import warnings
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, cast
@@ -73,6 +74,22 @@ def pack_ours(bits: int, group_size: int | None = None) -> Callable[[Tensor], Pr
         return layer.eval()
 
     return pack
+
+
+def pack_alone(integers: Tensor) -> Product:
+    """Return the same with 4 bits as it is where the model's files are alone, without engine."""
+    layer: Any = pack_ours(4)(integers)
+    module = sys.modules[type(layer).__module__]
+    finders, kernels = module.KERNEL_FINDERS, module.TorchKernels()
+
+    def multiply(rows: Tensor) -> Tensor:
+        find_engine, finders["cpu"] = finders["cpu"], lambda device: kernels
+        try:
+            return layer(rows)
+        finally:
+            finders["cpu"] = find_engine
+
+    return multiply
 
 
 def pack_plain(dtype: torch.dtype) -> Callable[[Tensor], Product]:
@@ -210,6 +227,8 @@ def pack_bitsandbytes(integers: Tensor) -> Product:
 BACKENDS: Sequence[Backend] = (
     Backend("ours INT4", torch.float32, 0.5, pack_ours(4)),
     Backend("ours INT4 g32", torch.float32, 0.5 + 2 / 32, pack_ours(4, 32)),
+    Backend("ours INT4 bfloat16", torch.bfloat16, 0.5, pack_ours(4)),
+    Backend("ours INT4 files alone", torch.bfloat16, 0.5, pack_alone),
     Backend("ours INT8", torch.float32, 1, pack_ours(8)),
     Backend("ours float32", torch.float32, 4, pack_plain(torch.float32)),
     Backend("ours bfloat16", torch.bfloat16, 2, pack_plain(torch.bfloat16)),

@@ -2,7 +2,8 @@
 
     python -m benchmarks.report [--check]
 
-The newest figure of each thing on each machine is shown; the file keeps the older ones. The tables
+The newest figure of each thing on each machine is shown, a disturbed one only where there is no
+other; the file keeps them all. The tables
 go between the markers of the page, whose own text stays as it is. `--check` only says whether page
 and plots are what the file gives.
 """
@@ -124,25 +125,36 @@ SECTIONS = (
 )
 
 
+def is_disturbed(row: Row) -> bool:
+    """Tell whether other programs took a noticeable part of the processors."""
+    return row.load is not None and row.load > QUIET_LOAD
+
+
 def keep_newest(rows: Iterable[Row]) -> list[Row]:
     """Return the last row of each thing that was measured, in the order of first appearance.
 
-    A curve's points belong together: those of an earlier run than its last are dropped.
+    A disturbed row takes the place of disturbed ones only. A curve's points belong together: those
+    of another run than the one whose curve is kept are dropped.
     """
     newest: dict[tuple[object, ...], Row] = {}
-    curves: dict[tuple[object, ...], str] = {}
+    curves: dict[tuple[object, ...], Row] = {}
     for row in rows:
         machine = (row.cpu, row.threads, row.layers)
-        if row.case == "memory over time":
-            curves[(*machine, row.contender)] = row.date
         place = (row.bench, row.contender, row.case, row.size, row.batch, row.unit, row.baseline)
-        newest[(*machine, *place)] = row
+        _keep(newest, (*machine, *place), row)
+        if row.case == "memory over time":
+            _keep(curves, (*machine, row.contender), row)
     return [
         row
         for row in newest.values()
         if row.case != "memory over time"
-        or row.date == curves[(row.cpu, row.threads, row.layers, row.contender)]
+        or row.date == curves[(row.cpu, row.threads, row.layers, row.contender)].date
     ]
+
+
+def _keep(kept: dict[tuple[object, ...], Row], place: tuple[object, ...], row: Row) -> None:
+    if place not in kept or is_disturbed(kept[place]) or not is_disturbed(row):
+        kept[place] = row
 
 
 def list_machines(rows: Sequence[Row]) -> list[tuple[str, int]]:

@@ -49,6 +49,12 @@ def add_trust(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(TRUST, action="store_true", help=trust)
 
 
+def add_verify(parser: argparse.ArgumentParser) -> None:
+    """Add the option under which a command reads a model folder twice, to compare it first."""
+    verify = "compare the model's files with its SHA256SUMS first"
+    parser.add_argument("--verify", action="store_true", help=verify)
+
+
 def add_folder(parser: argparse.ArgumentParser, name: str = "FOLDER") -> None:
     """Add the model folder to a command's options, by its place or by its name.
 
@@ -60,6 +66,7 @@ def add_folder(parser: argparse.ArgumentParser, name: str = "FOLDER") -> None:
     parser.add_argument("folder", metavar=name, nargs="?", help=folder)
     parser.add_argument("--model", metavar="PATH", help=f"the same as {name}")
     add_trust(parser)
+    add_verify(parser)
 
 
 def choose_folder(folder: str | None, model: str | None) -> str | None:

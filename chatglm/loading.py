@@ -12,6 +12,7 @@ import torch
 from transformers import AutoModel, AutoTokenizer
 
 from chatglm import door, model
+from chatglm.checkpoints.checksums import verify_folder
 from chatglm.checkpoints.reading import check_fit, check_weight_file, list_weight_files
 from chatglm.checkpoints.recognize import (
     CONFIG_FILE,
@@ -28,6 +29,7 @@ def load_model(
     bits: int | None = None,
     device: str | None = None,
     dtype: str | torch.dtype | None = None,
+    verify: bool = False,
 ) -> tuple[Any, Any]:
     """Load the model and the tokenizer of a folder, in evaluation mode.
 
@@ -37,19 +39,22 @@ def load_model(
         device: "cpu", "cuda", "cuda:1", "mps"; the best one of this machine if None.
         dtype: "float32", "float16" or "bfloat16", or the torch dtype of that name; float16 if
             None, but float32 for plain weights on a CPU.
+        verify: compare the folder's files with its SHA256SUMS first, which reads all of them; by
+            default that file is not looked at.
 
     Returns:
         The model, on its device, and its tokenizer.
 
     Raises:
-        ValueError: for a wrong argument, an incomplete folder, or weights that are not those of
-            the folder's config.json; the message names the value and the remedy.
+        ValueError: for a wrong argument, an incomplete folder, weights that are not those of the
+            folder's config.json, or files that are not as their hashes say; the message names the
+            value and the remedy.
     """
     if bits not in (None, 4, 8):
         raise ValueError(f"bits must be 4 or 8, got {bits}")
     target = choose_device(device)
     final_dtype = choose_dtype(dtype, target)
-    folder = check_model_folder(path)
+    folder = check_model_folder(path, verify)
     if dtype is None and (bits or is_packed(folder)):
         final_dtype = torch.float16  # what is not packed, the head above all, in half the size
     tokenizer = door.load_from(folder, AutoTokenizer)
@@ -77,12 +82,16 @@ def default_model_folder() -> Path:
     )
 
 
-def check_model_folder(path: str | Path) -> Path:
+def check_model_folder(path: str | Path, verify: bool = False) -> Path:
     """Resolve a model folder whose configuration and weight files are all there.
 
+    Args:
+        path: the folder.
+        verify: compare its files with its SHA256SUMS too.
+
     Raises:
-        ValueError: if it does not exist, is not of this family, or misses or truncates a weight
-            file.
+        ValueError: if it does not exist, is not of this family, misses or truncates a weight file,
+            or if a file is not as its hash says.
     """
     folder = Path(path).expanduser().resolve()
     if not folder.is_dir():
@@ -90,8 +99,11 @@ def check_model_folder(path: str | Path) -> Path:
     found = recognize_folder(folder)
     if not found.is_first_family:
         raise ValueError(describe_stranger(folder, found))
-    for name in list_weight_files(folder):
+    weight_files = list_weight_files(folder)
+    for name in weight_files:
         check_weight_file(folder / name)
+    if verify:
+        verify_folder(folder, weight_files)
     return folder
 
 

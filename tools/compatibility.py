@@ -19,6 +19,7 @@ import xml.etree.ElementTree as ElementTree
 from pathlib import Path
 from typing import Any
 
+from generated import write_or_check
 from packaging.requirements import Requirement
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -41,9 +42,6 @@ has tried it. To try it: `make compat COMPAT="tests(newest)"`.
 
 "model" are the tests of the model's files, the engine and the package, "rest" those of training,
 end to end, benchmarks and recipes. What failed is listed below the table.
-
-Known: with 4.56.2 and 5.8.1 a training of several processes on CPUs could not be resumed; 4.56.2
-reads the optimizer to `cpu:0`, which torch has no place for.
 
 """
 
@@ -162,13 +160,8 @@ def main(argv: list[str] | None = None) -> int:
             parser.error("record needs the report's path")
         record(args.reports)
         return 0
-    if not args.check:
-        PAGE.write_text(build_page(take_notes()), encoding="utf-8", newline="\n")
-        return 0
-    if PAGE.read_text(encoding="utf-8") == build_page(json.loads(NOTES.read_text("utf-8"))):
-        return 0
-    sys.stderr.write(f"{PAGE.name} is out of date: run `python tools/compatibility.py`\n")
-    return 1
+    notes = json.loads(NOTES.read_text("utf-8")) if args.check else take_notes()
+    return write_or_check(PAGE, build_page(notes), args.check, "python tools/compatibility.py")
 
 
 if __name__ == "__main__":

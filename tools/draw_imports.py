@@ -14,6 +14,8 @@ from collections.abc import Iterator
 from html import escape
 from pathlib import Path
 
+from generated import write_or_check
+
 ROOT = Path(__file__).resolve().parent.parent
 PICTURE = ROOT / "docs" / "imports.svg"
 PACKAGE = "chatglm"
@@ -139,14 +141,7 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description="Draw which part imports which.")
     parser.add_argument("--check", action="store_true", help="only say whether it is up to date")
     args = parser.parse_args(argv)
-    picture = draw(read_graph())
-    if not args.check:
-        PICTURE.write_text(picture, encoding="utf-8", newline="\n")
-        return 0
-    if PICTURE.is_file() and PICTURE.read_text(encoding="utf-8") == picture:
-        return 0
-    sys.stderr.write(f"{PICTURE.name} is out of date: run `python tools/draw_imports.py`\n")
-    return 1
+    return write_or_check(PICTURE, draw(read_graph()), args.check, "python tools/draw_imports.py")
 
 
 if __name__ == "__main__":

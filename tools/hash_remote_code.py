@@ -13,6 +13,8 @@ import hashlib
 import sys
 from pathlib import Path
 
+from generated import write_or_check
+
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))  # nothing is installed where only this page is written
 
@@ -69,14 +71,7 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description="List and hash what trust_remote_code executes.")
     parser.add_argument("--check", action="store_true", help="only say whether it is up to date")
     args = parser.parse_args(argv)
-    page = build_page(ROOT)
-    if not args.check:
-        PAGE.write_text(page, encoding="utf-8", newline="\n")
-        return 0
-    if PAGE.is_file() and PAGE.read_text(encoding="utf-8") == page:
-        return 0
-    sys.stderr.write(f"{PAGE.name} is out of date: run `python tools/hash_remote_code.py`\n")
-    return 1
+    return write_or_check(PAGE, build_page(ROOT), args.check, "python tools/hash_remote_code.py")
 
 
 if __name__ == "__main__":

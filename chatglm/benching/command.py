@@ -105,9 +105,14 @@ def main(args: argparse.Namespace) -> int:
     import transformers
 
     from chatglm.benching import training
+    from chatglm.loading import check_model_folder, default_model_folder
 
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
+    if args.verify:  # not within the seconds of loading
+        check_model_folder(
+            choose_folder(args.folder, args.model) or default_model_folder(), verify=True
+        )
     report = training.measure(args) if args.train else measure(args)
     if args.json:
         sys.stdout.write(json.dumps(asdict(report) | report.figures, ensure_ascii=False) + "\n")

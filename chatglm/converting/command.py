@@ -8,7 +8,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from chatglm.cli import choose_folder
+from chatglm.cli import add_verify, choose_folder
 from chatglm.converting.staging import unfinished_folder
 
 
@@ -18,17 +18,22 @@ def add_folders(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("source", metavar="SRC", nargs="?", help=source)
     parser.add_argument("target", metavar="DST", help="folder to be made")
     parser.add_argument("--model", metavar="SRC", help="the same as SRC")
+    add_verify(parser)
 
 
 def choose_source(args: argparse.Namespace) -> str:
-    """Return the folder to convert.
+    """Return the folder to convert, having verified it if that was asked for.
 
     Raises:
-        ValueError: if none is named, or two.
+        ValueError: if none is named, or two, or if one is not as its hashes say.
     """
     source = choose_folder(args.source, args.model)
     if source is None:
         raise ValueError(f"no folder to make {args.target} from is named: SRC DST, or --model SRC")
+    if args.verify:
+        from chatglm.loading import check_model_folder
+
+        check_model_folder(source, verify=True)
     return source
 
 

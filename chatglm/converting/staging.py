@@ -5,7 +5,6 @@ and read back as they were written. What is finished is recorded together with t
 made for. Does not know what the files hold.
 """
 
-import hashlib
 import json
 import os
 import shutil
@@ -14,14 +13,13 @@ from pathlib import Path
 from typing import Any
 
 from chatglm.cards import CARD_FILE
+from chatglm.checkpoints.checksums import hash_file, write_sums
 from chatglm.checkpoints.recognize import read_object
 
 RECORD = "job.json"
-SUMS = "SHA256SUMS"
 # The card is there to be completed by hand, and its hash would be wrong then.
 UNSUMMED = (CARD_FILE,)
 UNFINISHED = ".part"  # of a folder's name, and of a file's
-BLOCK_BYTES = 2**20
 
 
 def check_target(source: Path, target: str | Path) -> Path:
@@ -116,10 +114,8 @@ class Staging:
                 f"{self.folder / min(changed)} does not read back as it was written: check the "
                 "disk, and run the same command again"
             )
-        fixed = [item for item in sorted(self._sums.items()) if item[0] not in UNSUMMED]
-        lines = [f"{digest}  {name}\n" for name, digest in fixed]
-        (self.folder / SUMS).write_text("".join(lines), encoding="utf-8", newline="\n")
-        _flush(self.folder / SUMS)
+        fixed = {name: self._sums[name] for name in self._sums if name not in UNSUMMED}
+        _flush(write_sums(self.folder, fixed))
         _flush(self.folder)
         if self.target.exists():
             self.target.rmdir()  # it is empty
@@ -147,15 +143,6 @@ def free_bytes(folder: Path) -> int:
     """How much room the volume has on which a folder is, or will be."""
     existing = next(path for path in (folder, *folder.parents) if path.exists())
     return shutil.disk_usage(existing).free
-
-
-def hash_file(file: Path) -> str:
-    """Return the SHA-256 of a file's content."""
-    digest = hashlib.sha256()
-    with file.open("rb") as opened:
-        while block := opened.read(BLOCK_BYTES):
-            digest.update(block)
-    return digest.hexdigest()
 
 
 def _is_empty(folder: Path) -> bool:

@@ -66,7 +66,7 @@ def write_attention(writer: KernelWriter, shape: HeadShape) -> None:
     The query comes scaled.
     """
     at = writer.slot
-    with writer.claimed_blocks(at("blocks")) as block:
+    with writer.parallel_for(at("blocks")) as block:
         past = _find_head(writer, shape, block)
         with writer.loop(writer.const(0), at("tokens")) as token:
             place = writer.add(writer.times(block, at("tokens")), token)
@@ -81,7 +81,7 @@ def write_step(writer: KernelWriter, shape: HeadShape) -> None:
     What is read is the joint projection, `(B, S, N, 3 * D)`; a block is as in `write_attention`.
     """
     at = writer.slot
-    with writer.claimed_blocks(at("blocks")) as block:
+    with writer.parallel_for(at("blocks")) as block:
         past = _find_head(writer, shape, block)
         first = writer.builder.sub(at("keys"), at("tokens"))
         with writer.loop(writer.const(0), at("tokens")) as token:

@@ -187,9 +187,11 @@ class Parts:
         tensors = [p for module in (*linear, *norms) for p in module._parameters.values()]
         if any(tensor is None for tensor in tensors) or not are_matrices(*tensors):
             return False
-        plain = [n.weight for n in norms] + [m.bias for m in linear]
-        is_even = all(tensor.shape[0] % STEP == 0 for tensor in plain)
-        return is_even and all(TYPE_NAMES.get(tensor.dtype) == kind for tensor in plain)
+        biases = [module.bias for module in linear]
+        if any(n.weight.dtype not in TYPE_NAMES or n.bias.dtype != n.weight.dtype for n in norms):
+            return False
+        is_even = all(x.shape[0] % STEP == 0 for x in [n.weight for n in norms] + biases)
+        return is_even and all(TYPE_NAMES.get(bias.dtype) == kind for bias in biases)
 
 
 def is_packed(module: nn.Module) -> bool:
@@ -247,9 +249,10 @@ class StepProgram:
         self.angles = self._make_room(2, angles[0], angles[1] // self.shape.axes)
         self.alphas = self._keep_numbers(1.0, layer.alpha)
         self.scaling = self._keep_numbers(layer.attention.scaling)
-        zeros = self._make_room(tokens, hidden)
         # What the first norm adds up: the embedding, and nothing.
-        self._residual = (self.embedded, self.alphas.data_ptr(), zeros, zeros[0])
+        zeros = self._make_room(tokens, hidden)
+        no_bias = self._keep(torch.zeros_like(layer.attention.dense.bias))
+        self._residual = (self.embedded, self.alphas.data_ptr(), zeros, no_bias)
         self._tokens, self._hidden = tokens, hidden
 
     def _keep(self, tensor: Tensor) -> Tensor:
@@ -288,12 +291,10 @@ class StepProgram:
 
     def _add_norm(self, norm: Any, residual: tuple[Tensor, int, Tensor, Tensor]) -> None:
         stream, alpha, update, bias = residual
-        if bias.dtype != norm.weight.dtype:
-            bias = self._keep(bias.to(norm.weight.dtype))
         epsilon = self._keep_numbers(norm.eps)
         self._add(
             NORM,
-            Width(self.shape.kind),
+            Width(TYPE_NAMES[bias.dtype], TYPE_NAMES[norm.weight.dtype]),
             tokens=self._tokens,
             columns=self._hidden,
             residual=stream.data_ptr(),

@@ -18,10 +18,12 @@ class Width(NamedTuple):
     """What an elementwise kernel is compiled for.
 
     Attributes:
-        kind: "f32", "f16" or "bf16", of the parameters.
+        kind: "f32", "f16" or "bf16", of the biases.
+        norm_kind: the same of a norm's own parameters.
     """
 
     kind: str
+    norm_kind: str = ""
 
 
 def write_norm(writer: KernelWriter, width: Width) -> None:
@@ -33,7 +35,7 @@ def write_norm(writer: KernelWriter, width: Width) -> None:
     Without an update (0) the stream is the residual. The columns are a multiple of 16.
     """
     at, builder = writer.slot, writer.builder
-    with writer.claimed_blocks(at("tokens")) as token:
+    with writer.parallel_for(at("tokens")) as token:
         row = writer.times(writer.times(token, at("columns")), 4)
         total = writer.variable(writer.filled(writer.f32, STEP, 0.0))
         with writer.loop(writer.const(0), at("columns"), STEP) as column:
@@ -57,7 +59,7 @@ def _add_to_stream(writer: KernelWriter, width: Width, row: Any, column: Any) ->
     residual = _numbers(writer, "residual", row, column)
     alpha = writer.splat(_number(writer, "alpha"), STEP)
     update = _numbers(writer, "update", row, column)
-    update = writer.builder.fadd(update, _parameters(writer, width, "bias", column))
+    update = writer.builder.fadd(update, _parameters(writer, width.kind, "bias", column))
     return writer.fma(residual, alpha, update)
 
 
@@ -66,8 +68,8 @@ def _store_normed(writer: KernelWriter, width: Width, row: Any, mean: Any, scale
     with writer.loop(writer.const(0), writer.slot("columns"), STEP) as column:
         centered = builder.fsub(_numbers(writer, "stream", row, column), mean)
         normed = builder.fmul(centered, scale)
-        weight = _parameters(writer, width, "weight", column)
-        normed = writer.fma(normed, weight, _parameters(writer, width, "shift", column))
+        weight = _parameters(writer, width.norm_kind, "weight", column)
+        normed = writer.fma(normed, weight, _parameters(writer, width.norm_kind, "shift", column))
         writer.store(normed, _place(writer, "output", row, column))
 
 
@@ -77,14 +79,14 @@ def write_gelu(writer: KernelWriter, width: Width) -> None:
     gelu(x) = x * (1 + tanh(u)) / 2 = x - x / (1 + exp(2 * u)),   u = a * (x + b * x**3)
     """
     at, builder = writer.slot, writer.builder
-    with writer.claimed_blocks(at("blocks")) as block:
+    with writer.parallel_for(at("blocks")) as block:
         token = builder.sdiv(block, at("parts"))
         first = writer.times(builder.srem(block, at("parts")), 1024)
         row = writer.times(writer.times(token, at("columns")), 4)
         stop = writer.smaller(writer.add(first, 1024), at("columns"))
         with writer.loop(first, stop, STEP) as column:
             numbers = _numbers(writer, "output", row, column)
-            numbers = builder.fadd(numbers, _parameters(writer, width, "bias", column))
+            numbers = builder.fadd(numbers, _parameters(writer, width.kind, "bias", column))
             writer.store(_gelu(writer, numbers), _place(writer, "output", row, column))
 
 
@@ -108,11 +110,11 @@ def _gelu(writer: KernelWriter, numbers: Any) -> Any:
 def write_bias(writer: KernelWriter, width: Width) -> None:
     """Add a bias in place; a block of the work is a token."""
     at = writer.slot
-    with writer.claimed_blocks(at("tokens")) as token:
+    with writer.parallel_for(at("tokens")) as token:
         row = writer.times(writer.times(token, at("columns")), 4)
         with writer.loop(writer.const(0), at("columns"), STEP) as column:
             numbers = _numbers(writer, "output", row, column)
-            bias = _parameters(writer, width, "bias", column)
+            bias = _parameters(writer, width.kind, "bias", column)
             numbers = writer.builder.fadd(numbers, bias)
             writer.store(numbers, _place(writer, "output", row, column))
 
@@ -126,11 +128,11 @@ def _numbers(writer: KernelWriter, name: str, row: Any, column: Any) -> Any:
     return writer.load_as_float(_place(writer, name, row, column), STEP, "f32")
 
 
-def _parameters(writer: KernelWriter, width: Width, name: str, column: Any) -> Any:
-    """Load 16 parameters, in the model's own type."""
-    size = 4 if width.kind == "f32" else 2
+def _parameters(writer: KernelWriter, kind: str, name: str, column: Any) -> Any:
+    """Load 16 parameters of a kind."""
+    size = 4 if kind == "f32" else 2
     place = writer.address(writer.slot(name), writer.times(column, size))
-    return writer.load_as_float(place, STEP, width.kind)
+    return writer.load_as_float(place, STEP, kind)
 
 
 def _number(writer: KernelWriter, name: str) -> Any:

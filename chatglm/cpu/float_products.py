@@ -42,7 +42,7 @@ def write_exact(writer: KernelWriter, tile: ExactTile) -> None:
     last_token = writer.add(at("tokens"), -tile.tokens)
     full = writer.builder.sdiv(at("columns"), writer.const(GROUP))
     left = writer.builder.srem(at("columns"), writer.const(GROUP))
-    with writer.claimed_blocks(at("blocks")) as block:
+    with writer.parallel_for(at("blocks")) as block:
         first = writer.times(block, at("block_rows"))
         stop = writer.smaller(writer.add(first, at("block_rows")), at("rows"))
         with (

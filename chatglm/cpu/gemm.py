@@ -45,7 +45,7 @@ def write_panels(writer: KernelWriter, tile: PanelTile) -> None:
     panel = writer.reserve(layout.span_columns * tile.rows)
     zero = writer.filled(writer.i32, layout.processor.lanes, 0)
     sums = [[writer.variable(zero) for _ in range(2)] for _ in range(tile.tokens)]
-    with writer.claimed_blocks(at("blocks")) as block:
+    with writer.parallel_for(at("blocks")) as block:
         row = writer.times(block, tile.rows)
         scales = _load_row_scales(writer, tile, row)
         with writer.loop(writer.const(0), at("spans")) as span:

@@ -107,7 +107,7 @@ def write_dots(writer: KernelWriter, tile: DotTile) -> None:
         writer.add(at("rows"), -tile.rows),
         writer.add(at("tokens"), -tile.tokens),
     )
-    with writer.claimed_blocks(at("blocks")) as block:
+    with writer.parallel_for(at("blocks")) as block:
         first = writer.times(block, at("block_rows"))
         stop = writer.smaller(writer.add(first, at("block_rows")), at("rows"))
         with writer.loop(writer.const(0), at("tokens"), tile.tokens) as index:

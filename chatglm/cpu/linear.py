@@ -272,6 +272,8 @@ class CpuKernels(NamedTuple):
         scale_type = TYPE_NAMES.get(weight_scale.dtype)
         if scale_type in (None, "bf16") or not are_matrices(weight, weight_scale):
             return None
+        if input.shape[-1] * bits != weight.shape[1] * 8 or len(weight) != len(weight_scale):
+            return None
         groups = None if weight_scale.dim() == 1 else weight_scale.shape[1]
         weights = Weights(self.processor, f"i{bits}", scale_type, groups)
         return _multiply(input, weights, weight, weight_scale.data_ptr(), activations)
@@ -302,7 +304,7 @@ def multiply_plain(input: Tensor, weight: Tensor) -> Tensor | None:
     compiler, weight_type = find_compiler(), TYPE_NAMES.get(weight.dtype)
     if compiler is None or weight_type is None or input.dtype != weight.dtype:
         return None
-    if not are_matrices(weight):
+    if not are_matrices(weight) or input.shape[-1:] != weight.shape[1:]:
         return None
     if input.numel() > PLAIN_TOKENS * weight.shape[1]:
         is_slow = is_plain(input) and not _multiplies(compiler.processor, weight.dtype)

@@ -85,7 +85,7 @@ def write_rounding(writer: KernelWriter, layout: Layout) -> None:
     """Round rows of float32 to levels; a block of the work is a row."""
     at, span_columns = writer.slot, writer.const(layout.span_columns)
     full = writer.builder.sdiv(at("columns"), span_columns)
-    with writer.claimed_blocks(at("rows")) as row:
+    with writer.parallel_for(at("rows")) as row:
         source = writer.add(at("input"), writer.times(row, at("input_stride")))
         target = writer.add(at("rounded"), writer.times(row, at("rounded_stride")))
         for start, stop, is_whole in ((writer.const(0), full, True), (full, at("spans"), False)):

@@ -294,8 +294,8 @@ class KernelWriter:
         builder.position_at_end(after)
 
     @contextmanager
-    def claimed_blocks(self, count: Any) -> Iterator[Any]:
-        """Repeat what is written inside for every block that this thread gets hold of."""
+    def parallel_for(self, count: Any) -> Iterator[Any]:
+        """Run what is written inside once a block, in whichever thread claims that block."""
         builder, append = self.builder, self.function.append_basic_block
         head, body, after = append(), append(), append()
         builder.branch(head)

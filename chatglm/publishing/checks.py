@@ -10,10 +10,10 @@ from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
 
 from chatglm.cards import CARD_FILE, OFFICIAL_VOCABULARIES, read_head
+from chatglm.checkpoints.checksums import SUMS, hash_file, read_sums
 from chatglm.checkpoints.reading import check_weight_file, list_weight_files, open_folder
 from chatglm.checkpoints.recognize import read_object
 from chatglm.converting.adapters import ADAPTER_FILES, CONFIG_FILE
-from chatglm.converting.staging import SUMS, hash_file
 from chatglm.publishing.contents import PREFIX, Contents
 
 MODEL_CONFIG = "config.json"
@@ -22,7 +22,6 @@ WEIGHTS = (".bin", ".safetensors")
 PREFIX_TENSORS = "transformer.prefix_encoder."
 POINTER = b"version https://git-lfs.github.com/spec/"
 LINK = re.compile(r"\]\(([^)#\s]+)")
-SUM_LINE = re.compile(r"([0-9a-f]{64}) [ *](.+)")
 # Where the configurations say which model they came from.
 ORIGINS = {
     MODEL_CONFIG: "_name_or_path",
@@ -159,8 +158,12 @@ def _check_card(file: Path) -> Iterator[str]:
 
 def _check_sums(contents: Contents) -> Iterator[str]:
     """Files that are not those whose hashes are published with them."""
-    lines = (contents.folder / SUMS).read_text(encoding="utf-8").splitlines()
-    for digest, name in (found.groups() for found in map(SUM_LINE.fullmatch, lines) if found):
+    try:
+        sums = read_sums(contents.folder)
+    except ValueError as problem:
+        yield str(problem)
+        return
+    for name, digest in sums.items():
         if name not in contents.kept:
             yield f"{SUMS} has {name}, which is not published: take its line out, or remove {SUMS}"
         elif hash_file(contents.folder / name) != digest:

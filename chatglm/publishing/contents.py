@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
+from chatglm.checkpoints.checksums import SUMS
 from chatglm.checkpoints.reading import WEIGHT_FILES, read_weight_map
 from chatglm.converting.adapters import ADAPTER_FILES, CONFIG_FILE
 from chatglm.model_files import find_model_files
@@ -22,7 +23,7 @@ PLAIN_FILES = {
     "added_tokens.json",
     "chat_template.jinja",
     "ice_text.model",
-    "SHA256SUMS",
+    SUMS,
     CONFIG_FILE,
     *ADAPTER_FILES,
 }

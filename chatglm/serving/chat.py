@@ -11,8 +11,9 @@ a model (`chatglm.loading`).
 import argparse
 import re
 import sys
-from collections.abc import Iterable
-from contextlib import closing, suppress
+import warnings
+from collections.abc import Generator, Iterable
+from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -68,7 +69,7 @@ def main(args: argparse.Namespace) -> int:
     if not sys.stderr.isatty():
         transformers.logging.disable_progress_bar()
     folder = choose_folder(args.folder, args.model) or default_model_folder()
-    model, tokenizer = load_model(folder, args.bits, args.device, args.dtype)
+    model, tokenizer = load_model(folder, args.bits, args.device, args.dtype, args.verify)
     if args.seed is not None:
         transformers.set_seed(args.seed)
     is_interactive = sys.stdin.isatty() and sys.stdout.isatty()
@@ -141,10 +142,12 @@ class Conversation:
         printer = AnswerPrinter(ANSWER_LABEL if self.is_interactive else "")
         stream = self.model.stream_chat(self.tokenizer, query, history, **self.options)
         try:
-            with suppress(KeyboardInterrupt), closing(stream):
-                for text, rounds in stream:
-                    printer.show(text)
-                    history = rounds
+            with lines_of_warnings():
+                with suppress(KeyboardInterrupt), closing(stream):
+                    for text, rounds in stream:
+                        printer.show(text)
+                        history = rounds
+                printer.finish()
         except OutOfMemoryError as error:
             printer.break_off()
             raise ValueError(
@@ -153,8 +156,19 @@ class Conversation:
         except ValueError:
             printer.break_off()
             raise
-        printer.finish()
         return history
+
+
+@contextmanager
+def lines_of_warnings() -> Generator[None, None, None]:
+    """Print warnings as lines of the command, and behind the answer that they are about."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always", RuntimeWarning)
+        try:
+            yield
+        finally:
+            for warning in caught:
+                print(f"chatglm: {warning.message}", file=sys.stderr)
 
 
 class AnswerPrinter:

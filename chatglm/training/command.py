@@ -24,9 +24,9 @@ STAGES = {
     "sft": "learn answers: the whole model, LoRA, or LoRA over packed weights",
     "ptuning": "learn a P-Tuning v2 prefix",
     "reward": "learn which of two answers is better",
-    "ppo": "practise, rewarded by a reward model or a function",
+    "ppo": "reinforcement learning, rewarded by a reward model or a function",
     "dpo": "learn from pairs of answers without a reward model",
-    "grpo": "practise in groups of answers, without a value model",
+    "grpo": "reinforcement learning in groups of answers, without a value model",
     "eval": "measure perplexity, choices, or the text of answers",
 }
 MODULES = {name: f"chatglm.training.stages.{name}" for name in STAGES} | {

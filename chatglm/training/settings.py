@@ -46,6 +46,7 @@ class Settings:
 
     Attributes:
         model: folder of the model to start from; "" is this repository.
+        verify: compare the model's files with its SHA256SUMS before anything is read.
         output: folder of everything that is written.
         train_data: JSONL files, or folders of them.
         eval_data: the same, held out.
@@ -72,6 +73,7 @@ class Settings:
     """
 
     model: str = ""
+    verify: bool = False
     output: str = ""
     train_data: list[str] = field(default_factory=list)
     eval_data: list[str] = field(default_factory=list)

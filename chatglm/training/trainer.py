@@ -20,8 +20,9 @@ from transformers import Trainer, TrainingArguments, set_seed
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import EvalPrediction, get_last_checkpoint
 
+from chatglm.loading import check_model_folder
 from chatglm.training.data.batches import LengthSampler, find_learned
-from chatglm.training.models import name_as_before, save_trained
+from chatglm.training.models import find_base, name_as_before, save_trained
 from chatglm.training.precision import check_launcher
 from chatglm.training.progress import Meter, build_callbacks
 from chatglm.training.settings import (
@@ -58,8 +59,9 @@ RENAMED = {
 }
 # These keys may differ when a run goes on: they change how long it is and what is shown, not what a
 # step does.
-FREE_ON_RESUME = ("resume", "logging_steps", "report_to", "disable_tqdm", "sample_prompts")
-FREE_ON_RESUME += ("sample_steps", "save_total_limit", "eval_steps", "max_steps", "save_steps")
+FREE_ON_RESUME = ("resume", "verify", "logging_steps", "report_to", "disable_tqdm")
+FREE_ON_RESUME += ("sample_prompts", "sample_steps", "save_total_limit", "eval_steps", "max_steps")
+FREE_ON_RESUME += ("save_steps",)
 
 
 def build_arguments(
@@ -101,18 +103,34 @@ def build_arguments(
     return arguments
 
 
+def restore_on_cpu(storage: Any, location: str) -> Any:
+    """Return a stored tensor's values as they are where they belong on a CPU with a number.
+
+    Of several processes on CPUs accelerate numbers the devices, transformers before 5.23 reads an
+    optimizer's checkpoint to such a one, and torch knows "cpu" alone.
+    """
+    return storage if location.startswith("cpu:") else None
+
+
+# The number is where torch looks for another place of a tensor: behind its own, from 10 on.
+torch.serialization.register_package(100, lambda storage: None, restore_on_cpu)
+
+
 def prepare_output(settings: Settings, given: Mapping[str, Any]) -> Path | None:
-    """Open the output folder, and return the checkpoint to go on from.
+    """Verify the model if asked, open the output folder, and return the checkpoint to go on from.
 
     Of several processes the first one looks, and all do as it found.
 
     Raises:
-        ValueError: if the folder holds anything and the run is not a resumed one, or if it is and
-            its settings are not those of the first run.
+        ValueError: if the model's files are not as their hashes say; if the folder holds anything
+            and the run is not a resumed one, or if it is and its settings are not those of the
+            first run.
     """
     found: list[Any] = [None, None]
     if PartialState().is_main_process:
         try:
+            if settings.verify:
+                check_model_folder(find_base(settings), verify=True)
             found = [_open_output(settings, given), None]
         except ValueError as problem:
             found = [None, problem]

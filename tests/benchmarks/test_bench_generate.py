@@ -34,6 +34,8 @@ def test_recipes_are_read_from_words() -> None:
     assert recipe == bench_generate.Recipe(8, 32, True, "bfloat16")
     assert str(recipe) == "INT8 g32 + embeddings, bfloat16"
     assert bench_generate.parse_recipe("") == bench_generate.Recipe()
+    alone = bench_generate.parse_recipe("dtype=bfloat16,alone=1")
+    assert alone.alone is True and str(alone) == "INT4, bfloat16, files alone"
 
 
 @pytest.mark.parametrize("words", ["colour=4", "bits=four"])
@@ -61,13 +63,25 @@ def test_phases_are_measured_side_by_side(tmp_path: Path, monkeypatch: pytest.Mo
     assert share.value == pytest.approx(rate.value / 2, rel=1e-3)
 
 
+def test_a_contender_does_without_the_engine() -> None:
+    """In a process of its own: what of the engine it has imported stays out of reach there."""
+    recipe = bench_generate.parse_recipe("hidden=64,dtype=bfloat16,alone=1")._replace(layers=1)
+    with bench_generate.start_ours(recipe, 1) as worker:
+        assert worker.name == "ours INT4, bfloat16, files alone"
+        assert worker.ask("decode", context=9, tokens=2)["seconds"]
+        assert worker.facts["engine"] is False
+    with bench_generate.start_ours(recipe._replace(alone=False), 1) as worker:
+        assert worker.facts["engine"] is True
+
+
 def test_a_process_answers_from_a_folder_and_is_watched(tmp_path: Path) -> None:
     folder = tmp_path / "random_model"
     folder.mkdir()
     save_folder(folder, bench_generate.Recipe(layers=1, hidden=64, dtype="float16"))
     args = bench_generate.make_parser().parse_args(TINY)
-    said, curve = bench_generate.run_first_answer(folder, args, "float32", context=40)
-    assert 0 < said["loaded"] < said["answered"] < curve[-1][0] + 1
+    said, curve = bench_generate.run_first_answer(folder, args, bench_generate.Recipe(), context=40)
+    assert 0 < said["loaded"] < said["answered"] < said["done"]
+    assert said["done"] - 1 < curve[-1][0] <= said["done"]
     assert 10**8 < max(resident for _, resident in curve) <= 1.01 * said["peak"]
 
 
@@ -77,8 +91,8 @@ def test_starts_and_their_memory_are_recorded(
     path = tmp_path / "results.csv"
     contexts: list[int] = []
 
-    def answer(folder: Path, args: Any, dtype: str, context: int = 0) -> Any:
-        assert (folder / "model.safetensors").is_file() and dtype == "float32"
+    def answer(folder: Path, args: Any, recipe: Any, context: int = 0) -> Any:
+        assert (folder / "model.safetensors").is_file() and recipe.dtype == "float32"
         contexts.append(context)
         said = {"loaded": 2.0, "answered": len(contexts), "peak": 3e9}
         return said, [(0.1 * step, step * 10**7) for step in range(200)]

@@ -1,9 +1,11 @@
 """The kernel benchmark's back ends, its copies, and the bandwidth probe."""
 
+import sys
 from typing import Any
 
 import pytest
 import torch
+from torch import nn
 
 from benchmarks import bench_kernels, kernels
 from benchmarks.kernels import BACKENDS, Backend
@@ -25,6 +27,19 @@ def test_every_back_end_holds_the_same_matrix(backend: Backend, count: int) -> N
     error = kernels.relative_error(found, kernels.multiply_exactly(integers, rows, 160))
     limit = 0.15 if "nf4" in backend.name else TOLERANCE[backend.dtype]
     assert found.shape == (count, 160) and error < limit, error
+
+
+def test_files_alone_use_torch_s_product_and_leave_the_engine_as_it_was() -> None:
+    quantization = sys.modules[type(kernels.pack_ours(4)(kernels.draw_integers(64, 64))).__module__]
+    finder = quantization.KERNEL_FINDERS["cpu"]
+    product: Any = kernels.pack_alone(kernels.draw_integers(192, 256))
+    product(torch.ones(1, 256, dtype=torch.bfloat16))
+    (layer,) = (
+        c.cell_contents for c in product.__closure__ if isinstance(c.cell_contents, nn.Module)
+    )
+    stored = layer.__dict__["_parameters"]["weight"]
+    assert bool(stored.numel()) == (not quantization.find_int4_block_rows())
+    assert quantization.KERNEL_FINDERS["cpu"] is finder
 
 
 def test_drawn_integers_are_exact_in_every_format() -> None:

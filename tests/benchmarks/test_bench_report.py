@@ -65,6 +65,18 @@ def test_the_newest_figure_counts_and_a_curve_is_of_one_run(tmp_path: Path) -> N
     assert [row.date[:4] for row in kept if row.case == "memory over time"] == ["2999", "2999"]
 
 
+def test_a_disturbed_figure_never_stands_for_an_undisturbed_one(tmp_path: Path) -> None:
+    rows = make_rows(tmp_path)
+    old, new = rows[0]._replace(load=0.02, value=908.0), rows[0]._replace(load=0.98, value=4585.0)
+    assert [row.value for row in report.keep_newest([old, new])] == [908.0]
+    newer = new._replace(value=4000.0)
+    assert [row.value for row in report.keep_newest([new, newer])] == [4000.0]
+    assert [row.value for row in report.keep_newest([new, newer, old])] == [908.0]
+    point = next(row for row in rows if row.case == "memory over time")._replace(load=0.0)
+    later = point._replace(date="2999-01-01T00:00Z", load=0.9)
+    assert report.keep_newest([point, later]) == [point]
+
+
 def test_the_page_shows_spread_ratio_and_share(tmp_path: Path) -> None:
     files = report.build_files(make_rows(tmp_path), PAGE)
     page = files[report.PAGE]

@@ -19,13 +19,13 @@ import transformers
 from chatglm_6b import cache_chatglm, environment_chatglm
 from chatglm_6b.cache_chatglm import ChatGLMCache, ReservedLayer
 from chatglm_6b.configuration_chatglm import ChatGLMConfig
-from chatglm_6b.environment_chatglm import CACHE_NAME, CACHE_NAMES
+from chatglm_6b.environment_chatglm import CACHE_NAME, CACHE_NAMES, find_int4_block_rows
 from chatglm_6b.modeling_chatglm import ChatGLMForConditionalGeneration, GLMBlock
-from chatglm_6b.quantization import QuantizedLinear, TorchKernels
+from chatglm_6b.quantization import QuantizedLinear, TorchKernels, allocate_product
 from chatglm_6b.quantizer_chatglm import ChatGLMQuantizer, QuantizedLoadingMixin, register
 from conftest import TINY, build_model, count_calls, forget_kernels, import_from_package
 from packaging.version import Version
-from peft import LoraConfig, TaskType, get_peft_model
+from peft import IA3Config, LoraConfig, TaskType, get_peft_model
 from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import PreTrainedModel
@@ -377,6 +377,16 @@ def test_who_looks_into_a_block_is_noticed(hook: str) -> None:
     assert decoding_step._is_watched(block), f"{hook} is kept elsewhere"
 
 
+@pytest.mark.parametrize("hook", ["torch._check"])
+def test_a_graph_is_not_made_for_an_input_of_other_columns(hook: str) -> None:
+    layer: Any = QuantizedLinear(64, 32, 4, device="meta")
+    packed = (layer.weight, layer.weight_scale, 4, "int8")
+    product = allocate_product(torch.empty(2, 3, 64, device="meta"), *packed)
+    assert product.shape == (2, 3, 32), f"{hook} is another function"
+    with pytest.raises(RuntimeError):
+        allocate_product(torch.empty(2, 3, 32, device="meta"), *packed)
+
+
 @pytest.mark.parametrize("hook", ["aten._weight_int8pack_mm"])
 def test_torch_has_a_product_with_integers(hook: str, monkeypatch: pytest.MonkeyPatch) -> None:
     layer = QuantizedLinear.from_linear(nn.Linear(64, 32, bias=False), 8)
@@ -388,6 +398,69 @@ def test_torch_has_a_product_with_integers(hook: str, monkeypatch: pytest.Monkey
     torch.testing.assert_close(product.float(), expected, rtol=0.02, atol=0.02)
     monkeypatch.setattr(torch.ops, "aten", SimpleNamespace())
     assert TorchKernels().multiply(*given) is None
+
+
+@pytest.mark.parametrize("hook", ["BaseTunerLayer.get_base_layer"])
+def test_peft_asks_a_layer_before_it_reads_its_weight(hook: str) -> None:
+    """Merged into 8-bit integers, IA3's factors round to others without an error."""
+    layer = nn.Sequential(QuantizedLinear.from_linear(nn.Linear(64, 32), 8))
+    config = IA3Config(target_modules=["0"], feedforward_modules=[], init_ia3_weights=False)
+    adapted = get_peft_model(layer, config)
+    with pytest.raises(ValueError, match="packed integers"):
+        adapted.merge_adapter()
+        pytest.fail(f"{hook} asks for no base_layer, or is called by others than WEIGHT_READERS")
+
+
+@pytest.mark.parametrize("hook", ["aten._weight_int4pack_mm_for_cpu"])
+def test_torch_has_a_product_with_4_bit_integers(
+    hook: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its order is asked for with known integers; without it, or in another, nothing is moved."""
+    if torch.backends.cpu.get_cpu_capability() not in ("AVX2", "AVX512"):
+        pytest.skip("torch's 4-bit product is fast with AVX2 and AVX512 only")
+    monkeypatch.setattr(environment_chatglm, "find_engine", lambda: None)
+    layer = QuantizedLinear.from_linear(nn.Linear(64, 128), 4).bfloat16().eval()
+    states = torch.randn(2, 64, dtype=torch.bfloat16)
+    product = layer(states)
+    stored = layer.__dict__["_parameters"]["weight"]
+    assert find_int4_block_rows() and not stored.numel(), f"{hook} is gone, or has another order"
+    expected = states.float() @ layer.unpack(torch.float32).T + layer.bias
+    torch.testing.assert_close(product.float(), expected, rtol=0.02, atol=0.02)
+    find_int4_block_rows.cache_clear()
+    with monkeypatch.context() as patched:
+        patched.setattr(torch.ops, "aten", SimpleNamespace())
+        torch.testing.assert_close(layer(states).float(), expected, rtol=0.02, atol=0.02)
+        assert stored.numel()
+    find_int4_block_rows.cache_clear()
+
+
+@pytest.mark.parametrize("hook", ["Tensor._version"])
+def test_what_was_written_is_counted(hook: str) -> None:
+    weight = nn.Parameter(torch.zeros(4), requires_grad=False)
+    assert weight.detach()._version == 0, f"{hook} counts something else"
+    layer = nn.Linear(2, 2)
+    layer.load_state_dict(nn.Linear(2, 2).state_dict())
+    with torch.no_grad():
+        weight.add_(1)
+    assert weight.detach()._version and layer.weight.detach()._version, f"{hook} counts no writes"
+
+
+@pytest.mark.parametrize("hook", ["Module.named_parameters(_parameters)"])
+def test_who_looks_at_parameters_sees_the_official_bytes(
+    hook: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """torch's walks ask a module for the attribute, which is a property of packed layers."""
+    monkeypatch.setattr(environment_chatglm, "find_engine", lambda: None)
+    layers = nn.Sequential(QuantizedLinear.from_linear(nn.Linear(64, 128), 4)).bfloat16().eval()
+    expected: Any = layers[0].weight.detach().clone()
+    looks = {
+        "named_parameters": lambda: dict(layers.named_parameters())["0.weight"],
+        "state_dict": lambda: layers.state_dict()["0.weight"],
+        "_apply": lambda: layers.half().bfloat16()[0].__dict__["_parameters"]["weight"],
+    }
+    for name, look in looks.items():
+        layers(torch.ones(1, 64, dtype=torch.bfloat16))
+        assert torch.equal(look(), expected), f"{hook} is not what {name} reads"
 
 
 @pytest.mark.parametrize(

@@ -40,22 +40,26 @@ PUBLIC_NAMES = {
         "StoredTensor",
         "TESTED_TRANSFORMERS",
         "WEIGHT_FILES",
-        "ask_for_own_dtype",
         "UnreadableWeightsError",
         "change_load_settings",
         "check_dtype_name",
         "check_settings",
         "check_transformers",
         "choose_cache",
+        "find_engine",
         "find_twin",
         "is_mapped",
+        "keep_float_norms",
+        "keep_whole",
         "kernels_off",
         "list_weight_files",
+        "loading_own_dtype",
         "may_use_kernels",
         "open_shards",
         "read_load_settings",
         "read_object",
         "read_weight_map",
+        "refuse_weight_of_integers",
         "rename_cache",
         "renew_ties",
         "try_first",
@@ -193,6 +197,7 @@ FOLDER_OPTIONS: dict[str, tuple[Any, Any]] = {
     "FOLDER": ("FOLDER", None),
     "--model": ("PATH", None),
     "--trust-folder-code": (None, False),
+    "--verify": (None, False),
 }
 CHAT_OPTIONS: dict[str, tuple[Any, Any]] = {
     **FOLDER_OPTIONS,
@@ -211,6 +216,7 @@ QUANTIZE_OPTIONS: dict[str, tuple[Any, Any]] = {
     "SRC": ("SRC", None),
     "DST": ("DST", None),
     "--model": ("SRC", None),
+    "--verify": (None, False),
     "--bits": ((4, 8), None),
     "--group-size": ((32, 64, 128), None),
     "--embeddings": (None, False),
@@ -220,6 +226,7 @@ MERGE_OPTIONS: dict[str, tuple[Any, Any]] = {
     "SRC": ("SRC", None),
     "DST": ("DST", None),
     "--model": ("SRC", None),
+    "--verify": (None, False),
     "--lora": ("DIR", None),
     "--format": (("safetensors", "bin"), "safetensors"),
     "--dtype": (("float32", "float16", "bfloat16"), None),
@@ -316,6 +323,7 @@ def test_the_modules_that_scripts_reach_into() -> None:
 
 def test_the_loader_s_signature() -> None:
     expected = {"path": REQUIRED, "bits": None, "device": None, "dtype": None}
+    expected["verify"] = False
     load_model = import_from_package("chatglm.loading").load_model
     assert list(parameters(load_model).items()) == list(expected.items())
 

@@ -29,7 +29,7 @@ llvmlite = pytest.importorskip("llvmlite")
 def write_counting(writer: KernelWriter, step: int) -> None:
     """Add a number to the block's place in the output."""
     at = writer.slot
-    with writer.claimed_blocks(at("blocks")) as block:
+    with writer.parallel_for(at("blocks")) as block:
         place = writer.address(at("output"), writer.times(block, 8))
         writer.store(writer.add(writer.load(place, writer.i64), step), place)
 
@@ -37,7 +37,7 @@ def write_counting(writer: KernelWriter, step: int) -> None:
 def write_widening(writer: KernelWriter, kind: str) -> None:
     """Make float32 of the numbers of a block of eight."""
     at, size = writer.slot, {"f32": 4, "f16": 2, "bf16": 2}[kind]
-    with writer.claimed_blocks(at("blocks")) as block:
+    with writer.parallel_for(at("blocks")) as block:
         source = writer.address(at("input"), writer.times(block, 8 * size))
         target = writer.address(at("output"), writer.times(block, 32))
         writer.store(writer.load_as_float(source, 8, kind), target)
@@ -46,7 +46,7 @@ def write_widening(writer: KernelWriter, kind: str) -> None:
 def write_narrowing(writer: KernelWriter, kind: str) -> None:
     """Store a block of eight float32 numbers in another dtype."""
     at, size = writer.slot, {"f32": 4, "f16": 2, "bf16": 2}[kind]
-    with writer.claimed_blocks(at("blocks")) as block:
+    with writer.parallel_for(at("blocks")) as block:
         source = writer.address(at("input"), writer.times(block, 32))
         target = writer.address(at("output"), writer.times(block, 8 * size))
         writer.store_as(writer.load_as_float(source, 8, "f32"), target, kind)

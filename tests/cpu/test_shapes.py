@@ -1,4 +1,4 @@
-"""Masks, caches and positions of any shape: the kernels do as the modules do, or leave it to them.
+"""Inputs, masks, caches, positions of any shape: kernels do as the modules do, or leave it to them.
 
 A kernel walks through memory by the sizes that it is told: one that does not fit would be read out
 of bounds. So whatever shapes come, there is the modules' result or the modules' error.
@@ -11,12 +11,13 @@ import torch
 from chatglm_6b.cache_chatglm import ChatGLMCache, KeyValues
 from chatglm_6b.environment_chatglm import kernels_off
 from chatglm_6b.modeling_chatglm import attend
+from chatglm_6b.quantization import QuantizedLinear
 from conftest import build_model
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from chatglm.cpu import attention
+from chatglm.cpu import attention, fast_products, find_kernels
 
 pytest.importorskip("llvmlite")
 
@@ -153,3 +154,24 @@ def test_integers_with_scales_of_another_shape_are_left_alone(model: Any) -> Non
     assert right.isfinite().all()
     with pytest.raises(RuntimeError):  # torch's own, of shapes that do not go together
         attend(module, query, KeyValues(key, key, scale[:, :, :3], scale), None, False)
+
+
+@pytest.mark.parametrize("columns", [32, 128])
+@pytest.mark.parametrize("tokens", [1, 2, 9])
+def test_products_of_other_columns_are_torch_s_error(tokens: int, columns: int) -> None:
+    """A kernel would read weights that are another row's, or nobody's."""
+    plain = torch.nn.Linear(64, 48)
+    layers = [plain, *(QuantizedLinear.from_linear(plain, bits).eval() for bits in (4, 8))]
+    for layer in layers:
+        with torch.no_grad(), fast_products():
+            assert layer(torch.randn(tokens, 64)).isfinite().all()
+            with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
+                layer(torch.randn(tokens, columns))
+
+
+def test_scales_of_other_rows_never_reach_a_kernel() -> None:
+    layer, kernels = QuantizedLinear(64, 48, 8), find_kernels()
+    assert kernels is not None
+    states, scale = torch.randn(1, 64), layer.weight_scale
+    assert kernels.multiply(states, layer.weight, scale, 8) is not None
+    assert kernels.multiply(states, layer.weight, scale[:24], 8) is None

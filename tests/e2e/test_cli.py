@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 import time
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -116,6 +117,20 @@ def test_ctrl_c_ends_the_answer_and_keeps_what_was_said(run: Any) -> None:
     assert model.closed == 2
 
 
+@pytest.mark.parametrize("ending", [None, signal.SIGINT])
+def test_a_warning_of_an_answer_is_a_line_behind_it(run: Any, ending: Any) -> None:
+    class Broken(FakeModel):
+        def stream_chat(self, *args: Any, **options: Any) -> Iterator[Any]:
+            try:
+                yield from super().stream_chat(*args, **options)
+            finally:
+                warnings.warn("scores were not finite", RuntimeWarning, stacklevel=2)
+
+    model = Broken({"a": ["one", *([ending] if ending else [])]})
+    line = "chatglm: scores were not finite\n"
+    assert run(model, "a\na\n") == (0, "one\none\n", 2 * line)
+
+
 def test_ctrl_c_before_the_first_word_leaves_no_round(run: Any) -> None:
     model = FakeModel({"a": [signal.SIGINT, "never"], "b": ["2"]})
     assert run(model, "a\nb\n") == (0, "\n2\n", "")
@@ -178,7 +193,7 @@ def test_loading_gets_the_options(monkeypatch: pytest.MonkeyPatch, run: Any) -> 
 
     monkeypatch.setattr(loading, "load_model", record)
     code = cli.main(["chat", "--bits", "4", "--device", "cpu", "--dtype", "bfloat16"])
-    assert (code, calls) == (2, [(loading.default_model_folder(), 4, "cpu", "bfloat16")])
+    assert (code, calls) == (2, [(loading.default_model_folder(), 4, "cpu", "bfloat16", False)])
 
 
 def test_the_oldest_rounds_leave_when_the_window_is_full(run: Any) -> None:
@@ -251,6 +266,7 @@ def test_the_options_of_chat_are_frozen() -> None:
         "folder",
         "--model",
         "--trust-folder-code",
+        "--verify",
         "--bits",
         "--device",
         "--dtype",

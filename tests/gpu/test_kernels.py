@@ -65,6 +65,36 @@ def test_products_of_the_real_sizes_are_exact(shape: tuple[int, int], kernels: C
         assert_dequantizes(kernels, case, "cuda")
 
 
+def make_layer() -> QuantizedLinear:
+    return QuantizedLinear.from_linear(torch.nn.Linear(4096, 4096).half().cuda(), 4).eval()
+
+
+@pytest.mark.parametrize("rows", [1, 8, 9])
+def test_a_captured_graph_launches_the_kernels(rows: int) -> None:
+    layer, states = make_layer(), torch.randn(rows, 4096, dtype=torch.float16, device="cuda")
+    graph = torch.cuda.CUDAGraph()
+    with torch.no_grad():
+        layer(states)  # the first launch loads the kernel, which a capture does not allow
+        torch.cuda.synchronize()
+        with torch.cuda.graph(graph):
+            output = layer(states)
+        states.normal_()
+        graph.replay()
+        torch.cuda.synchronize()
+        assert torch.equal(output, layer(states))
+
+
+@pytest.mark.parametrize("rows", [1, 8, 9])
+def test_a_compiled_layer_launches_the_kernels(rows: int) -> None:
+    """The third run replays what the second one captured."""
+    layer = make_layer()
+    compiled = torch.compile(layer, fullgraph=True, mode="reduce-overhead")
+    for _ in range(3):
+        states = torch.randn(rows, 4096, dtype=torch.float16, device="cuda")
+        with torch.no_grad():
+            assert torch.equal(compiled(states), layer(states))
+
+
 def test_kernels_wait_for_the_stream_they_are_launched_on(kernels: CudaKernels) -> None:
     case = Case(4, torch.float16, None, (4096, 4096))
     weight, scale = make_operands(case, "cuda")

@@ -10,6 +10,7 @@ import pytest
 from model_folders import hashes, read_json, stored
 
 from chatglm import cli
+from chatglm.checkpoints.checksums import write_sums
 from chatglm.training.command import name_folder
 
 DEAD = 'raise ImportError("the folder\'s code ran")\n'
@@ -62,6 +63,53 @@ def test_quantize(dead: Path, tmp_path: Path, name: list[str]) -> None:
     assert DEAD not in {file.read_text() for file in new.glob("*.py")}
 
 
+@pytest.fixture
+def summed(tiny_repo: Path, tmp_path: Path) -> Path:
+    """A whole model folder with the hashes of its files."""
+    folder = Path(shutil.copytree(tiny_repo, tmp_path / "summed"))
+    write_sums(folder, hashes(folder))
+    return folder
+
+
+@old_names
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["chat", "{folder}", "--max-new-tokens", "2"],
+        ["bench", "{folder}", "--prompt-length", "4", "--new-tokens", "2", "--device", "cpu"],
+        ["bench", "{folder}", "--train", "lora", "--length", "8", "--device", "cpu"],
+        ["quantize", "{folder}", "{new}", "--bits", "4"],
+        ["train", "sft", "{folder}", *TRAIN.split(), "--train_data", "{rows}", "--output", "{new}"],
+    ],
+    ids=["chat", "bench", "bench_train", "quantize", "train"],
+)
+def test_verify(
+    summed: Path,
+    words: list[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """A folder that is as its hashes say is used; a damaged one is refused before all else."""
+    rows, new = tmp_path / "rows.jsonl", tmp_path / "new"
+    rows.write_text("".join(json.dumps(row) + "\n" for row in ROWS))
+    words = [word.format(folder=summed, new=new, rows=rows) for word in words]
+    monkeypatch.setattr(sys, "stdin", io.StringIO("hi\n"))
+    assert cli.main([*words, "--verify"]) == 0
+    shutil.rmtree(new, ignore_errors=True)
+    with (summed / "model.safetensors").open("r+b") as file:
+        file.seek(-1, io.SEEK_END)
+        file.write(b"\x7f")
+    capsys.readouterr()
+    assert cli.main([*words, "--verify"]) == 2
+    line = (
+        f"chatglm: {summed} is not what its SHA256SUMS says (model.safetensors damaged or changed)"
+    )
+    output = capsys.readouterr()
+    assert output.out == "" and output.err.splitlines()[-1].startswith(line)
+    assert not new.exists()
+
+
 @old_names
 def test_train_and_merge(dead: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     data, adapter, new = tmp_path / "rows.jsonl", tmp_path / "adapter", tmp_path / "new"
@@ -71,7 +119,10 @@ def test_train_and_merge(dead: Path, tmp_path: Path, capsys: pytest.CaptureFixtu
     assert capsys.readouterr().err.endswith("chatglm: the folder's code ran\n")
     assert cli.main(["train", "sft", str(dead), *words]) == 0
     assert read_json(adapter / "adapter_config.json")["base_model_name_or_path"] == str(dead)
-    assert cli.main(["merge", str(dead), str(new), "--lora", str(adapter)]) == 0
+    merge = ["merge", str(dead), str(new), "--lora", str(adapter)]
+    assert cli.main([*merge, "--verify"]) == 2
+    assert "has no SHA256SUMS" in capsys.readouterr().err and not new.exists()
+    assert cli.main(merge) == 0
     assert stored(new).keys() == stored(dead).keys()
 
 

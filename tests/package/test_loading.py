@@ -14,6 +14,7 @@ from tokenizers.models import WordLevel
 from transformers import AutoModel, PreTrainedTokenizerFast
 
 from chatglm import folder_code, loading
+from chatglm.checkpoints.checksums import hash_file, write_sums
 from chatglm.loading import choose_device, choose_dtype, default_model_folder, load_model
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -119,6 +120,48 @@ def test_weights_are_quantized_while_they_are_read(bits: int, tiny_repo: Path) -
     assert model.config.quantization_bit == bits
     assert not model.training
     assert type(tokenizer).__name__ == "ChatGLMTokenizer"
+
+
+def flip_last_byte_of(file: Path, tensor: torch.Tensor) -> None:
+    """Change a stored number, as a bad disk does."""
+    content, stored = file.read_bytes(), tensor.numpy().tobytes()
+    assert content.count(stored) == 1
+    end = content.index(stored) + len(stored) - 1
+    file.write_bytes(content[:end] + bytes([content[end] ^ 1]) + content[end + 1 :])
+
+
+def write_all_sums(folder: Path) -> None:
+    write_sums(folder, {file.name: hash_file(file) for file in folder.iterdir() if file.is_file()})
+
+
+@pytest.mark.parametrize("kind", ["bin", "safetensors"])
+def test_a_flipped_byte_loads_unless_it_is_verified(folder: Path, kind: str) -> None:
+    name, damaged = SHARDS[1], "second.weight"
+    if kind == "safetensors":
+        for file in folder.glob("pytorch_model*"):
+            file.unlink()
+        name = "model.safetensors"
+        save_file(WEIGHTS, folder / name, metadata={"format": "pt"})
+    write_all_sums(folder)
+    load_model(folder, device="cpu", verify=True)
+    flip_last_byte_of(folder / name, WEIGHTS[damaged])
+    model, _ = load_model(folder, device="cpu")
+    assert not torch.equal(model.get_parameter(damaged), WEIGHTS[damaged])
+    with pytest.raises(ValueError, match=rf"SHA256SUMS says \({name} damaged or changed\)"):
+        load_model(folder, device="cpu", verify=True)
+
+
+def test_sums_are_not_looked_at_unless_it_is_asked_for(folder: Path) -> None:
+    (folder / "SHA256SUMS").write_text("no sums\n")
+    load_model(folder, device="cpu")
+    with pytest.raises(ValueError, match=r"line 1 of .*SHA256SUMS is 'no sums'"):
+        load_model(folder, device="cpu", verify=True)
+
+
+def test_sums_without_a_shard_verify_nothing(folder: Path) -> None:
+    write_sums(folder, {SHARDS[0]: hash_file(folder / SHARDS[0])})
+    with pytest.raises(ValueError, match=f"does not name {SHARDS[1]}"):
+        load_model(folder, device="cpu", verify=True)
 
 
 def test_a_quantized_folder_keeps_its_bits(tiny_repo: Path, tmp_path: Path) -> None:

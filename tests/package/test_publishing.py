@@ -249,6 +249,8 @@ def leave_for(folder: Path, name: str) -> None:
             "config.json is not the file whose hash",
         ),
         (lambda f: write_sums(f, **{"notes.md": "0" * 64}), "SHA256SUMS has notes.md, which is"),
+        (lambda f: write_sums(f, **{"../x": "0" * 64}), "SHA256SUMS names '../x', which is out"),
+        (lambda f: write_sums(f, notes="0"), "SHA256SUMS is '0  notes', and not 64"),
         (lambda f: (f / "tokenizer_config.json").unlink(), "has no tokenizer_config.json"),
     ],
 )

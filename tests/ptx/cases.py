@@ -128,6 +128,7 @@ class Machine(NamedTuple):
     kernels: CudaKernels
     driver: SimulatedDriver
     nvrtc: Any
+    memory: Any
 
 
 def find_compiler() -> Any:
@@ -158,7 +159,7 @@ def simulate(
     )
     try:
         with memory:
-            yield Machine(kernels, driver, nvrtc)
+            yield Machine(kernels, driver, nvrtc, memory)
     finally:
         if driver.error:
             raise driver.error

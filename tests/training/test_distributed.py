@@ -16,9 +16,7 @@ from typing import Any
 
 import pytest
 import torch
-import transformers
 from conftest import ROOT
-from packaging.version import Version
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
@@ -162,10 +160,6 @@ def test_what_was_in_parts_is_a_model_folder(
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(
-    Version(transformers.__version__) < Version("5.23"),
-    reason="older releases cannot resume several processes on CPUs (docs/compatibility.md)",
-)
 def test_a_killed_run_goes_on_as_if_nothing_had_been(
     quick_python: str, two: Path, dead: tuple[Path, dict[str, Any]], keys: list[str]
 ) -> None:

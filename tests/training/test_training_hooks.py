@@ -331,6 +331,17 @@ def test_every_refused_key_is_one_of_trl_s(hook: str) -> None:
     assert REFUSED.keys() <= names, f"{hook} or another was renamed: {REFUSED.keys() - names}"
 
 
+# Several processes on CPUs
+
+
+@pytest.mark.parametrize("hook", ["torch.serialization.register_package"])
+def test_a_checkpoint_is_read_to_a_cpu_with_a_number(hook: str, tmp_path: Path) -> None:
+    torch.save({"step": torch.ones(3)}, tmp_path / "optimizer.pt")
+    for place in ("cpu:1", torch.device("cpu", 0)):
+        read = torch.load(tmp_path / "optimizer.pt", map_location=place, weights_only=True)
+        assert torch.equal(read["step"], torch.ones(3)), f"{hook} does not lead to {place}"
+
+
 # Proximal policy optimization: accelerate
 
 

@@ -5,6 +5,7 @@ The scripted answers below come out of the real `generate`: a processor leaves o
 
 import copy
 import json
+import re
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -366,13 +367,54 @@ def test_half_characters_are_never_shown(model: Any, tokenizer: Any) -> None:
 def test_scores_that_are_no_numbers_are_survived(tokenizer: Any, model: Any) -> None:
     broken = copy.deepcopy(model)
     broken.lm_head.weight.data.fill_(float("nan"))
-    for options in ({}, {"do_sample": False}):
-        assert broken.chat(tokenizer, "hello", max_new_tokens=3, **options)[0] == ""
+    for options in ({}, {"do_sample": False}, {"num_beams": 2, "do_sample": False}):
+        with pytest.warns(RuntimeWarning, match="not finite"):
+            assert broken.chat(tokenizer, "hello", max_new_tokens=3, **options)[0] == ""
     recorder = Recorder(tokenizer, [5])
     recorder.chat(tokenizer, "hello")
     (processor,) = recorder.options["logits_processor"]
     assert isinstance(processor, InvalidScoreLogitsProcessor)
     assert tokenizer.convert_ids_to_tokens(processor.fallback_id) == "▁"
+
+
+@pytest.mark.parametrize("stops_early", [False, True])
+def test_one_broken_weight_is_warned_of_once_an_answer(
+    tokenizer: Any, model: Any, stops_early: bool
+) -> None:
+    broken = copy.deepcopy(model)
+    broken.transformer.layers[1].mlp.dense_h_to_4h.weight.data[3, 5] = float("nan")
+
+    def talk() -> None:
+        options = {"do_sample": False, "max_new_tokens": 4}
+        if stops_early:
+            stream = broken.stream_chat(tokenizer, "hello", **options)
+            assert next(stream)[0] == ""
+            stream.close()
+        else:
+            assert list(broken.stream_chat(tokenizer, "hello", **options))[-1][0] == ""
+
+    for _ in range(2):
+        with pytest.warns(RuntimeWarning) as caught:
+            talk()
+        (warning,) = caught
+        assert re.search("not finite.*SHA256SUMS.*--verify", str(warning.message))
+        assert "float16" not in str(warning.message)
+        assert warning.filename == __file__
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_numbers_beyond_float16_are_told_from_damage(
+    tokenizer: Any, model: Any, dtype: torch.dtype
+) -> None:
+    wide = copy.deepcopy(model).to(dtype)
+    wide.transformer.final_layernorm.bias.data.fill_(3e4)
+    wide.lm_head.weight.data.fill_(3.0)
+    options = {"do_sample": False, "max_new_tokens": 2}
+    if dtype == torch.bfloat16:
+        wide.chat(tokenizer, "hello", **options)  # a warning would be an error
+        return
+    with pytest.warns(RuntimeWarning, match="beyond float16: load the model in bfloat16"):
+        wide.chat(tokenizer, "hello", **options)
 
 
 # --- whom one talks to

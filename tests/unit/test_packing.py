@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from chatglm_6b import quantization, quantizer_chatglm
-from chatglm_6b.configuration_chatglm import ChatGLMConfig
+from chatglm_6b.configuration_chatglm import GROUP_SIZES, ChatGLMConfig
 from chatglm_6b.environment_chatglm import find_engine
 from chatglm_6b.modeling_chatglm import (
     ChatGLMForConditionalGeneration,
@@ -22,6 +22,14 @@ from chatglm_6b.quantization import (
     unpack_int4,
 )
 from conftest import TINY
+from peft import (
+    AdaLoraConfig,
+    IA3Config,
+    LoraConfig,
+    OFTConfig,
+    VeraConfig,
+    get_peft_model,
+)
 from torch import Tensor, nn
 
 INPUT_IDS = torch.tensor([[7, 8, 9, 301, 304, 11, 12]])
@@ -52,7 +60,7 @@ def logits_of(model: Any) -> Tensor:
 
 
 @both_bits
-@pytest.mark.parametrize("group_size", quantization.GROUP_SIZES)
+@pytest.mark.parametrize("group_size", GROUP_SIZES)
 def test_a_group_is_quantized_as_a_row_of_its_own(bits: int, group_size: int) -> None:
     torch.manual_seed(1)
     weight = torch.randn(5, 256) * torch.logspace(-2, 2, 256)
@@ -348,22 +356,88 @@ def test_lora_gradients_equal_those_over_the_dequantized_model(
         assert error <= 1e-5 * expected.abs().max(), name
 
 
-@pytest.mark.parametrize(("bits", "message"), [(4, "must match the size"), (8, "output type Char")])
-def test_lora_merges_into_a_dequantized_copy_and_not_into_integers(bits: int, message: str) -> None:
-    adapted = add_lora(make_model().quantize(bits, activations="exact")).eval()
-    with torch.no_grad():
-        expected = adapted(input_ids=INPUT_IDS).logits
-    stored = copy.deepcopy(adapted.state_dict())
-    with pytest.raises(RuntimeError, match=message):
-        adapted.merge_adapter()
-    assert all(torch.equal(tensor, stored[name]) for name, tensor in adapted.state_dict().items())
+MERGES = {
+    "merge_adapter": lambda adapted: adapted.merge_adapter(),
+    "merge_adapter_safe": lambda adapted: adapted.merge_adapter(safe_merge=True),
+    "merge_and_unload": lambda adapted: adapted.merge_and_unload(),
+    "merge_and_unload_safe": lambda adapted: adapted.merge_and_unload(safe_merge=True),
+}
+# Of those that are not LoRA, IA3 and OFT merge into integers without an error of torch's.
+TUNERS: dict[str, Any] = {
+    "lora": lambda: LoraConfig(target_modules=["dense"], init_lora_weights=False),
+    "adalora": lambda: AdaLoraConfig(target_modules=["dense"], total_step=9),
+    "ia3": lambda: IA3Config(
+        target_modules=["dense"], feedforward_modules=[], init_ia3_weights=False
+    ),
+    "oft": lambda: OFTConfig(target_modules=["dense"], oft_block_size=8),
+    "vera": lambda: VeraConfig(target_modules=["dense"], r=2, init_weights=False),
+}
 
+
+@both_bits
+@pytest.mark.parametrize("merge", MERGES)
+@pytest.mark.parametrize("tuner", TUNERS)
+def test_no_adapter_is_merged_into_integers(bits: int, merge: str, tuner: str) -> None:
+    packed = make_model().quantize(bits, activations="exact")
+    adapted: Any = get_peft_model(packed, TUNERS[tuner]()).eval()
+    expected = logits_of(adapted)
+    stored = copy.deepcopy(adapted.state_dict())
+    layer = rf"QuantizedLinear\(in_features=64, .*bits={bits}\)"
+    with pytest.raises(ValueError, match=rf"weight of {layer}.*dequantize\(\), .*chatglm merge"):
+        MERGES[merge](adapted)
+    assert all(torch.equal(tensor, stored[name]) for name, tensor in adapted.state_dict().items())
+    assert torch.equal(logits_of(adapted), expected)  # the adapter is as active as before
+
+
+@both_bits
+def test_lora_merges_into_a_dequantized_copy(bits: int) -> None:
+    adapted = add_lora(make_model().quantize(bits, activations="exact")).eval()
+    expected = logits_of(adapted)
     merged = copy.deepcopy(adapted)
     merged.get_base_model().dequantize()
     merged = merged.merge_and_unload()
     assert type(merged.transformer.layers[0].attention.dense) is nn.Linear
     torch.testing.assert_close(logits_of(merged), expected, rtol=1e-4, atol=1e-4)
     assert any(isinstance(module, QuantizedLinear) for module in adapted.modules())
+
+
+@both_bits
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"use_dora": True},
+        {"init_lora_weights": "pissa"},
+        {"init_lora_weights": "olora"},
+        {"init_lora_weights": "orthogonal"},
+    ],
+    ids=lambda options: "_".join(map(str, *options.items())),
+)
+def test_an_adapter_that_is_made_from_the_weight_is_refused(
+    bits: int, options: dict[str, Any]
+) -> None:
+    """DoRA's magnitudes would be norms of integers, which in 8 bits have the right shape."""
+    packed = make_model().quantize(bits)
+    config = LoraConfig(target_modules=["dense"], **options)
+    with pytest.raises(ValueError, match=r"weight of QuantizedLinear.*dequantize\(\)"):
+        get_peft_model(packed, config)
+    plain = get_peft_model(make_model().quantize(bits).dequantize(), config)
+    assert logits_of(plain.merge_and_unload()).isfinite().all()
+
+
+@both_bits
+def test_what_peft_does_beside_merging_works_on_packed_layers(bits: int) -> None:
+    packed = make_model().quantize(bits, activations="exact").eval()
+    alone = logits_of(packed)
+    adapted = add_lora(packed).eval()
+    expected = logits_of(adapted)
+    adapted.add_adapter("other", copy.deepcopy(adapted.peft_config["default"]))
+    for kind in ("svd", "linear", "cat"):
+        adapted.add_weighted_adapter(["default", "other"], [1.0, 0.0], kind, combination_type=kind)
+        adapted.set_adapter(kind)
+        torch.testing.assert_close(logits_of(adapted), expected, rtol=1e-3, atol=1e-3)
+    with adapted.disable_adapter():
+        assert torch.equal(logits_of(adapted), alone)
+    assert torch.equal(logits_of(adapted.unload()), alone)
 
 
 def test_a_packed_layer_is_not_initialized_anew() -> None:

@@ -8,10 +8,11 @@ do with the PTX: tests/gpu does, where there is one.
 import ctypes
 import logging
 import re
+import sys
 import types
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -42,7 +43,9 @@ from ptx.cases import (
     simulate,
 )
 from ptx.driver import INVALID_VALUE, NVCC, STREAM, DeviceMemory, NvccAsNvrtc, SimulatedDriver
-from torch import Tensor
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.export import Dim
 
 HALF = Case(4, torch.float16, None, WIDE)
 needs_nvcc = pytest.mark.skipif(NVCC is None, reason="nvcc is not on the path")
@@ -188,6 +191,107 @@ def test_a_layer_and_its_gradient_come_from_the_kernels(
             assert input.grad is not None
             gradient = matrix.sum(0).expand_as(input)
             torch.testing.assert_close(input.grad.double(), gradient, **tolerance)
+
+
+# Graphs
+
+
+class Product(nn.Module):
+    """A product with a packed weight, as a module."""
+
+    def __init__(self, bits: int) -> None:
+        super().__init__()
+        self.bits = bits
+
+    def forward(self, input: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
+        """Return `input @ W.T`."""
+        return quantized_linear(input, weight, scale, self.bits)
+
+
+class InMemory(NamedTuple):
+    """A machine's kernels, called from inside of an operation, where torch tells no mode."""
+
+    machine: Any
+
+    def multiply(self, *arguments: Any) -> Tensor | None:
+        """Multiply."""
+        with self.machine.memory:
+            return self.machine.kernels.multiply(*arguments)
+
+    def dequantize(self, *arguments: Any) -> Tensor | None:
+        """Dequantize."""
+        with self.machine.memory:
+            return self.machine.kernels.dequantize(*arguments)
+
+
+def use_kernels(monkeypatch: pytest.MonkeyPatch, device_type: str, kernels: Any) -> None:
+    """Have kernels found in every copy of the files: the first one owns the operation."""
+    for name, module in list(sys.modules.items()):
+        if name.endswith(".quantization") and hasattr(module, "KERNEL_FINDERS"):
+            monkeypatch.setitem(module.KERNEL_FINDERS, device_type, lambda device: kernels)
+
+
+@few_cases
+def test_an_exported_product_comes_from_the_kernels(
+    case: Case, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    use_kernels(monkeypatch, "cpu", object())  # what a graph holds is asked of no kernel
+    arguments = (make_input(case, 3), *make_operands(case))
+    shapes = ({0: Dim.DYNAMIC}, None, None)
+    program = torch.export.export(Product(case.bits), arguments, dynamic_shapes=shapes).module()
+    with simulate() as machine:
+        use_kernels(monkeypatch, "cpu", InMemory(machine))
+        weight, scale = make_operands(case)
+        for rows, name in ((1, "multiply_1x4"), (3, "multiply_4x2"), (9, "dequantize_wide")):
+            input = make_input(case, rows)
+            output = program(input, weight, scale)
+            assert machine.driver.launches.pop()[0] == name and not machine.driver.launches
+            if rows <= 8:
+                assert_product(output, input, unpack(weight, scale, case.bits))
+            else:
+                assert torch.equal(output, quantized_linear(input, weight, scale, case.bits))
+                machine.driver.launches.clear()
+
+
+def make_fakes(case: Case) -> tuple[Any, ...]:
+    """Return operands that torch takes for a GPU's, as compilers do where there is none."""
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        operands = (make_input(case, 3), *make_operands(case))
+        return tuple(torch.empty_like(operand, device="cuda") for operand in operands)
+
+
+@pytest.mark.parametrize("strict", [False, True])
+@few_cases
+def test_a_graph_for_a_gpu_holds_the_operation(
+    case: Case, strict: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    use_kernels(monkeypatch, "cuda", object())
+    arguments = make_fakes(case)
+    with arguments[0].fake_mode:
+        own = torch.ops.chatglm.packed_linear(*arguments, case.bits, "int8")
+    shapes = ({0: Dim.DYNAMIC}, None, None)
+    program = torch.export.export(
+        Product(case.bits), arguments, dynamic_shapes=shapes, strict=strict
+    )
+    (node,) = [node for node in program.graph.nodes if node.op == "call_function"]
+    assert node.target is torch.ops.chatglm.packed_linear.default
+    for result in (own, node.meta["val"]):
+        assert (result.device.type, result.dtype) == ("cuda", case.dtype)
+        assert result.shape[1] == case.shape[0] and result.is_contiguous()
+
+
+@few_cases
+def test_a_product_launches_and_does_nothing_else_once_it_has_run(case: Case) -> None:
+    """A stream that is being captured into a CUDA graph allows that, and not to load a module."""
+    with simulate() as machine:
+        weight, scale = make_operands(case)
+        input = make_input(case, 1)
+        for _ in range(2):
+            machine.driver.calls.clear()
+            machine.kernels.multiply(input, weight, scale, case.bits)
+            machine.kernels.dequantize(weight, scale, case.bits, case.dtype)
+    launch = ["cuCtxPushCurrent_v2", "cuLaunchKernel", "cuCtxPopCurrent_v2"]
+    assert machine.driver.calls == launch * 2
 
 
 # Choices

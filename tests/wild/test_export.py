@@ -53,11 +53,6 @@ def make_mask(ids: Tensor) -> Tensor:
     return mask
 
 
-def make_packed(bits: int) -> Any:
-    """A quantized model whose products round no inputs, as graphs do not either."""
-    return build_model().quantize(bits, activations="exact")
-
-
 def export(model: Any, dims: dict[int, Any], **inputs: Tensor) -> Any:
     shapes = dict.fromkeys(inputs, dims) | dict.fromkeys(OPTIONS)
     program = torch.export.export(model, (), {**inputs, **OPTIONS}, dynamic_shapes=shapes)
@@ -88,7 +83,8 @@ def test_an_exported_model_takes_any_batch_with_its_mask() -> None:
 
 @both_bits
 def test_an_exported_model_may_be_quantized(bits: int) -> None:
-    model = make_packed(bits)
+    """Products that round their input do so in the program too: they are the same kernels."""
+    model = build_model().quantize(bits)
     graph = export(model, {1: Dim.DYNAMIC}, input_ids=make_ids(16))
     for length in LENGTHS:
         assert_same(graph, model, input_ids=make_ids(length))
@@ -115,7 +111,8 @@ def test_a_traced_model_takes_any_length(example: int, fields: dict[str, Any]) -
 
 @both_bits
 def test_a_traced_model_may_be_quantized(bits: int) -> None:
-    assert_traced(make_packed(bits), make_ids(16))
+    """A traced graph holds torch's products, which round no inputs."""
+    assert_traced(build_model().quantize(bits, activations="exact"), make_ids(16))
 
 
 def test_a_traced_model_takes_any_batch_with_its_mask() -> None:

@@ -1,24 +1,35 @@
 """Numbers that came out otherwise than the weights say, each by its line in the list of faults.
 
-B2 dtype of a plain load, B3 scales under bfloat16, B6 what beams promise, B8 pads without a mask.
+B1 float32 norms, B2 dtype of a plain load, B3 scales under bfloat16, B6 what beams promise, B8 pads
+without a mask.
 """
 
 import json
 import logging
 import re
 import shutil
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from chatglm_6b import quantization, quantization_cuda
-from chatglm_6b.environment_chatglm import CACHE_NAME
+from chatglm_6b.environment_chatglm import CACHE_NAME, kernels_off
 from chatglm_6b.masking_chatglm import SpecialIds, locate, locate_new_tokens
 from chatglm_6b.modeling_chatglm import ChatGLMForConditionalGeneration
 from chatglm_6b.quantization import QuantizedLinear, quantized_linear
-from conftest import REPO_SIZES, ROOT, TINY, build_model, pad_rows
+from conftest import (
+    REPO_SIZES,
+    ROOT,
+    TINY,
+    build_model,
+    count_calls,
+    import_from_package,
+    pad_rows,
+)
 from ptx.cases import simulate
+from safetensors.torch import load_file
 from transformers import AutoModel
 
 GMASK, SOP, PAD = TINY["gmask_token_id"], TINY["bos_token_id"], TINY["pad_token_id"]
@@ -237,3 +248,111 @@ def test_b6_the_documents_promise_no_equal_beams(name: str) -> None:
     text = (ROOT / name).read_text(encoding="utf-8")
     assert re.search(r"4 of 140 held-out cases|140 个留出用例里有 4 个", text)
     assert "greedy and beam search" not in text and "贪心搜索和束搜索" not in text
+
+
+@pytest.fixture
+def official_folder(tmp_path: Path) -> Path:
+    """Half matrices beside float32 norms, as in the official shards."""
+    model = build_model().half()
+    generator = torch.Generator().manual_seed(5)
+    for module in model.modules():
+        if isinstance(module, torch.nn.LayerNorm):
+            module.float()
+            for parameter in module.parameters():
+                parameter.data += torch.empty(parameter.shape).normal_(0, 0.1, generator=generator)
+    model.save_pretrained(tmp_path / "official")
+    return tmp_path / "official"
+
+
+def list_norms(model: Any) -> dict[str, torch.Tensor]:
+    return {name: p.detach() for name, p in model.named_parameters() if "layernorm" in name}
+
+
+@torch.no_grad()
+def test_b1_float32_norms_stay_so_in_a_plain_load(official_folder: Path, tmp_path: Path) -> None:
+    stored = load_file(official_folder / "model.safetensors")
+    for options in ({}, {"dtype": "auto"}, {"device_map": "cpu"}):
+        model = load(official_folder, **options)
+        assert model.dtype == torch.float16
+        norms = list_norms(model)
+        assert len(norms) == 14
+        for name, parameter in model.named_parameters():
+            assert parameter.dtype == (torch.float32 if name in norms else torch.float16), name
+            assert torch.equal(parameter, stored[name].to(parameter.dtype)), name
+    model.save_pretrained(tmp_path / "again")
+    again = load_file(tmp_path / "again" / "model.safetensors")
+    assert all(torch.equal(again[name], tensor) for name, tensor in stored.items())
+    exact = load(official_folder, dtype=torch.float32)
+    ids = torch.tensor(ROWS[:1])
+    assert torch.equal(model.float()(ids).logits, exact(ids).logits)
+
+
+@pytest.mark.parametrize("door", ["package", "hub"])
+def test_b1_both_doors_keep_them(door: str, tiny_repo: Path, tmp_path: Path) -> None:
+    """Shards of torch, as the official ones are."""
+    folder = Path(shutil.copytree(tiny_repo, tmp_path / "repo"))
+    stored = load_file(folder / "model.safetensors")
+    stored = {k: v if "layernorm" in k else v.half() for k, v in stored.items()}
+    (folder / "model.safetensors").unlink()
+    torch.save(stored, folder / "pytorch_model.bin")
+    fields = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(fields | {"torch_dtype": "float16"}))
+    if door == "package":
+        with import_from_package("chatglm.door").package_code():
+            model = AutoModel.from_pretrained(folder)
+    else:
+        model = AutoModel.from_pretrained(folder, trust_remote_code=True)
+    state = model.state_dict()
+    assert all(torch.equal(state[name], tensor) for name, tensor in stored.items())
+    assert {state[name].dtype for name in list_norms(model)} == {torch.float32}
+    assert model.dtype == torch.float16
+
+
+def test_b1_a_dtype_that_is_named_holds_for_norms_too(official_folder: Path) -> None:
+    for dtype in (torch.float16, torch.bfloat16, torch.float32):
+        assert {p.dtype for p in load(official_folder, dtype=dtype).parameters()} == {dtype}
+    assert {p.dtype for p in load(official_folder).half().parameters()} == {torch.float16}
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+@torch.no_grad()
+def test_b1_norms_stay_float32_around_packed_layers(bits: int, official_folder: Path) -> None:
+    asked = {"quant_method": "chatglm", "bits": bits, "embeddings": True}
+    model = load(official_folder, quantization_config=asked)
+    expected = load(official_folder).quantize(bits, embeddings=True)
+    for found in (model, expected):
+        assert {norm.dtype for norm in list_norms(found).values()} == {torch.float32}
+        assert found.dtype == found.get_input_embeddings().dtype == torch.float16
+    ids = torch.tensor(ROWS[:1])
+    assert torch.equal(model(ids).logits, expected(ids).logits)
+    assert model.dequantize().lm_head.weight.dtype == torch.float16
+
+
+@torch.no_grad()
+def test_b1_norms_are_computed_in_float32(official_folder: Path) -> None:
+    norm = load(official_folder).transformer.layers[0].input_layernorm
+    states = torch.randn(2, 3, 64, generator=torch.Generator().manual_seed(1)).half()
+    found = norm(states)
+    exact = torch.nn.functional.layer_norm(states.float(), (64,), norm.weight, norm.bias, norm.eps)
+    assert found.dtype == torch.float16
+    assert torch.equal(found, exact.half())
+    assert not torch.equal(found, norm.half()(states))
+
+
+@torch.no_grad()
+def test_b1_decoding_with_float32_norms_keeps_the_engine(
+    official_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Steps run as one program, and give what exact ones give."""
+    decoding_step = import_from_package("chatglm.cpu.decoding_step")
+    model, exact = load(official_folder), load(official_folder, dtype=torch.float32)
+    passes: Counter[str] = Counter()
+    count_calls(monkeypatch, decoding_step.StepProgram, "run", passes)
+    cache, truth = (m(torch.tensor(ROWS[:1]))[CACHE_NAME] for m in (model, exact))
+    for token in (13, 14, 15):
+        new = torch.tensor([[token]])
+        with kernels_off():
+            plain = exact(new, **{CACHE_NAME: truth}).logits
+        found = model(new, **{CACHE_NAME: cache}).logits.float()
+        assert (found - plain).abs().max() < 0.02 * plain.abs().max()
+    assert passes["run"] == (3 if decoding_step.can_run() else 0)
