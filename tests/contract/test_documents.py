@@ -244,7 +244,7 @@ def test_the_picture_of_the_imports_is_up_to_date_and_has_no_circle(
         "chatglm." not in target for part in graph if "." not in part for target in graph[part]
     )
     graph["environment_chatglm"] = {"configuration_chatglm"}
-    with pytest.raises(ValueError, match="configuration_chatglm -> environment_chatglm|environment_chatglm -> configuration_chatglm"):
+    with pytest.raises(ValueError, match=r"(configuration|environment)_chatglm -> (env|conf)"):
         drawing.draw(graph)
     monkeypatch.setattr(drawing, "PICTURE", tmp_path / "imports.svg")
     assert drawing.main(["--check"]) == 1
