@@ -9,7 +9,10 @@ from typing import Any, NamedTuple
 import transformers
 from transformers import PretrainedConfig
 
-from .environment_chatglm import check_transformers
+from .environment_chatglm import (
+    check_dtype_name,
+    check_transformers,
+)
 
 # The model's embedding rows of the two released vocabularies, and where their text ids begin:
 # the first generation keeps 20000 image tokens in front of them.
@@ -24,10 +27,21 @@ SPECIAL_TOKEN_IDS = {
     "eos_token_id": 130005,
 }
 
+FROM_WEIGHTS = "use the config.json that came with the weights"
+
 QUANTIZATION_BITS = (0, 4, 8)
 GROUP_SIZES = (32, 64, 128)
 # Whether kernels may round the input of a product to 8 bits, with a scale for every few columns.
 ACTIVATIONS = ("int8", "exact")
+
+COUNTS = (
+    "vocab_size",
+    "hidden_size",
+    "num_layers",
+    "num_attention_heads",
+    "inner_hidden_size",
+    "max_sequence_length",
+)
 
 
 check_transformers(transformers.__version__)
@@ -61,8 +75,9 @@ class ChatGLMConfig(PretrainedConfig):
         tie_word_embeddings: whether `lm_head` is the embedding matrix (all released weights).
 
     Raises:
-        ValueError: for sizes that do not divide, an unknown `quantization_bit`, a `pre_seq_len`
-            below 1, or token ids missing beside a `vocab_size` of our own.
+        ValueError: for sizes and ids that are no numbers or out of range, sizes that do not
+            divide, an unknown `quantization_bit`, a dtype that torch does not have, or token ids
+            missing beside a `vocab_size` of our own.
     """
 
     model_type = "chatglm"
@@ -126,6 +141,8 @@ class ChatGLMConfig(PretrainedConfig):
             "gmask_token_id": gmask_token_id,
             "pad_token_id": pad_token_id,
         }
+        self._check_numbers()
+        check_dtype_name(kwargs.get("dtype") or kwargs.get("torch_dtype"))
         token_ids = _complete_token_ids(vocab_size, token_ids)
         self.mask_token_id = token_ids.pop("mask_token_id")
         self.gmask_token_id = token_ids.pop("gmask_token_id")
@@ -144,6 +161,19 @@ class ChatGLMConfig(PretrainedConfig):
         """Rows of the position ids: the position, and with 2-D positions the block position."""
         return 2 if self.position_encoding_2d else 1
 
+    def _check_numbers(self) -> None:
+        """Refuse sizes that are no sizes, before anything is computed from them."""
+        for name in COUNTS:
+            _check_number(name, getattr(self, name), 1)
+        if self.pre_seq_len is not None:
+            remedy = "leave it out (None) for a model without a prefix"
+            _check_number("pre_seq_len", self.pre_seq_len, 1, remedy=remedy)
+        epsilon: Any = self.layernorm_epsilon
+        if not isinstance(epsilon, int | float) or not epsilon > 0:
+            raise ValueError(
+                f"layernorm_epsilon must be a number above 0, got {epsilon!r}; {FROM_WEIGHTS}."
+            )
+
     def _check_sizes(self) -> None:
         if self.hidden_size % self.num_attention_heads:
             raise ValueError(
@@ -159,15 +189,30 @@ class ChatGLMConfig(PretrainedConfig):
             raise ValueError(
                 f"quantization_bit must be one of {QUANTIZATION_BITS}, got {self.quantization_bit}."
             )
-        if self.pre_seq_len is not None and self.pre_seq_len < 1:
-            raise ValueError(
-                f"pre_seq_len must be at least 1, got {self.pre_seq_len}; leave it out (None) for "
-                "a model without a prefix."
-            )
+
+
+def _check_number(
+    name: str, value: Any, least: int, limit: int | None = None, remedy: str = FROM_WEIGHTS
+) -> None:
+    """Refuse what is no whole number, or is not within its limits."""
+    is_whole = isinstance(value, int) and not isinstance(value, bool)
+    if is_whole and value >= least and (limit is None or value < limit):
+        return
+    below = "" if limit is None else f" and below vocab_size ({limit})"
+    raise ValueError(
+        f"{name} must be a whole number of at least {least}{below}, got {value!r}; {remedy}."
+    )
 
 
 def _complete_token_ids(vocab_size: int, token_ids: dict[str, int | None]) -> dict[str, Any]:
     """Fill in ids that old configurations leave out, from the generation `vocab_size` names."""
+    for name, value in token_ids.items():
+        # More than one token may end an answer.
+        several: list[Any] = (
+            value if name == "eos_token_id" and isinstance(value, list) else [value]
+        )
+        for token_id in several if value is not None else ():
+            _check_number(name, token_id, 0, vocab_size)
     missing = [name for name, token_id in token_ids.items() if token_id is None]
     if not missing:
         return token_ids

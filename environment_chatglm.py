@@ -10,21 +10,17 @@ complete without an engine: each function that it has a fast twin of is the slow
 wherever the twin does not, which for operands that it does not take returns None. The engine is the
 package `chatglm.cpu`; another version of the seam is left alone, with a line in the log.
 
-Knows nothing of what the model or its engine computes. `docs/hooks.md` lists what
-else the model's files lean on, and the test that names each of it.
+Knows nothing of checkpoints, or of what the model or its engine computes. `docs/hooks.md` lists
+what else the model's files lean on, and the test that names each of it.
 """
 
 import contextlib
 import contextvars
-import ctypes
 import dataclasses
 import functools
 import importlib
 import inspect
-import mmap
 import os
-import sys
-import threading
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -32,7 +28,6 @@ import torch
 from packaging import version
 from torch import Tensor, nn
 from transformers.modeling_outputs import CausalLMOutputWithPast
-from transformers.modeling_utils import load_state_dict
 from transformers.utils import logging
 
 # The oldest and the newest bound what pyproject.toml installs; tools/noxfile.py tests all of them.
@@ -48,10 +43,6 @@ CACHE_NAME = (
     if NEW_CACHE_NAME in {field.name for field in dataclasses.fields(CausalLMOutputWithPast)}
     else OLD_CACHE_NAME
 )
-
-# Shards are read by so many weights at once. Larger blocks are no faster, and what is freed between
-# the results leaves holes in the heap: with 2**24 they were 2 GB after the 6B model.
-WEIGHTS_AT_ONCE = 2**20
 
 ENGINE = "chatglm.cpu"
 SEAM_VERSION = 1
@@ -178,6 +169,16 @@ def keep_float_norms(parameters: Mapping[str, Tensor], stored: Mapping[str, Tens
             parameter.data = parameter.data.float()
 
 
+def check_dtype_name(name: Any) -> None:
+    """Raise ValueError for the name of a number format that torch does not have."""
+    is_known = isinstance(getattr(torch, str(name).removeprefix("torch."), None), torch.dtype)
+    if name not in (None, "auto") and not is_known:
+        raise ValueError(
+            f"config.json has the dtype {name!r}, and it must be one of torch's: float32, float16 "
+            "or bfloat16."
+        )
+
+
 def read_load_settings(args: tuple[Any, ...], options: dict[str, Any]) -> Mapping[str, Any]:
     """Return what `_load_pretrained_model` was told, by name.
 
@@ -206,111 +207,6 @@ def renew_ties(model: Any) -> None:
     """Have transformers read a model's `_tied_weights_keys` again, which 5 keeps a copy of."""
     if hasattr(model, "all_tied_weights_keys"):
         model.all_tied_weights_keys = model.get_expanded_tied_weights_keys(all_submodels=True)
-
-
-# Reading checkpoints
-
-
-def open_shards(files: list[str], weights_only: bool) -> dict[str, Tensor]:
-    """Map the shards into memory; nothing but their tables of contents is read yet."""
-    tensors: dict[str, Tensor] = {}
-    for file in files:
-        tensors |= load_state_dict(file, map_location="cpu", weights_only=weights_only)
-    return tensors
-
-
-def whole_shape(tensor: Tensor) -> tuple[int, ...]:
-    """Return the shape of a tensor of which DeepSpeed's ZeRO-3 may leave this process a part."""
-    return getattr(tensor, "ds_shape", tensor.shape)
-
-
-class StoredTensor:
-    """A tensor of a checkpoint, read block by block.
-
-    Args:
-        tensor: as stored.
-        is_file: whether it comes from a file of ours, whose pages are given back once read: they
-            count as memory of the process until then.
-    """
-
-    def __init__(self, tensor: Tensor, is_file: bool) -> None:
-        self.tensor = tensor
-        self._is_mapped = is_file and tensor.is_contiguous() and is_mapped(tensor)
-
-    def iter_blocks(self) -> Iterator[tuple[slice, Tensor]]:
-        """Yield blocks of rows and where they stand; each is given back after its turn."""
-        rows = self.tensor.shape[0]
-        step = max(1, WEIGHTS_AT_ONCE * rows // max(1, self.tensor.numel()))
-        for start in range(0, rows, step):
-            block = self.tensor[start : start + step]
-            yield slice(start, start + block.shape[0]), block
-            if self._is_mapped:
-                forget_pages(block)
-
-    def read(self, dtype: torch.dtype) -> Tensor:
-        """Return a copy that no file stands behind."""
-        result = torch.empty(self.tensor.shape, dtype=dtype)
-        for rows, block in self.iter_blocks():
-            result[rows] = block
-        return result
-
-    def equals(self, other: "StoredTensor") -> bool:
-        """Tell whether two tensors of the same sizes have the same values."""
-        if self.tensor.data_ptr() == other.tensor.data_ptr():
-            return True
-        pairs = zip(self.iter_blocks(), other.iter_blocks())
-        return all(torch.equal(block, twin) for (_, block), (_, twin) in pairs)
-
-
-class PendingTensor:
-    """A tensor that is made when transformers asks for it, which it does as for a shard's slice.
-
-    Args:
-        shape, dtype: those of what will be made.
-        make: makes it, on the CPU.
-        lock: held meanwhile; transformers 5 reads in threads, whose matrices would add up.
-    """
-
-    def __init__(
-        self,
-        shape: torch.Size,
-        dtype: torch.dtype,
-        make: Callable[[], Tensor],
-        lock: threading.Lock,
-    ) -> None:
-        self.shape, self.dtype = shape, dtype
-        self._make, self._lock = make, lock
-
-    def __getitem__(self, index: Any) -> Tensor:
-        with self._lock:
-            return self._make()[index]
-
-    def to(self, device: Any) -> Tensor:
-        """Make it on a device."""
-        return self[...].to(device)
-
-
-def is_mapped(tensor: Tensor) -> bool:
-    """Tell whether a tensor lies in memory that a file stands behind; False where unknown."""
-    if sys.platform != "linux":
-        return False
-    address = tensor.data_ptr()
-    with open("/proc/self/maps", encoding="utf-8") as maps:
-        for line in maps:
-            area, _, _, _, inode = line.split(maxsplit=5)[:5]
-            start, end = (int(number, 16) for number in area.split("-"))
-            if start <= address < end:
-                return inode != "0"
-    return False
-
-
-def forget_pages(tensor: Tensor) -> None:
-    """Give the pages that only this mapped tensor touches back; they can be read again."""
-    start = -(-tensor.data_ptr() // mmap.PAGESIZE) * mmap.PAGESIZE
-    length = (tensor.data_ptr() + tensor.nbytes) // mmap.PAGESIZE * mmap.PAGESIZE - start
-    if length > 0:
-        advise = ctypes.CDLL(None).madvise
-        advise(ctypes.c_void_p(start), ctypes.c_size_t(length), ctypes.c_int(mmap.MADV_DONTNEED))
 
 
 # The seam
@@ -464,26 +360,21 @@ __all__ = [
     "CACHE_NAME",
     "CACHE_NAMES",
     "TESTED_TRANSFORMERS",
-    "PendingTensor",
-    "StoredTensor",
     "change_load_settings",
+    "check_dtype_name",
     "check_transformers",
     "choose_cache",
     "find_engine",
     "find_twin",
-    "forget_pages",
-    "is_mapped",
     "keep_float_norms",
     "keep_whole",
     "kernels_off",
     "loading_own_dtype",
     "may_use_kernels",
-    "open_shards",
     "read_load_settings",
     "refuse_weight_of_integers",
     "rename_cache",
     "renew_ties",
     "try_first",
-    "whole_shape",
     "with_fast_products",
 ]

@@ -25,6 +25,9 @@ from transformers.modeling_outputs import (
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from .cache_chatglm import ChatGLMCache, KeyValues, extend_cache
+
+# Not used here: transformers copies the files that this one imports, and not theirs.
+from .checkpoint_chatglm import StoredTensor  # noqa: F401
 from .configuration_chatglm import ChatGLMConfig, WeightFormat
 from .conversation_chatglm import ChatMixin
 from .environment_chatglm import (
@@ -45,8 +48,6 @@ from .masking_chatglm import (
     select_positions,
 )
 from .quantization import is_packed
-
-# Not used here: transformers copies the files that this one imports, and not theirs.
 from .quantization_cuda import find_kernels  # noqa: F401
 from .quantization_torch import find_int8_product  # noqa: F401
 from .quantizer_chatglm import QuantizationMixin, QuantizedLoadingMixin, note_ties, swap_layers

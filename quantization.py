@@ -25,9 +25,11 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from .checkpoint_chatglm import (
+    StoredTensor,
+)
 from .configuration_chatglm import ACTIVATIONS, check_columns
 from .environment_chatglm import (
-    StoredTensor,
     find_engine,
     keep_whole,
     may_use_kernels,
@@ -63,7 +65,11 @@ def unpack_int4(packed: Tensor) -> Tensor:
 
 @torch.no_grad()
 def quantize_weight(
-    weight: Tensor, bits: int, name: str = "weight", group_size: int | None = None
+    weight: Tensor,
+    bits: int,
+    name: str = "weight",
+    group_size: int | None = None,
+    first_row: int = 0,
 ) -> tuple[Tensor, Tensor]:
     """Round a float matrix to integers, without groups bit for bit as the original does.
 
@@ -75,6 +81,7 @@ def quantize_weight(
         bits: 4 or 8.
         name: what an error calls the matrix.
         group_size: columns that share a scale; None for whole rows, the official format.
+        first_row: of the matrix that this is a part of, for an error.
 
     Returns:
         The stored integers, int8 `(O, C)`, and the scales, half `(O,)` or `(O, G)`.
@@ -92,7 +99,8 @@ def quantize_weight(
     if not scale.isfinite().all():
         row = int(scale.view(rows, -1).isfinite().all(1).int().argmin())
         raise ValueError(
-            f"{name} cannot be quantized: row {row} reaches {weight[row].abs().max().item()}, and "
+            f"{name} cannot be quantized: row {first_row + row} reaches "
+            f"{weight[row].abs().max().item()}, and "
             f"half scales with {bits} bits reach {65504 * _limit(bits)}. Repair the weights."
         )
     return packed, scale
@@ -564,8 +572,9 @@ class Packing:
         packed = torch.empty(layer.weight.shape, dtype=torch.int8)
         scale = torch.empty(layer.weight_scale.shape, dtype=torch.float16)
         for rows, block in self._stored.iter_blocks():
-            name = f"{self._name}[{rows.start}:{rows.stop}]"
-            packed[rows], scale[rows] = quantize_weight(block, layer.bits, name, layer.group_size)
+            packed[rows], scale[rows] = quantize_weight(
+                block, layer.bits, self._name, layer.group_size, rows.start
+            )
         return packed, scale
 
 

@@ -17,7 +17,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from .environment_chatglm import forget_pages, is_mapped
+from .checkpoint_chatglm import (
+    forget_pages,
+    is_mapped,
+)
 
 # Weights are reordered by so many at once: what is freed between the results leaves holes in the
 # heap, and larger blocks are no faster.

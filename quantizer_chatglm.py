@@ -15,9 +15,10 @@ Shapes: `O` output features, `I` input features of a packed layer.
 
 import re
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from functools import partial
-from typing import Any, NamedTuple, cast
+from pathlib import Path
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -27,6 +28,14 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils import logging
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
+from .checkpoint_chatglm import (
+    REMEDY,
+    Checkpoint,
+    PendingTensor,
+    StoredTensor,
+    check_settings,
+    open_shards,
+)
 from .configuration_chatglm import (
     GROUP_SIZES,
     WeightFormat,
@@ -35,15 +44,11 @@ from .configuration_chatglm import (
     check_columns,
 )
 from .environment_chatglm import (
-    PendingTensor,
-    StoredTensor,
     change_load_settings,
     keep_float_norms,
     loading_own_dtype,
-    open_shards,
     read_load_settings,
     renew_ties,
-    whole_shape,
 )
 from .quantization import (
     PackedMatrix,
@@ -68,6 +73,12 @@ PACKED_LAYERS = (
 EMBEDDING_LAYERS = ("word_embeddings", "lm_head")
 
 METHOD = "chatglm"
+
+# What every model of the family has: the rest, heads and prefixes, may be new or not wanted.
+CORE = r"(^|\.)(word_embeddings|layers\.\d+|final_layernorm)\."
+REMEDY_IN_PYTHON = (
+    f"{REMEDY}, or pass ignore_mismatched_sizes=True in Python to begin with new weights there"
+)
 
 
 class QuantizationMixin:
@@ -345,22 +356,24 @@ class QuantizedLoadingMixin:
     """The steps of `from_pretrained` that quantize and check."""
 
     @classmethod
-    def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:
+    def from_pretrained(cls, path: Any, *args: Any, **kwargs: Any) -> Any:
         """Load as transformers does, quantizing on the way if a format is asked for.
 
         Args:
-            args, kwargs: as in transformers. A `quantization_config` of the method "chatglm", or
-                `quantization_bit` in the configuration, packs a float checkpoint while it is read.
-                Without a dtype it is that of config.json, but norms stored in float32 stay so.
+            path, args, kwargs: as in transformers. A `quantization_config` of the method
+                "chatglm", or `quantization_bit` in the configuration, packs a float checkpoint
+                while it is read. Without a dtype it is that of config.json, but norms stored in
+                float32 stay so.
 
         Raises:
             ValueError: if the checkpoint's tensors are not those of the configuration, or cannot
                 be packed; it names the tensor.
         """
         register()
+        check_settings(Path(path or ""), kwargs)
         asked = _read_format(kwargs)
         with loading_own_dtype(kwargs):
-            loaded = cast(Any, super()).from_pretrained(*args, **kwargs)
+            loaded = cast(Any, super()).from_pretrained(path, *args, **kwargs)
         model = loaded[0] if isinstance(loaded, tuple) else loaded
         if asked is not None:
             _check_asked_format(WeightFormat.of_config(model.config), asked)
@@ -383,16 +396,22 @@ class QuantizedLoadingMixin:
         if "expected_keys" in options or _is_foreign(settings["hf_quantizer"]):
             # An adapter, or the layers of another method: none of our tensors.
             return load(model, state_dict, checkpoint_files, *args, **options)
-        are_files = state_dict is None
-        tensors = state_dict or open_shards(checkpoint_files or [], settings["weights_only"])
+        if state_dict is None:
+            tensors = open_shards(checkpoint_files or [], settings["weights_only"])
+        else:
+            tensors = {name: StoredTensor(tensor, name) for name, tensor in state_dict.items()}
         checkpoint = Checkpoint.match(model, tensors)
-        check_checkpoint(checkpoint, settings)
-        stored = {name: tensors[place] for name, place in checkpoint.names.items()}
+        may_differ = settings["ignore_mismatched_sizes"]
+        check_checkpoint(model, checkpoint, CORE, REMEDY_IN_PYTHON, may_differ)
+        if settings["sharded_metadata"] is not None:
+            _check_index(model, checkpoint, settings["sharded_metadata"]["weight_map"])
+        stored = {name: tensors[place].tensor for name, place in checkpoint.names.items()}
         keep_float_norms(checkpoint.expected, stored)
         changes: dict[str, Any] = {"hf_quantizer": None}  # nothing is left for it to do
-        if checkpoint.has_float_matrices:
+        if has_float_matrices(model, checkpoint):
             changes["sharded_metadata"] = None  # it does not know the scales
-            state_dict = pack_checkpoint(checkpoint, are_files)
+            _check_no_disk(settings["device_map"] or {})
+            state_dict = pack_checkpoint(model, checkpoint)
         del tensors, checkpoint  # shards of an old kind are not mapped, but read as a whole
         args, options = change_load_settings(args, options, changes)
         return load(model, state_dict, checkpoint_files, *args, **options)
@@ -424,213 +443,176 @@ def _is_foreign(quantizer: HfQuantizer | None) -> bool:
     return quantizer is not None and quantizer.quantization_config.quant_method != METHOD
 
 
-class Checkpoint(NamedTuple):
-    """Stored tensors beside the model that they are for.
-
-    Attributes:
-        tensors: what is stored, by the stored name.
-        names: the stored name of each of the model's tensors that is stored.
-        expected: the model's tensors, by its own names; without values.
-        packed: the model's packed layers, by name.
-        ties: the model's tensors that are others of its own: name to name.
-    """
-
-    tensors: Mapping[str, Tensor]
-    names: dict[str, str]
-    expected: dict[str, Tensor]
-    packed: dict[str, PackedMatrix]
-    ties: dict[str, str]
-
-    @classmethod
-    def match(cls, model: PreTrainedModel, tensors: Mapping[str, Tensor]) -> "Checkpoint":
-        """Find each stored tensor's place, which may have the base model's prefix or lack it."""
-        expected = model.state_dict(keep_vars=True)
-        prefix = f"{model.base_model_prefix}."
-        names = {}
-        for stored in tensors:
-            for name in (stored, prefix + stored, stored.removeprefix(prefix)):
-                if name in expected:
-                    names[name] = stored
-                    break
-        packed = {name: layer for name, layer in model.named_modules() if is_packed(layer)}
-        is_tied = cast(Any, model.config).tie_word_embeddings
-        ties = cast(dict[str, str], model._tied_weights_keys) if is_tied else None
-        return cls(tensors, names, expected, cast(Any, packed), ties or {})
-
-    def find(self, name: str) -> Tensor | None:
-        """Return the stored tensor for one of the model's, or None."""
-        return self.tensors[self.names[name]] if name in self.names else None
-
-    def iter_matrices(self) -> Iterator[tuple[str, PackedMatrix, Tensor]]:
-        """Yield the name of each packed layer's weight, the layer and the stored matrix.
-
-        Raises:
-            ValueError: for a layer that is not stored.
-        """
-        for layer_name, layer in self.packed.items():
-            name = f"{layer_name}.weight"
-            stored = self.find(name)
-            if stored is not None:
-                yield name, layer, stored
-            elif name not in self.ties:
-                raise ValueError(f"The checkpoint has no {name}: use all of its shards.")
-
-    @property
-    def has_float_matrices(self) -> bool:
-        """Whether packed layers are stored as plain matrices, to be packed while loading."""
-        return any(stored.is_floating_point() for _, _, stored in self.iter_matrices())
-
-
 # What is refused
 
 
-def check_checkpoint(checkpoint: Checkpoint, settings: Mapping[str, Any]) -> None:
+def check_checkpoint(
+    model: Any,
+    checkpoint: Checkpoint,
+    pattern: str = "",
+    remedy: str = REMEDY,
+    may_differ: bool = False,
+) -> None:
     """Refuse stored tensors that are not the model's, before any is read.
 
     Args:
-        checkpoint: what is to be loaded.
-        settings: transformers' `sharded_metadata`, `device_map` and `ignore_mismatched_sizes`.
+        model: what is to be filled; on the meta device it takes no memory.
+        checkpoint: what is to be loaded into it.
+        pattern: what is searched for in the names that may neither be missing nor left over.
+        remedy: what an error advises.
+        may_differ: whether sizes and names may be others, except those of packed layers.
 
     Raises:
-        ValueError: with the tensor's name.
+        ValueError: with the field of the configuration, or with the tensor's name.
     """
-    _check_one_dtype(checkpoint)
-    for name, layer, stored in checkpoint.iter_matrices():
-        if stored.is_floating_point():
-            _check_size(name, stored, (layer.weight.shape[0], _count_columns(layer)))
+    if not may_differ:
+        checkpoint.check_fields(model.config, remedy)
+    packed = {name: (layer, stored) for name, layer, stored in iter_matrices(model, checkpoint)}
+    _check_one_dtype([stored for _, stored in packed.values()])
+    sizes = {}
+    for name, (layer, stored) in packed.items():
+        if stored.dtype.is_floating_point:
+            sizes[name] = (layer.weight.shape[0], _count_columns(layer))
         else:
             _check_packed(name, layer, stored, checkpoint.find(f"{name}_scale"))
-    _check_plain_tensors(checkpoint, settings["ignore_mismatched_sizes"])
-    if settings["sharded_metadata"] is not None:
-        _check_index(checkpoint, settings["sharded_metadata"]["weight_map"])
-    on_disk = "disk" in (settings["device_map"] or {}).values()
-    if on_disk and checkpoint.has_float_matrices:
-        raise ValueError(
-            'device_map puts layers on "disk", where they cannot be quantized while loading: save '
-            "a quantized checkpoint first and load that."
-        )
+    _check_plain_tensors(packed, checkpoint)
+    checkpoint.check_sizes(packed if may_differ else checkpoint.names, sizes, remedy)
+    if not may_differ:
+        checkpoint.check_names(pattern, [f"{name}_scale" for name in sizes])
+
+
+def iter_matrices(
+    model: nn.Module, checkpoint: Checkpoint
+) -> Iterator[tuple[str, PackedMatrix, StoredTensor]]:
+    """Yield the name of each packed layer's weight, the layer and the stored matrix.
+
+    Raises:
+        ValueError: for a layer that is not stored.
+    """
+    for layer_name, layer in model.named_modules():
+        # The layers may be of another folder's copy of the code, and so of another class.
+        if not hasattr(layer, "weight_scale"):
+            continue
+        name = f"{layer_name}.weight"
+        stored = checkpoint.find(name)
+        if stored is not None:
+            yield name, cast(PackedMatrix, layer), stored
+        elif name not in checkpoint.ties:
+            checkpoint.refuse("the weights lack", [name])
+
+
+def has_float_matrices(model: nn.Module, checkpoint: Checkpoint) -> bool:
+    """Whether packed layers are stored as plain matrices, to be packed while loading."""
+    return any(stored.dtype.is_floating_point for _, _, stored in iter_matrices(model, checkpoint))
 
 
 def _count_columns(layer: PackedMatrix) -> int:
     return layer.weight.shape[1] * 8 // layer.bits
 
 
-def _check_one_dtype(checkpoint: Checkpoint) -> None:
+def _check_one_dtype(matrices: list[StoredTensor]) -> None:
     """Refuse a mixture of checkpoints among the packed layers."""
-    first: tuple[str, torch.dtype] | None = None
-    for name, _, stored in checkpoint.iter_matrices():
-        first = first or (name, stored.dtype)
-        if stored.dtype != first[1]:
+    for stored in matrices:
+        if stored.dtype != matrices[0].dtype:
             raise ValueError(
-                f"{first[0]} is stored as {first[1]} and {name} as {stored.dtype}: take all shards "
-                "from one checkpoint, quantized or not."
+                f"{matrices[0]} is stored as {matrices[0].dtype} and {stored} as {stored.dtype}: "
+                "take all shards from one checkpoint, quantized or not."
             )
 
 
-def _check_size(name: str, stored: Tensor, expected: tuple[int, ...]) -> None:
-    if stored.shape != expected:
-        raise ValueError(
-            f"{name} is stored with the sizes {tuple(stored.shape)}, and the configuration makes "
-            f"it {tuple(expected)}: use the config.json that came with the weights, or pass "
-            "ignore_mismatched_sizes=True to begin with new weights there."
-        )
-
-
-def _check_packed(name: str, layer: PackedMatrix, stored: Tensor, scale: Tensor | None) -> None:
+def _check_packed(
+    name: str, layer: PackedMatrix, stored: StoredTensor, scale: StoredTensor | None
+) -> None:
     """Check the integers and scales of one layer of a quantized checkpoint."""
     other_bits = 12 - layer.bits
     if stored.shape[1] * 8 == _count_columns(layer) * other_bits:
         raise ValueError(
-            f"{name} is stored with the sizes {tuple(stored.shape)}, which is {other_bits} bits, "
+            f"{stored} is stored with the sizes {stored.shape}, which is {other_bits} bits, "
             f"and quantization_bit is {layer.bits}: set quantization_bit to {other_bits}."
         )
-    _check_size(name, stored, layer.weight.shape)
     if scale is None:
         raise ValueError(
-            f"{name} is stored as {stored.dtype}, but the checkpoint has no {name}_scale: use a "
+            f"{stored} is stored as {stored.dtype}, but the checkpoint has no {name}_scale: use a "
             "complete quantized checkpoint, or the unquantized weights."
         )
     if scale.shape != layer.weight_scale.shape:
-        groups = scale.shape[1] if scale.dim() == 2 else None
+        groups = scale.shape[1] if len(scale.shape) == 2 else None
         group_size = _count_columns(layer) // groups if groups else None
         raise ValueError(
-            f"{name}_scale is stored with the sizes {tuple(scale.shape)}, and "
+            f"{scale} is stored with the sizes {scale.shape}, and "
             f"quantization_group_size {layer.group_size} makes it "
             f"{tuple(layer.weight_scale.shape)}: set it to {group_size}."
         )
-    if not scale.isfinite().all():
-        value = scale[~scale.isfinite()][0].item()
+    if not scale.tensor.isfinite().all():
+        value = scale.tensor[~scale.tensor.isfinite()][0].item()
         raise ValueError(
-            f"{name}_scale holds {value}, and every scale must be finite: the checkpoint is "
+            f"{scale} holds {value}, and every scale must be finite: the checkpoint is "
             "broken, fetch or make it again."
         )
 
 
-def _check_plain_tensors(checkpoint: Checkpoint, may_differ: bool) -> None:
-    """Check the sizes of all other tensors, and that none of them is packed."""
-    packed = {f"{name}.{kind}" for name in checkpoint.packed for kind in ("weight", "weight_scale")}
+def _check_plain_tensors(packed: Collection[str], checkpoint: Checkpoint) -> None:
+    """Check that none of the other tensors is packed."""
     for name in (name for name in checkpoint.names if name not in packed):
         stored, expected = checkpoint.tensors[checkpoint.names[name]], checkpoint.expected[name]
-        if expected.is_floating_point() and not stored.is_floating_point():
+        if expected.is_floating_point() and not stored.dtype.is_floating_point:
             bits = 4 if stored.shape[-1] * 2 == expected.shape[-1] else 8
             raise ValueError(
-                f"{name} is stored as {stored.dtype}, and the configuration names no such format "
+                f"{stored} is stored as {stored.dtype}, and the configuration names no such format "
                 f"for it: set quantization_bit to {bits}, and quantization_embeddings if "
                 "the embedding is packed, or use the unquantized weights."
             )
-        if not may_differ:
-            _check_size(name, stored, whole_shape(expected))
 
 
-def _check_index(checkpoint: Checkpoint, weight_map: Mapping[str, str]) -> None:
+def _check_index(model: nn.Module, checkpoint: Checkpoint, weight_map: Mapping[str, str]) -> None:
     """Refuse an index of other shards: a float index beside quantized ones, or the reverse."""
-    for name, layer, _ in checkpoint.iter_matrices():
+    for name, _, _ in iter_matrices(model, checkpoint):
         stored = f"{checkpoint.names[name]}_scale"
         if (stored in weight_map) != (stored in checkpoint.tensors):
             known = "lists" if stored in weight_map else "does not list"
             held = "holds" if stored in checkpoint.tensors else "does not hold"
             raise ValueError(
                 f"The checkpoint's index {known} {stored}, and its shards' data {held} it: use "
-                f"the index that came with the shards, for {layer.bits} bits or for none."
+                "the index that came with the shards, quantized or not."
             )
+
+
+def _check_no_disk(device_map: Mapping[str, Any]) -> None:
+    if "disk" in device_map.values():
+        raise ValueError(
+            'device_map puts layers on "disk", where they cannot be quantized while loading: save '
+            "a quantized checkpoint first and load that."
+        )
 
 
 # Packing while reading
 
 
-def pack_checkpoint(checkpoint: Checkpoint, are_files: bool) -> dict[str, Any]:
+def pack_checkpoint(model: nn.Module, checkpoint: Checkpoint) -> dict[str, Any]:
     """Return a float checkpoint as the quantized one that it would make.
 
     Args:
+        model: with packed layers for them.
         checkpoint: float tensors, checked.
-        are_files: whether they are mapped from files that nobody else reads.
     """
     lock = threading.Lock()
-    pending: dict[str, Any] = dict(checkpoint.tensors)
+    packed = {name: layer for name, layer, _ in iter_matrices(model, checkpoint)}
+    pending: dict[str, Any] = {n: stored.tensor for n, stored in checkpoint.tensors.items()}
     for name, stored_name in checkpoint.names.items():
-        if _is_copy(checkpoint, name, are_files):
+        stored = checkpoint.tensors[stored_name]
+        if checkpoint.is_copy(name):
             del pending[stored_name]
-            continue
-        stored = StoredTensor(checkpoint.tensors[stored_name], are_files)
-        layer = checkpoint.packed.get(name.removesuffix(".weight"))
-        if layer is None:
-            shape, dtype = stored.tensor.shape, checkpoint.expected[name].dtype
-            pending[stored_name] = PendingTensor(shape, dtype, partial(stored.read, dtype), lock)
-            continue
-        packing = Packing(stored, layer, name)
-        for suffix, kind in (("", "weight"), ("_scale", "weight_scale")):
-            part = getattr(layer, kind)
-            take = partial(packing.take, kind)
-            pending[stored_name + suffix] = PendingTensor(part.shape, part.dtype, take, lock)
+        elif name not in packed:
+            dtype = checkpoint.expected[name].dtype
+            take = partial(stored.read, dtype)
+            pending[stored_name] = PendingTensor(stored.tensor.shape, dtype, take, lock)
+        else:
+            packing = Packing(stored, packed[name], name)
+            for suffix, kind in (("", "weight"), ("_scale", "weight_scale")):
+                part = getattr(packed[name], kind)
+                take = partial(packing.take, kind)
+                pending[stored_name + suffix] = PendingTensor(part.shape, part.dtype, take, lock)
     return pending
-
-
-def _is_copy(checkpoint: Checkpoint, name: str, are_files: bool) -> bool:
-    """Tell whether a stored tensor repeats the one it is tied to: a head beside its embedding."""
-    stored, origin = checkpoint.find(name), checkpoint.find(checkpoint.ties.get(name, ""))
-    if stored is None or origin is None or stored.shape != origin.shape:
-        return False
-    return StoredTensor(stored, are_files).equals(StoredTensor(origin, are_files))
 
 
 __all__ = [
@@ -638,6 +620,7 @@ __all__ = [
     "ChatGLMQuantizer",
     "QuantizationMixin",
     "QuantizedLoadingMixin",
+    "check_checkpoint",
     "note_ties",
     "swap_layers",
 ]

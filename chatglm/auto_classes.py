@@ -26,6 +26,7 @@ from chatglm.checkpoints.recognize import (
     VOCABULARY_FILE,
     Folder,
     describe_stranger,
+    read_object,
     recognize_fields,
     recognize_folder,
 )
@@ -113,6 +114,7 @@ def _load_tokenizer(
     from transformers.models.auto.tokenization_auto import get_tokenizer_config
 
     found = _recognize(path, kwargs, is_tokenizer=True)
+    _check_settings(path, kwargs)
     own = get_tokenizer_config(path, **_without_code(kwargs)) if found is not None else {}
     if found is None or not (found.is_first_family or _has_our_vocabulary(path, found, own)):
         return call(path, *args, **kwargs)
@@ -125,6 +127,13 @@ def _load_tokenizer(
     if tokenizer.chat_template is None:
         tokenizer.chat_template = complete.read_template()
     return tokenizer
+
+
+def _check_settings(path: Any, kwargs: dict[str, Any]) -> None:
+    """Name a file of the tokenizer's that is broken, where transformers would not."""
+    file = Path(path, kwargs.get("subfolder") or "", complete.TOKENIZER_FILE)
+    if file.is_file():
+        read_object(file)
 
 
 def _load_model(call: Callable[..., Any], name: str, path: Any, *args: Any, **kwargs: Any) -> Any:

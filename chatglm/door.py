@@ -78,6 +78,19 @@ def load_from(folder: Any, auto_class: Any, **options: Any) -> Any:
         return auto_class.from_pretrained(folder, **options)
 
 
+def build_from(config: Any, auto_class: Any) -> Any:
+    """Build a new model of a configuration, by the code that `load_from` would take.
+
+    Args:
+        config: as `load_from` gave it.
+        auto_class: one of transformers' Auto classes of models.
+    """
+    if _is_open.get() is False:
+        return auto_class.from_config(config, trust_remote_code=True)
+    with package_code():
+        return auto_class.from_config(config)
+
+
 def find_class(folder: Any, auto_class: str) -> Any:
     """Return the class that an Auto class gives for a folder, without loading a model.
 
@@ -138,4 +151,12 @@ def _prepare(module: ModuleType) -> None:
     importlib.import_module("chatglm.auto_classes").prepare(module)
 
 
-__all__ = ["find_class", "folder_code", "is_open", "load_from", "package_code", "register"]
+__all__ = [
+    "build_from",
+    "find_class",
+    "folder_code",
+    "is_open",
+    "load_from",
+    "package_code",
+    "register",
+]

@@ -5,25 +5,23 @@ format, quantizes when asked. Does not know the model's classes: they come throu
 `AutoTokenizer`, by the door that is chosen (`door`): the installed ones, or those of the folder.
 """
 
-import json
-import zipfile
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from transformers import AutoModel, AutoTokenizer
 
 from chatglm import door, model
 from chatglm.checkpoints.checksums import verify_folder
-from chatglm.checkpoints.recognize import describe_stranger, recognize_folder
+from chatglm.checkpoints.reading import check_fit, check_weight_file, list_weight_files
+from chatglm.checkpoints.recognize import (
+    CONFIG_FILE,
+    describe_stranger,
+    read_object,
+    recognize_folder,
+)
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
-# One file or an index of shards, in the order in which transformers looks for them.
-WEIGHT_FILES = (
-    ("model.safetensors", "model.safetensors.index.json"),
-    ("pytorch_model.bin", "pytorch_model.bin.index.json"),
-)
 
 
 def load_model(
@@ -127,8 +125,7 @@ def choose_device(device: str | None) -> torch.device:
 
 def is_packed(folder: Path) -> bool:
     """Whether the weights of a folder are stored quantized."""
-    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    return bool(config.get("quantization_bit"))
+    return bool(read_object(folder / CONFIG_FILE).get("quantization_bit"))
 
 
 def choose_dtype(dtype: str | torch.dtype | None, device: torch.device) -> torch.dtype:
@@ -145,83 +142,12 @@ def choose_dtype(dtype: str | torch.dtype | None, device: torch.device) -> torch
     return DTYPES[name]
 
 
-def list_weight_files(folder: Path) -> list[str]:
-    """The names of the files that hold a folder's weights, shards in their order.
-
-    Raises:
-        ValueError: if there are none.
-    """
-    for single, index in WEIGHT_FILES:
-        if (folder / single).is_file():
-            return [single]
-        if (folder / index).is_file():
-            weight_map = json.loads((folder / index).read_text(encoding="utf-8"))["weight_map"]
-            return sorted(set(weight_map.values()))
-    raise ValueError(
-        f"{folder} has no weights: put pytorch_model.bin.index.json or model.safetensors and "
-        "what belongs to it there"
-    )
-
-
-def check_weight_file(file: Path) -> None:
-    """Refuse a file that is missing, or that cannot be the archive its name says.
-
-    Raises:
-        ValueError: saying so, with the remedy.
-    """
-    if not file.is_file():
-        raise ValueError(f"{file.parent} misses the shard {file.name}: download it again")
-    if not _is_archive(file):
-        raise ValueError(
-            f"{file} ({file.stat().st_size} bytes) is no complete weight file, but a Git-LFS "
-            "pointer or a broken download: fetch it again (git lfs pull)"
-        )
-
-
-def _is_archive(file: Path) -> bool:
-    """Whether the file is whole, as far as its own table of contents tells."""
-    if file.suffix == ".bin":
-        return zipfile.is_zipfile(file)
-    try:
-        with safe_open(file, framework="pt"):
-            return True
-    except SafetensorError:
-        return False
-
-
 def _read_model(
     folder: Path, device: torch.device, dtype: torch.dtype, bits: int | None = None
 ) -> Any:
-    """Read the weights straight to a device, and see that they are those of the configuration."""
+    """Read the weights straight to a device, after a look at whether they are the model's."""
+    check_fit(folder)
     options: dict[str, Any] = {}
     if bits is not None:  # each matrix is packed as it is read; it is never whole on the device
         options["quantization_config"] = {"quant_method": "chatglm", "bits": bits}
-    loaded, report = door.load_from(
-        folder,
-        AutoModel,
-        dtype=dtype,
-        device_map={"": device},
-        # Transformers 5 would only point to a log; the check below names the tensors.
-        ignore_mismatched_sizes=True,
-        output_loading_info=True,
-        **options,
-    )
-    _check_fit(folder, report)
-    return loaded
-
-
-def _check_fit(folder: Path, report: dict[str, Any]) -> None:
-    """Refuse weights with tensors that are absent, left over or of another shape."""
-    for kind, problem in (
-        ("missing_keys", "the weights lack"),
-        ("unexpected_keys", "the model has no place for"),
-        ("mismatched_keys", "the model wants another shape of"),
-    ):
-        # Transformers 5 lists a mismatch as (name, shape, shape), 4 as the name.
-        names = sorted(key if isinstance(key, str) else key[0] for key in report[kind])
-        if names:
-            more = f" and {len(names) - 1} more" if len(names) > 1 else ""
-            raise ValueError(
-                f"weights and config.json of {folder} do not belong together: {problem} "
-                f"{names[0]}{more}; use the config.json that came with the weights"
-            )
+    return door.load_from(folder, AutoModel, dtype=dtype, device_map={"": device}, **options)

@@ -19,6 +19,7 @@ VOCABULARY_FILE = "ice_text.model"
 # Fields that only the later networks have, and the rows from which on one of them is a GLM-4.
 LATER_FIELDS = {"padded_vocab_size", "ffn_hidden_size", "kv_channels", "multi_query_attention"}
 GLM4_ROWS = 100_000
+COUNTS = ("vocab_size", "quantization_bit", "pre_seq_len")
 IMAGE_FIELDS = {"image_length", "vision_config"}
 
 FIRST, LATER, OTHER, ADAPTER, NO_CONFIG, EMPTY = (
@@ -73,7 +74,7 @@ def recognize_folder(folder: Path) -> Folder:
         ValueError: if its configuration is no JSON object; the message names the file.
     """
     if (folder / CONFIG_FILE).is_file():
-        return recognize_fields(read_object(folder / CONFIG_FILE))
+        return recognize_fields(read_object(folder / CONFIG_FILE), str(folder / CONFIG_FILE))
     if (folder / ADAPTER_FILE).is_file():
         base = str(read_object(folder / ADAPTER_FILE).get("base_model_name_or_path") or "")
         return Folder(ADAPTER, f"an adapter of {base or 'an unnamed model'}", base=base)
@@ -82,11 +83,15 @@ def recognize_folder(folder: Path) -> Folder:
     return Folder(EMPTY, "an empty folder")
 
 
-def recognize_fields(fields: Mapping[str, Any]) -> Folder:
+def recognize_fields(fields: Mapping[str, Any], place: str = CONFIG_FILE) -> Folder:
     """Say what the model of a configuration is.
 
     Args:
         fields: what its config.json holds.
+        place: what an error calls the file.
+
+    Raises:
+        ValueError: if a field that tells it is no number.
     """
     model_type = str(fields.get("model_type") or "")
     classes = [str(name) for name in fields.get("architectures") or ()]
@@ -97,15 +102,17 @@ def recognize_fields(fields: Mapping[str, Any]) -> Folder:
     if IMAGE_FIELDS & fields.keys():
         return Folder(LATER, "a GLM that reads images")
     if LATER_FIELDS & fields.keys():
-        is_glm4 = int(fields.get("padded_vocab_size") or 0) >= GLM4_ROWS
+        is_glm4 = _read_count(fields, "padded_vocab_size", place) >= GLM4_ROWS
         return Folder(LATER, "a GLM-4" if is_glm4 else "a ChatGLM2 or ChatGLM3")
-    return Folder(
-        FIRST,
-        FAMILY,
-        int(fields.get("vocab_size") or 0),
-        int(fields.get("quantization_bit") or 0),
-        int(fields.get("pre_seq_len") or 0),
-    )
+    vocab_size, bits, prefix_length = (_read_count(fields, name, place) for name in COUNTS)
+    return Folder(FIRST, FAMILY, vocab_size, bits, prefix_length)
+
+
+def _read_count(fields: Mapping[str, Any], name: str, place: str) -> int:
+    value = fields.get(name) or 0
+    if not isinstance(value, int):
+        raise ValueError(f"{place} has {name}={value!r}, which is no whole number; fetch it again")
+    return value
 
 
 def describe_stranger(place: str | Path, found: Folder) -> str:

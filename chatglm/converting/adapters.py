@@ -15,7 +15,8 @@ from typing import Any
 
 from torch import Tensor
 
-from chatglm.converting.checkpoint import map_file, read_json
+from chatglm.checkpoints.reading import open_shards
+from chatglm.checkpoints.recognize import read_object
 
 CONFIG_FILE = "adapter_config.json"
 ADAPTER_FILES = ("adapter_model.safetensors", "adapter_model.bin")
@@ -73,7 +74,8 @@ class Adapter:
     def merge(self, name: str, tensor: Tensor) -> Tensor:
         """Return what becomes of the model's tensor of that name, in its dtype."""
         if name in self.replacements:
-            return self.replacements[name].to(tensor.dtype)
+            # Copied: a view would keep all of its file mapped until the shard is written.
+            return self.replacements[name].to(tensor.dtype, copy=True)
         if name not in self.factors:
             return tensor
         lora_a, lora_b = self.factors[name]
@@ -97,7 +99,7 @@ def read_adapter(folder: Path, shapes: Mapping[str, tuple[int, ...]]) -> Adapter
     file = _find_weights(folder)
     factors: dict[str, dict[str, Tensor]] = {}
     replacements: dict[str, Tensor] = {}
-    for key, tensor in map_file(file).items():
+    for key, tensor in ((key, stored.tensor) for key, stored in open_shards([file]).items()):
         name = key.removeprefix(PREFIX).replace(WRAPPED, ".")
         factor = next((ending for ending in FACTORS if name.endswith(ending)), None)
         if factor is None:
@@ -116,7 +118,7 @@ def _read_fields(folder: Path) -> dict[str, Any]:
     """Return adapter_config.json; refuse a kind of adapter that is not merged as plain LoRA is."""
     if not (folder / CONFIG_FILE).is_file():
         raise ValueError(f"{folder} is no adapter folder: it has no {CONFIG_FILE}")
-    fields = read_json(folder / CONFIG_FILE)
+    fields = read_object(folder / CONFIG_FILE)
     for name, value in fields.items():
         is_harmless = value in HARMLESS_VALUES.get(name, ("", None, False, [], {}))
         if name not in SILENT_FIELDS and not is_harmless:

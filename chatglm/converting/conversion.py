@@ -1,12 +1,11 @@
 """Owns the writing of a converted model folder, from the plan to the last file.
 
-The packed layers of the model itself do the packing, so that the format is the model's own. Only
-one matrix and one shard of the result are in memory at a time. Does not know what may be converted
-(`planning`), how an adapter is merged (`adapters`), how tensors are read (`checkpoint`), what the
+The model's own code reads and packs, as it does while a model is loaded. Only one matrix and one
+shard of the result are in memory at a time. Does not know what may be converted (`planning`), how
+an adapter is merged (`adapters`), how tensors are read and packed (`checkpoints.reading`), what the
 card says (`describing`) nor how the result survives a kill (`staging`).
 """
 
-import copy
 import json
 import shutil
 from collections.abc import Mapping
@@ -20,8 +19,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 from chatglm.cards import CARD_FILE
+from chatglm.checkpoints.reading import Packing, StoredTensor
 from chatglm.converting.adapters import Adapter
-from chatglm.converting.checkpoint import TensorReader
 from chatglm.converting.describing import describe_conversion
 from chatglm.converting.planning import (
     FILE_KINDS,
@@ -121,17 +120,18 @@ def write_shards(staging: Staging, plan: Plan) -> None:
     Raises:
         ValueError: for a value that is not finite, or tied tensors that differ.
     """
-    total = sum(piece.stored[0].nbytes for pieces in plan.shards.values() for piece in pieces)
+    total = sum(
+        piece.stored[0].tensor.nbytes for pieces in plan.shards.values() for piece in pieces
+    )
     units = {"unit": "B", "unit_scale": True}
-    reader = TensorReader()
     with cast(Any, tqdm)(total=total, desc="converting", disable=None, **units) as progress:
         for name, pieces in plan.shards.items():
             is_missing = not staging.has(name)
             tensors: dict[str, Tensor] = {}
             for piece in pieces:
                 if is_missing:
-                    tensors.update(convert(piece, reader, plan.adapter))
-                progress.update(piece.stored[0].nbytes)
+                    tensors.update(convert(piece, plan.adapter))
+                progress.update(piece.stored[0].tensor.nbytes)
             if is_missing:
                 staging.write(name, partial(_save, tensors, plan.kind))
 
@@ -145,38 +145,36 @@ def _save(tensors: dict[str, Tensor], kind: str, path: Path) -> None:
         torch.save(tensors, file)
 
 
-def convert(piece: Piece, reader: TensorReader, adapter: Adapter | None) -> dict[str, Tensor]:
+def convert(piece: Piece, adapter: Adapter | None) -> dict[str, Tensor]:
     """Read a parameter, merge and pack it; return what is stored for it, by name."""
-    name, tensor = piece.name, _read(piece, reader)
+    name, stored = piece.name, _choose_stored(piece)
     if piece.layer is None:
-        tensor = tensor.to(torch.promote_types(tensor.dtype, piece.dtype))
-    if adapter is not None:
-        tensor = adapter.merge(name, tensor)
-    if piece.layer is None:
+        tensor = stored.read(torch.promote_types(stored.dtype, piece.dtype))
+        tensor = tensor if adapter is None else adapter.merge(name, tensor)
         return dict.fromkeys(piece.sizes, _keep(name, tensor, piece.dtype))
-    # A copy, or the whole packed model would gather in the skeleton.
-    layer: Any = copy.deepcopy(piece.layer)
-    layer.pack(tensor.half(), name)
-    return {name: layer.weight.detach(), f"{name}_scale": layer.weight_scale.detach()}
+    if adapter is not None:
+        stored = StoredTensor(adapter.merge(name, stored.read()), name)
+    if stored.dtype != torch.float16:  # the official integers are those of half weights
+        stored = StoredTensor(stored.read(torch.float16), name)
+    packing = Packing(stored, piece.layer, name)
+    return {name: packing.take("weight"), f"{name}_scale": packing.take("weight_scale")}
 
 
-def _read(piece: Piece, reader: TensorReader) -> Tensor:
-    """Read a parameter; one that is stored twice must be the same in both places."""
+def _choose_stored(piece: Piece) -> StoredTensor:
+    """Return a parameter's values; one that is stored twice must be the same in both places."""
     first, *others = piece.stored
-    tensor = reader.read(first)
     for other in others:
-        if not torch.equal(tensor, reader.read(other).to(tensor.dtype)):
+        if not first.equals(other):
             raise ValueError(
                 f"{first.name} and {other.name} differ, and config.json ties them: set "
                 "tie_word_embeddings to false there to keep both, or remove the wrong one"
             )
-    return tensor
+    return first
 
 
 def _keep(name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
     """Return a tensor that is not packed as it is stored, if all of it is finite."""
-    # Copied: a view would keep all of its file mapped until the shard is written.
-    kept = tensor.to(dtype, copy=True, memory_format=torch.contiguous_format)
+    kept = tensor.to(dtype)
     if not all(bound.isfinite() for bound in kept.aminmax()):
         raise ValueError(
             f"{name} has values that are not finite in {dtype}: repair the weights, take an "

@@ -5,17 +5,14 @@ form they will be stored. Settings and code come from the folder itself or from 
 the size of its vocabulary. Reads files and writes none; knows nothing of values.
 """
 
-import re
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
-from transformers import AutoModel
 
-from chatglm import door
 from chatglm.cards import BASE_CARD_FILE, CARD_FILE
 from chatglm.checkpoints.complete import (
     CURRENT,
@@ -23,19 +20,22 @@ from chatglm.checkpoints.complete import (
     find_auto_map,
     list_settings,
 )
+from chatglm.checkpoints.reading import (
+    WEIGHT_FILES,
+    StoredTensor,
+    build_skeleton,
+    match_whole,
+    open_folder,
+)
+from chatglm.checkpoints.recognize import CONFIG_FILE, read_object
 from chatglm.converting.adapters import Adapter, read_adapter
-from chatglm.converting.checkpoint import StoredTensor, list_tensors, read_json
 from chatglm.converting.staging import describe_files
-from chatglm.loading import WEIGHT_FILES
 from chatglm.model import FOLDER as CODE_FOLDER
 from chatglm.model_files import find_model_files
 
 MAX_SHARD_BYTES = 10**9
-# What official weights carry and no model has: it is computed.
-UNUSED_TENSORS = re.compile(r"rotary_emb\.inv_freq")
 # One file or an index of shards, by the kind of file.
 FILE_KINDS: dict[str, tuple[str, str]] = dict(zip(("safetensors", "bin"), WEIGHT_FILES))
-FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 VOCABULARY = "ice_text.model"
 TEMPLATE = "chat_template.jinja"
 SETTINGS = ("generation_config.json", "tokenizer_config.json")
@@ -104,7 +104,7 @@ class Piece(NamedTuple):
 
     Attributes:
         name: its name.
-        stored: where its values are; a tied one may be stored twice.
+        stored: its values, not read yet; a tied one may be stored twice.
         layer: the layer without values that packs it, or None if it stays a float tensor.
         dtype: of that float tensor.
         sizes: the bytes that are written for it, by name; 0 for another name of the same values.
@@ -112,7 +112,7 @@ class Piece(NamedTuple):
 
     name: str
     stored: list[StoredTensor]
-    layer: nn.Module | None
+    layer: Any
     dtype: torch.dtype
     sizes: dict[str, int]
 
@@ -170,7 +170,7 @@ def make_plan(source: Source, form: Form, lora: str | None) -> Plan:
     fields["torch_dtype"] = str(form.dtype or _main_dtype(pieces)).removeprefix("torch.")
     shards = cut_shards(pieces, MAX_SHARD_BYTES, form.kind)
     inputs = {*source.files.values(), source.folder / "config.json"}
-    inputs |= {tensor.file for found in tensors.values() for tensor in found}
+    inputs |= {tensor.file for found in tensors.values() for tensor in found if tensor.file}
     inputs |= set(adapter.files if adapter else ())
     return Plan(source.files, fields, shards, form.kind, adapter, sorted(inputs))
 
@@ -186,12 +186,15 @@ def read_source(folder: Path) -> Source:
             not known.
     """
     code = CODE_FOLDER
-    own = read_json(folder / "config.json")
+    own = read_object(folder / CONFIG_FILE)
     _refuse_foreign(folder, own)
     is_ours = own.get("auto_map") == find_auto_map()
     settings = folder
     if not is_ours or not all((folder / name).is_file() for name in SETTINGS):
         settings = _find_generation(folder, own.get("vocab_size"))
+    for name in SETTINGS:  # a folder that carries on broken ones would fail with its next reader
+        if (settings / name).is_file():
+            read_object(settings / name)
     fields = own if is_ours else complete_fields(own)
     for name in ("_name_or_path", "dtype", "torch_dtype"):
         fields.pop(name, None)
@@ -245,40 +248,29 @@ def _find_companions(folder: Path, code: Path, settings: Path) -> dict[str, Path
     return found
 
 
-def build_skeleton(fields: Mapping[str, Any]) -> nn.Module:
-    """Return the model of a configuration without values, built by the installed code.
-
-    Raises:
-        ValueError: if the configuration is wrong, or its matrices cannot be packed so.
-    """
-    with torch.device("meta"), door.package_code():
-        config: Any = door.find_class(CODE_FOLDER, "AutoConfig").from_dict(dict(fields))
-        return cast(Any, AutoModel).from_config(config)
-
-
-def match_tensors(folder: Path, plain: nn.Module) -> dict[str, list[StoredTensor]]:
+def match_tensors(folder: Path, plain: Any) -> dict[str, list[StoredTensor]]:
     """Find where each parameter of the model is stored, tied ones under any of their names.
 
     Raises:
         ValueError: for a tensor that is missing, left over, of another shape or no float tensor.
     """
-    stored = list_tensors(folder)
+    tensors = open_folder(folder)
+    for stored in tensors.values():
+        if not stored.dtype.is_floating_point:
+            raise ValueError(
+                f"{stored} of {folder} is {stored.dtype}: such weights are quantized already; "
+                "name the folder with the float weights"
+            )
+    checkpoint = match_whole(plain, tensors)
+    names = (name for name in checkpoint.expected if name not in checkpoint.ties)
+    return {name: checkpoint.find_all(name) for name in names}
+
+
+def _read_adapter(lora: str, plain: nn.Module) -> Adapter:
+    """Read an adapter for the model's parameters; tied ones cannot be changed one by one."""
     groups = _tied_names(plain)
-    shapes = {names[0]: tuple(plain.get_parameter(names[0]).shape) for names in groups}
-    found = {names[0]: [stored[name] for name in names if name in stored] for names in groups}
-    _check_dtypes(folder, [tensor for tensors in found.values() for tensor in tensors])
-    _refuse(folder, "the weights lack", [name for name in found if not found[name]])
-    known = {name for names in groups for name in names}
-    left_over = {name for name in stored.keys() - known if not UNUSED_TENSORS.search(name)}
-    _refuse(folder, "the model has no place for", left_over)
-    misfits = [
-        f"{tensor.name} as {shapes[name]}, and not {tensor.shape}"
-        for name, tensors in found.items()
-        for tensor in tensors
-        if tensor.shape != shapes[name]
-    ]
-    _refuse(folder, "the model wants", misfits)
-    return found
+    shapes = {n[0]: tuple(plain.get_parameter(n[0]).shape) for n in groups if len(n) == 1}
+    return read_adapter(Path(lora).expanduser().resolve(), shapes)
 
 
 def _tied_names(model: nn.Module) -> list[list[str]]:
@@ -287,33 +279,6 @@ def _tied_names(model: nn.Module) -> list[list[str]]:
     for name, parameter in model.named_parameters(remove_duplicate=False):
         names.setdefault(id(parameter), []).append(name)
     return list(names.values())
-
-
-def _check_dtypes(folder: Path, tensors: Iterable[StoredTensor]) -> None:
-    for tensor in tensors:
-        if tensor.dtype not in FLOATS:
-            raise ValueError(
-                f"{tensor.name} in {tensor.file.name} of {folder} is {tensor.dtype}: such weights "
-                "are quantized already; name the folder with the float weights"
-            )
-
-
-def _refuse(folder: Path, problem: str, names: Iterable[str]) -> None:
-    """Raise ValueError if there are any such tensors, naming the first."""
-    found = sorted(names)
-    if found:
-        more = f" and {len(found) - 1} more" if len(found) > 1 else ""
-        raise ValueError(
-            f"weights and config.json of {folder} do not belong together: {problem} "
-            f"{found[0]}{more}; use the config.json that came with the weights"
-        )
-
-
-def _read_adapter(lora: str, plain: nn.Module) -> Adapter:
-    """Read an adapter for the model's parameters; tied ones cannot be changed one by one."""
-    groups = _tied_names(plain)
-    shapes = {n[0]: tuple(plain.get_parameter(n[0]).shape) for n in groups if len(n) == 1}
-    return read_adapter(Path(lora).expanduser().resolve(), shapes)
 
 
 def plan_pieces(

@@ -14,7 +14,7 @@ from typing import Any
 
 from chatglm.cards import CARD_FILE
 from chatglm.checkpoints.checksums import hash_file, write_sums
-from chatglm.converting.checkpoint import read_json
+from chatglm.checkpoints.recognize import read_object
 
 RECORD = "job.json"
 # The card is there to be completed by hand, and its hash would be wrong then.
@@ -65,7 +65,7 @@ class Staging:
                     "or name another target"
                 )
             return
-        left = read_json(record)
+        left = read_object(record)
         if left["job"] == self._job:
             self._sums = dict(_intact(self.folder, left["finished"]))
 

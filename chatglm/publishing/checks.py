@@ -11,9 +11,9 @@ from typing import Any
 
 from chatglm.cards import CARD_FILE, OFFICIAL_VOCABULARIES, read_head
 from chatglm.checkpoints.checksums import SUMS, hash_file, read_sums
+from chatglm.checkpoints.reading import check_weight_file, list_weight_files, open_folder
+from chatglm.checkpoints.recognize import read_object
 from chatglm.converting.adapters import ADAPTER_FILES, CONFIG_FILE
-from chatglm.converting.checkpoint import list_tensors, read_json
-from chatglm.loading import check_weight_file, list_weight_files
 from chatglm.publishing.contents import PREFIX, Contents
 
 MODEL_CONFIG = "config.json"
@@ -112,16 +112,16 @@ def _find_broken(contents: Contents) -> Iterator[str]:
 
 def is_prefix(folder: Path) -> bool:
     """Whether the weights of a folder are a P-Tuning prefix, and no model."""
-    if not read_json(folder / MODEL_CONFIG).get("pre_seq_len"):
+    if not read_object(folder / MODEL_CONFIG).get("pre_seq_len"):
         return False
-    return all(name.startswith(PREFIX_TENSORS) for name in list_tensors(folder))
+    return all(name.startswith(PREFIX_TENSORS) for name in open_folder(folder))
 
 
 def _find_untruths(contents: Contents, is_fetched: bool) -> Iterator[str]:
     """What is in the files and is of this machine only, or not so."""
     for name, field in ORIGINS.items():
         if name in contents.kept:
-            origin = str(read_json(contents.folder / name).get(field) or "")
+            origin = str(read_object(contents.folder / name).get(field) or "")
             if is_place(origin):
                 yield (
                     f"{name} names its origin by a place on this machine, {field}={origin!r}: "
@@ -177,7 +177,7 @@ def list_remarks(contents: Contents) -> list[str]:
     """Return what a person should know of a folder that may be published all the same."""
     remarks: list[str] = []
     config = contents.folder / MODEL_CONFIG
-    fields = read_json(config) if config.is_file() else {}
+    fields = read_object(config) if config.is_file() else {}
     has_licence = any(name.startswith("MODEL_LICENSE") for name in contents.kept)
     if fields.get("vocab_size") in OFFICIAL_VOCABULARIES and not has_licence:
         remarks.append(

@@ -5,15 +5,14 @@ and of peft's prefix. Reads names, configurations and the model's imports. Does 
 files are whole (`checks`), nor where they go.
 """
 
-import json
 import re
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from chatglm.checkpoints.checksums import SUMS
+from chatglm.checkpoints.reading import WEIGHT_FILES, read_weight_map
 from chatglm.converting.adapters import ADAPTER_FILES, CONFIG_FILE
-from chatglm.loading import WEIGHT_FILES
 from chatglm.model_files import find_model_files
 
 PLAIN_FILES = {
@@ -100,23 +99,11 @@ def _list_weights(folder: Path) -> tuple[set[str], str | None]:
         if (folder / single).is_file():
             names.add(single)
         elif (folder / index).is_file():
-            shards = read_shards(folder / index)
-            if not shards or not all(map(PLAIN_NAME.fullmatch, shards)):
-                return set(), (
-                    f"{index} names {', '.join(shards) or 'no file'}, and shards lie beside it "
-                    "under plain names: take the index that came with the weights"
-                )
-            names |= {index, *shards}
+            try:
+                names |= {index, *read_weight_map(folder / index).values()}
+            except ValueError as problem:
+                return set(), str(problem)
     return names, None
-
-
-def read_shards(index: Path) -> list[str]:
-    """Return the names of the files that an index distributes tensors to, or none if it is none."""
-    try:
-        fields: Any = json.loads(index.read_text(encoding="utf-8"))
-        return sorted({str(name) for name in fields["weight_map"].values()})
-    except (ValueError, KeyError, TypeError, AttributeError):
-        return []
 
 
 def _list_inside(folder: Path) -> list[str]:

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from chatglm.converting.checkpoint import StoredTensor, TensorReader, list_tensors
+from chatglm.checkpoints.reading import StoredTensor, open_folder
 from chatglm.training.models import ADAPTER_FILE, load_policy
 from chatglm.training.settings import Settings
 from chatglm.training.stages.ptuning import PREFIX_NAME
@@ -49,7 +49,7 @@ def read_prefix(folder: Path) -> dict[str, StoredTensor]:
     if folder.is_dir():
         stored = {
             name.removeprefix(PREFIX_NAME): tensor
-            for name, tensor in list_tensors(folder).items()
+            for name, tensor in open_folder(folder).items()
             if name.startswith(PREFIX_NAME)
         }
     if "embedding.weight" not in stored:
@@ -66,8 +66,7 @@ def _fill(encoder: Any, stored: dict[str, StoredTensor], folder: Path) -> None:
     found = {name: tensor.shape for name, tensor in stored.items()}
     if found != shapes:
         raise ValueError(f"{folder} has a prefix of {found}, and this model takes {shapes}")
-    reader = TensorReader()
-    tensors = {name: reader.read(tensor) for name, tensor in stored.items()}
+    tensors = {name: tensor.read() for name, tensor in stored.items()}
     encoder.float().load_state_dict(tensors)
 
 

@@ -14,7 +14,9 @@ import pytest
 import torch
 import yaml
 from chatglm_6b.configuration_chatglm import ChatGLMConfig
-from chatglm_6b.environment_chatglm import TESTED_TRANSFORMERS
+from chatglm_6b.environment_chatglm import (
+    TESTED_TRANSFORMERS,
+)
 from chatglm_6b.masking_chatglm import SpecialIds, build_geometry
 from chatglm_6b.modeling_chatglm import ChatGLMForConditionalGeneration
 from conftest import MODEL_FILES, ROOT
@@ -244,7 +246,7 @@ def test_the_picture_of_the_imports_is_up_to_date_and_has_no_circle(
         "chatglm." not in target for part in graph if "." not in part for target in graph[part]
     )
     graph["environment_chatglm"] = {"configuration_chatglm"}
-    with pytest.raises(ValueError, match="configuration_chatglm -> environment_chatglm -> config"):
+    with pytest.raises(ValueError, match=r"(configuration|environment)_chatglm -> (env|conf)"):
         drawing.draw(graph)
     monkeypatch.setattr(drawing, "PICTURE", tmp_path / "imports.svg")
     assert drawing.main(["--check"]) == 1

@@ -1,7 +1,6 @@
 """A model folder through transformers' Auto classes: load, save, place, shard, break."""
 
 import json
-import pickle
 import shutil
 from pathlib import Path
 from typing import Any
@@ -151,7 +150,7 @@ def test_pickles_with_code_are_refused(repo: Path, capsys: pytest.CaptureFixture
     save_bin_shards(repo, {})
     file = repo / "pytorch_model-00002-of-00003.bin"
     torch.save({**torch.load(file), "evil": Evil()}, file)
-    with pytest.raises((pickle.UnpicklingError, OSError), match=r"(?i)weights|checkpoint file"):
+    with pytest.raises(OSError, match=r"cannot be read: .*(GLOBAL print|checkpoint file)"):
         load(repo)
     assert "run while loading" not in capsys.readouterr().out
 
@@ -260,10 +259,10 @@ def test_missing_weights_are_named(repo: Path) -> None:
 
 
 def test_a_wrong_shape_is_named(repo: Path) -> None:
-    """With both shapes and the remedy."""
+    """By the field that makes it, with both sizes and the remedy."""
     fields = json.loads((repo / "config.json").read_text()) | {"inner_hidden_size": 128}
     (repo / "config.json").write_text(json.dumps(fields))
-    words = r"mlp\.\S+ is stored with the sizes \((64|32, 64|64, 32),?\),.*config\.json that came"
+    words = r"has inner_hidden_size 128, and the weights 64; use the config\.json that came"
     with pytest.raises(ValueError, match=words):
         load(repo)
 

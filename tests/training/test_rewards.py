@@ -188,7 +188,7 @@ def change_config(source: Path, target: Path, **fields: Any) -> Path:
 
 
 @pytest.mark.parametrize(
-    ("key", "value"), (("vocab_size", 130528), ("eos_token_id", 130005), ("pad_token_id", 20003))
+    ("key", "value"), (("vocab_size", 130528), ("eos_token_id", 8005), ("pad_token_id", 5003))
 )
 def test_a_reward_model_of_another_vocabulary_is_refused(
     tiny_repo: Path, scorer_folder: Path, tmp_path: Path, key: str, value: int

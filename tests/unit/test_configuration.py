@@ -1,5 +1,7 @@
 """Defaults, validation and the version check of the configuration."""
 
+from typing import Any
+
 import pytest
 from chatglm_6b.configuration_chatglm import ChatGLMConfig
 
@@ -38,11 +40,25 @@ def test_an_own_vocabulary_must_say_its_ids() -> None:
         ({"hidden_size": 24, "num_attention_heads": 4}, r"is 6; .* multiple of 4"),
         ({"quantization_bit": 5}, r"must be one of \(0, 4, 8\), got 5"),
         ({"pre_seq_len": 0}, "at least 1, got 0"),
+        ({"num_layers": "28"}, "num_layers must be a whole number of at least 1, got '28'; use"),
+        ({"vocab_size": True}, "vocab_size must be a whole number of at least 1, got True"),
+        ({"num_attention_heads": 0}, "num_attention_heads .* at least 1, got 0; use the config"),
+        ({"layernorm_epsilon": 0}, "layernorm_epsilon must be a number above 0, got 0; use"),
+        ({"eos_token_id": "x"}, r"eos_token_id .* below vocab_size \(130528\), got 'x'; use"),
+        ({"eos_token_id": [3, 130528]}, "eos_token_id must be .*, got 130528; use the config"),
+        ({"pad_token_id": [3]}, r"pad_token_id must be .*, got \[3\]"),
+        ({"dtype": "float17"}, "dtype 'float17', and it must be one of torch's: float32"),
+        ({"torch_dtype": "nn"}, "dtype 'nn', and it must be one of torch's"),
     ],
 )
-def test_impossible_sizes_are_refused(fields: dict[str, int], message: str) -> None:
+def test_impossible_numbers_are_refused(fields: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         ChatGLMConfig(**fields)
+
+
+def test_several_tokens_may_end_an_answer() -> None:
+    assert ChatGLMConfig(eos_token_id=[130005, 3]).eos_token_id == [130005, 3]
+    assert ChatGLMConfig(dtype="bfloat16").pad_token_id == 3
 
 
 def test_one_position_axis_needs_less() -> None:

@@ -1,4 +1,4 @@
-"""What differs between releases of transformers: names, conventions, and which were tested."""
+"""What is installed around the model: releases of transformers, the seam to the engine."""
 
 import dataclasses
 import importlib.metadata

@@ -9,9 +9,12 @@ from typing import Any
 
 import pytest
 import torch
-from chatglm_6b import environment_chatglm, quantization, quantizer_chatglm
+from chatglm_6b import checkpoint_chatglm, quantization, quantizer_chatglm
+from chatglm_6b.checkpoint_chatglm import (
+    forget_pages,
+    is_mapped,
+)
 from chatglm_6b.configuration_chatglm import ChatGLMConfig
-from chatglm_6b.environment_chatglm import forget_pages, is_mapped
 from chatglm_6b.modeling_chatglm import (
     ChatGLMForConditionalGeneration,
     ChatGLMForSequenceClassification,
@@ -263,7 +266,7 @@ def test_one_block_of_one_matrix_is_worked_on_at_a_time(
             at_work.release()
 
     monkeypatch.setattr(quantization, "quantize_weight", quantize_and_watch)
-    monkeypatch.setattr(environment_chatglm, "WEIGHTS_AT_ONCE", 1000)
+    monkeypatch.setattr(checkpoint_chatglm, "WEIGHTS_AT_ONCE", 1000)
     assert_same(load(half_folder, **ask(bits=4)), expected)
     assert all(most)
     assert max(blocks) <= 1000
@@ -305,6 +308,25 @@ def test_pages_are_given_back_and_read_again(kind: str, tmp_path: Path) -> None:
     assert torch.equal(stored, values)
 
 
+def test_a_row_is_named_as_the_matrix_counts_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(checkpoint_chatglm, "WEIGHTS_AT_ONCE", 640)  # ten rows
+    state = make_state()
+    state[f"{MLP}.weight"][123, 6] = float("inf")
+    folder = write_checkpoint(tmp_path / "tiny", state)
+    with pytest.raises(ValueError, match=rf"{MLP}\.weight cannot be quantized: row 123 reaches"):
+        load(folder, **ask(bits=4))
+
+
+def test_a_tensor_in_two_shards_is_refused(tmp_path: Path) -> None:
+    folder = write_checkpoint(tmp_path / "tiny", make_state())
+    first, second = sorted(folder.glob("*.bin"))
+    torch.save(torch.load(second) | torch.load(first), second)
+    with pytest.raises(ValueError, match=rf"in {first.name} is also in .*{second.name}: remove"):
+        load(folder)
+
+
 @linux_only
 def test_every_mapped_matrix_is_given_back(
     half_folder: Path, monkeypatch: pytest.MonkeyPatch
@@ -316,7 +338,7 @@ def test_every_mapped_matrix_is_given_back(
         given_back.append(block.nbytes)
         forget_pages(block)
 
-    monkeypatch.setattr(environment_chatglm, "forget_pages", forget_and_note)
+    monkeypatch.setattr(checkpoint_chatglm, "forget_pages", forget_and_note)
     model = load(half_folder, **ask(bits=4))
     stored = sum(tensor.nbytes for tensor in make_state().values())
     assert sum(given_back) >= stored
@@ -464,6 +486,18 @@ def cut_norm(state: State) -> None:
     state["transformer.final_layernorm.bias"] = torch.zeros(8, dtype=torch.float16)
 
 
+def drop_norm(state: State) -> None:
+    del state["transformer.final_layernorm.weight"]
+
+
+def add_block(state: State) -> None:
+    state["transformer.layers.3.mlp.dense_4h_to_h.bias"] = torch.zeros(64)
+
+
+def add_to_block(state: State) -> None:
+    state[f"{MLP}.lora"] = torch.zeros(1)
+
+
 def keep(state: State) -> None:
     """Change nothing: the configuration is what is wrong."""
 
@@ -476,10 +510,15 @@ FIRST = r"transformer\.layers\.0\.attention\.query_key_value\.weight"
 @pytest.mark.parametrize(
     ("quantized", "fields", "change", "message"),
     [
-        ({"bits": 8}, EIGHT, drop_scale, rf"{W} is stored as torch\.int8, but .*no {W}_scale"),
-        ({"bits": 8}, EIGHT, drop_matrix, rf"The checkpoint has no {W}: use all"),
-        ({"bits": 8}, EIGHT, spoil_scale(float("nan")), rf"{W}_scale holds nan, and every"),
-        ({"bits": 4}, FOUR, spoil_scale(float("-inf")), rf"{W}_scale holds -inf, and every"),
+        (
+            {"bits": 8},
+            EIGHT,
+            drop_scale,
+            rf"{W} in .* is stored as torch\.int8, but .*no {W}_scale",
+        ),
+        ({"bits": 8}, EIGHT, drop_matrix, rf"the weights lack {W}; use .* all of their shards"),
+        ({"bits": 8}, EIGHT, spoil_scale(float("nan")), rf"{W}_scale in \S+ holds nan, and every"),
+        ({"bits": 4}, FOUR, spoil_scale(float("-inf")), rf"{W}_scale in \S+ holds -inf, and every"),
         ({"bits": 4}, EIGHT, keep, rf"{FIRST} .*\(192, 32\), which is 4 bits.*set .* to 4"),
         ({"bits": 8}, FOUR, keep, rf"{FIRST} .*\(192, 64\), which is 8 bits.*set .* to 8"),
         ({"bits": 4}, GROUPED, keep, rf"{FIRST}_scale .*\(192,\).* 32 makes it \(192, 2\).*None"),
@@ -489,14 +528,29 @@ FIRST = r"transformer\.layers\.0\.attention\.query_key_value\.weight"
         ({"bits": 4}, as_fields(0), keep, r"int8, and the configuration .*set .*bit to 4"),
         ({"bits": 8, "embeddings": True}, EIGHT, keep, r"word_embeddings.*embeddings if|lm_head"),
         ({"bits": 8}, as_fields(8, None, True), keep, r"float16 and .*int8|int8 and .*float16"),
-        ({"bits": 8}, EIGHT, widen, rf"int8 and {W} as torch\.float32: take all shards"),
-        ({}, EIGHT, widen, rf"float16 and {W} as torch\.float32: take all shards from one"),
-        ({}, EIGHT, spoil_matrix, rf"{W}\[0:256\] cannot be quantized: row 5 reaches inf"),
+        ({"bits": 8}, EIGHT, widen, rf"int8 and {W} in \S+ as torch\.float32: take"),
+        ({}, EIGHT, widen, rf"float16 and {W} in \S+ as torch\.float32: take all shards"),
+        ({}, EIGHT, spoil_matrix, rf"{W} cannot be quantized: row 5 reaches inf"),
         ({}, EIGHT, cut_matrix, rf"{W} .*sizes \(256, 32\).*\(256, 64\).*config\.json"),
         ({"bits": 8}, EIGHT, cut_matrix, rf"{W} .*sizes \(256, 32\), which is 4 bits"),
         ({}, EIGHT, cut_norm, r"final_layernorm\.bias .*\(8,\).*\(64,\).*ignore_mismatched"),
         ({}, as_fields(0), cut_norm, r"final_layernorm\.bias .*\(8,\).*\(64,\).*ignore_mismatch"),
-        ({}, {"inner_hidden_size": 128}, keep, r"mlp\.\S+ is stored.*use the config\.json"),
+        ({}, EIGHT, drop_norm, r"weights lack transformer\.final_layernorm\.weight; use the"),
+        ({}, {}, drop_matrix, rf"the weights lack {W}; use .* and all of their shards"),
+        ({}, {}, add_block, "the configuration has num_layers 3, and the weights 4; use the"),
+        ({}, {}, add_to_block, rf"the model has no place for {MLP}\.lora; use the config"),
+        (
+            {},
+            {"vocab_size": 321, "num_layers": 2},
+            keep,
+            "has vocab_size 321, num_layers 2, and the",
+        ),
+        (
+            {},
+            {"inner_hidden_size": 128},
+            keep,
+            "has inner_hidden_size 128, and the weights 256; use",
+        ),
     ],
 )
 @pytest.mark.parametrize("kind", ["bin", "safetensors"])
