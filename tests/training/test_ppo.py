@@ -496,7 +496,7 @@ def test_a_resumed_run_needs_as_many_processes(tiny_repo: Path, folder: Path) ->
 
 def test_old_checkpoints_go(tiny_repo: Path, folder: Path) -> None:
     run(tiny_repo, folder, max_steps=3, save_steps=1, save_total_limit=2, num_ppo_epochs=1)
-    left = sorted(path.name for path in (folder / "out").glob("*checkpoint*"))
+    left = sorted(path.name for path in (folder / "out").glob("*checkpoint-*"))
     assert left == ["checkpoint-2", "checkpoint-3"]
 
 

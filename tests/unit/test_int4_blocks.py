@@ -17,7 +17,7 @@ from typing import Any
 
 import pytest
 import torch
-from chatglm_6b import environment_chatglm, quantization, quantization_torch
+from chatglm_6b import checkpoint_chatglm, quantization, quantization_torch
 from chatglm_6b.configuration_chatglm import GROUP_SIZES, ChatGLMConfig
 from chatglm_6b.environment_chatglm import (
     kernels_off,
@@ -367,7 +367,7 @@ def test_pages_of_a_file_are_given_back_unless_written(is_written: bool, tmp_pat
     if is_written:
         with torch.no_grad():
             layer.weight.bitwise_not_()
-    assert environment_chatglm.is_mapped(loaded)
+    assert checkpoint_chatglm.is_mapped(loaded)
     expected = loaded.clone()
     assert read_resident(loaded) >= loaded.nbytes
     move(layer)
