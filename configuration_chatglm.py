@@ -148,8 +148,7 @@ class ChatGLMConfig(PretrainedConfig):
         self.gmask_token_id = token_ids.pop("gmask_token_id")
         self._check_sizes()
         # transformers 5 unties by default; the released weights are tied.
-        token_ids["tie_word_embeddings"] = tie_word_embeddings
-        super().__init__(**token_ids, **kwargs)
+        super().__init__(tie_word_embeddings=tie_word_embeddings, **token_ids, **kwargs)
 
     @property
     def head_dim(self) -> int:

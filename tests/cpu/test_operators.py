@@ -219,7 +219,8 @@ def test_the_operation_is_as_it_says(dtype: torch.dtype, form: str) -> None:
     layer, states = make_layer(), make_states(dtype, form)
     for activations in ("int8", "exact"):
         arguments = (states, layer.weight, layer.weight_scale, 4, activations)
-        torch.library.opcheck(torch.ops.chatglm.packed_linear, arguments)
+        found = torch.library.opcheck(torch.ops.chatglm.packed_linear, arguments)
+        assert set(found.values()) == {"SUCCESS"}
 
 
 def test_an_input_of_other_columns_is_refused_when_the_graph_is_made() -> None:

@@ -91,3 +91,6 @@ def test_links_into_a_download_cache_are_followed(folder: Path, tmp_path: Path) 
     (folder / "a.bin").rename(tmp_path / "blob")
     (folder / "a.bin").symlink_to(tmp_path / "blob")
     verify_folder(folder, ["a.bin"])
+    (tmp_path / "blob").write_bytes(b"other")
+    with pytest.raises(ValueError, match=r"a\.bin damaged or changed"):
+        verify_folder(folder, ["a.bin"])
