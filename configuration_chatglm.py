@@ -4,7 +4,7 @@ Owns the sizes of the model, the ids of the special tokens per vocabulary genera
 formats of packed weights there are. Knows nothing of tensors or of text.
 """
 
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import transformers
 from transformers import PretrainedConfig
@@ -148,7 +148,7 @@ class ChatGLMConfig(PretrainedConfig):
         self.gmask_token_id = token_ids.pop("gmask_token_id")
         self._check_sizes()
         # transformers 5 unties by default; the released weights are tied.
-        super().__init__(tie_word_embeddings=tie_word_embeddings, **token_ids, **kwargs)
+        cast(Any, super()).__init__(tie_word_embeddings=tie_word_embeddings, **token_ids, **kwargs)
 
     @property
     def head_dim(self) -> int:
