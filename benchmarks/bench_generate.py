@@ -20,6 +20,7 @@ to benchmarks/results.csv.
 
 import argparse
 import json
+import math
 import os
 import subprocess
 import sys
@@ -241,11 +242,16 @@ def measure_overhead(args: argparse.Namespace, recorder: Recorder) -> None:
 
 
 def run_first_answer(
-    folder: Path, args: argparse.Namespace, recipe: Recipe, context: int = 0
+    folder: Path,
+    args: argparse.Namespace,
+    recipe: Recipe,
+    context: int = 0,
+    checkout: Path = ROOT,
 ) -> tuple[dict[str, float], list[tuple[float, int]]]:
     """Run one fresh process, and return what it said and its resident bytes over the seconds.
 
     What it holds while it ends is left out: with CUDA in it, PyTorch 2.14 grows by 70 MB then.
+    Older checkouts do not say when that is.
     """
     command = [sys.executable, "-m", "benchmarks.first_answer", str(folder)]
     command += ["--dtype", recipe.dtype, "--threads", str(args.threads)]
@@ -253,7 +259,9 @@ def run_first_answer(
     curve = []
     began = time.monotonic()
     command += ["--began", str(began)]
-    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True) as process:
+    variables = {**os.environ, "PYTHONPATH": str(checkout)}
+    options: Any = {"cwd": checkout, "env": variables, "stdout": subprocess.PIPE, "text": True}
+    with subprocess.Popen(command, **options) as process:
         while process.poll() is None:
             curve.append((time.monotonic() - began, read_status("VmRSS", process.pid)))
             time.sleep(MEMORY_STEP)
@@ -262,7 +270,29 @@ def run_first_answer(
     if process.returncode:
         raise ValueError(f"the answering process ended with exit code {process.returncode}")
     figures = json.loads(said[-1])
-    return figures, [(moment, size) for moment, size in curve if moment <= figures["done"]]
+    done = figures.get("done", math.inf)
+    return figures, [(moment, size) for moment, size in curve if moment <= done]
+
+
+def measure_seconds(
+    folder: Path, args: argparse.Namespace, recipe: Recipe, versions: str, recorder: Recorder
+) -> None:
+    """Measure how long fresh processes take, in turns with those of another checkout."""
+    roots = [ROOT, *([args.checkout.resolve()] if args.checkout else [])]
+    names = [f"ours {recipe}", *(f"{read_commit(root)} {recipe}" for root in roots[1:])]
+    rounds = []
+    for number in range(args.rounds + 1):
+        said = [run_first_answer(folder, args, recipe, checkout=root)[0] for root in roots]
+        rounds += [said] if number else []  # the first ones warm the disk cache
+    for case, key in (("start to loaded", "loaded"), ("start to answer", "answered")):
+        place = Case(names[0], case, versions, rounds=len(rounds))
+        ours, *peers = [[said[key] for said in figures] for figures in zip(*rounds)]
+        if not peers:
+            recorder.add(place, Spread.of(ours), "s")
+        for name, peer in zip(names[1:], peers):
+            ratio = Spread.of([theirs / own for own, theirs in zip(ours, peer)])
+            recorder.add(place, Spread.of(ours), "s", ratio, name)
+            recorder.add(place._replace(contender=name), Spread.of(peer), "s")
 
 
 def measure_start(args: argparse.Namespace, recorder: Recorder) -> None:
@@ -275,12 +305,8 @@ def measure_start(args: argparse.Namespace, recorder: Recorder) -> None:
         folder = Path(parent) / "model"
         folder.mkdir()
         save_folder(folder, recipe._replace(dtype="float16"))
-        run_first_answer(folder, args, recipe)  # warms the disk cache
         if "start" in args.only:
-            runs = [run_first_answer(folder, args, recipe)[0] for _ in range(args.rounds)]
-            for case, key in (("start to loaded", "loaded"), ("start to answer", "answered")):
-                place = Case(name, case, versions, rounds=len(runs))
-                recorder.add(place, Spread.of([run[key] for run in runs]), "s")
+            measure_seconds(folder, args, recipe, versions, recorder)
         if "memory" in args.only:
             said, curve = run_first_answer(folder, args, recipe, args.chat_tokens)
             peak = Case(name, "peak memory", versions, args.chat_tokens)

@@ -91,7 +91,9 @@ def test_starts_and_their_memory_are_recorded(
     path = tmp_path / "results.csv"
     contexts: list[int] = []
 
-    def answer(folder: Path, args: Any, recipe: Any, context: int = 0) -> Any:
+    def answer(
+        folder: Path, args: Any, recipe: Any, context: int = 0, checkout: Path | None = None
+    ) -> Any:
         assert (folder / "model.safetensors").is_file() and recipe.dtype == "float32"
         contexts.append(context)
         said = {"loaded": 2.0, "answered": len(contexts), "peak": 3e9}
@@ -107,6 +109,26 @@ def test_starts_and_their_memory_are_recorded(
     assert rows["peak memory"].value == 3
     curve = [(row.size, row.value) for row in read_rows(path) if row.case == "memory over time"]
     assert 60 <= len(curve) <= 80 and curve[1] == (300, 0.03)
+
+
+def test_another_checkout_starts_in_turns_with_ours(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, asked = tmp_path / "results.csv", []
+
+    def answer(*args: Any, checkout: Path, **options: Any) -> Any:
+        asked.append(checkout)
+        seconds = 3.0 if checkout == tmp_path else 2.0
+        return {"loaded": seconds - 1, "answered": seconds}, []
+
+    monkeypatch.setattr(bench_generate, "RESULTS", path)
+    monkeypatch.setattr(bench_generate, "run_first_answer", answer)
+    words = [*TINY, "--rounds", "2", "--only", "start", "--write", "--checkout", str(tmp_path)]
+    assert bench_generate.main([*words, "--ours", "hidden=64"]) == 0
+    assert asked == 3 * [bench_generate.ROOT, tmp_path]
+    ours, peer = [row for row in read_rows(path) if row.case == "start to answer"]
+    assert (ours.value, ours.ratio, ours.baseline) == (2, 1.5, peer.contender)
+    assert peer.value == 3 and peer.ratio is None
 
 
 def test_the_tokenizer_is_measured_beside_its_floor(tmp_path: Path) -> None:
