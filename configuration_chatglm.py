@@ -150,6 +150,18 @@ class ChatGLMConfig(PretrainedConfig):
         # transformers 5 unties by default; the released weights are tied.
         cast(Any, super()).__init__(tie_word_embeddings=tie_word_embeddings, **token_ids, **kwargs)
 
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
+        """Make a configuration as transformers does; a dtype that the caller named is handed on.
+
+        transformers 5.8 keeps it, and `from_pretrained` cannot tell it from the configuration's.
+        """
+        named = {key: kwargs[key] for key in ("dtype", "torch_dtype") if key in kwargs}
+        made = super().from_dict(config_dict, **kwargs)
+        if isinstance(made, tuple):
+            made[1].update(named)
+        return made
+
     @property
     def head_dim(self) -> int:
         """Width of one attention head."""

@@ -3,6 +3,7 @@
 from typing import Any
 
 import pytest
+import torch
 from chatglm_6b.configuration_chatglm import ChatGLMConfig
 
 OWN_IDS = {
@@ -78,3 +79,13 @@ def test_saving_and_loading_keeps_everything(tmp_path) -> None:
     again = ChatGLMConfig.from_pretrained(tmp_path)
     assert {**again.to_dict(), "_name_or_path": ""} == {**config.to_dict(), "_name_or_path": ""}
     assert again.tie_word_embeddings is True
+
+
+def test_a_dtype_that_is_named_is_handed_on_to_the_model() -> None:
+    """As the Auto classes ask; transformers 5.8 keeps it to the configuration alone."""
+    fields = ChatGLMConfig().to_dict()
+    config, unused = ChatGLMConfig.from_dict(
+        fields, dtype=torch.float16, num_layers=3, other=1, return_unused_kwargs=True
+    )
+    assert unused == {"dtype": torch.float16, "other": 1} and config.num_layers == 3
+    assert ChatGLMConfig.from_dict(fields, dtype=torch.float16).dtype == torch.float16
