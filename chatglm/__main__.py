@@ -1,7 +1,6 @@
 """Runs the command line as `python -m chatglm`."""
 
-import sys
-
 from chatglm.cli import main
+from chatglm.training.processes import leave
 
-sys.exit(main())
+leave(main())

@@ -18,6 +18,7 @@ from typing import Any
 
 from chatglm import door
 from chatglm.cli import TRUST, choose_folder, open_parser, run_command
+from chatglm.training.processes import leave
 
 STAGES = {
     "pretrain": "go on with the pre-training: blanks in plain text",
@@ -120,4 +121,4 @@ def describe_stage(name: str) -> str:
 
 if __name__ == "__main__":
     parsed = make_parser().parse_args()
-    sys.exit(run_command(parsed.run, parsed))
+    leave(run_command(parsed.run, parsed))

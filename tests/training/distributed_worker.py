@@ -27,6 +27,7 @@ from transformers import AutoModelForCausalLM, TrainerCallback
 
 from chatglm.training.command import make_parser
 from chatglm.training.models import save_trained
+from chatglm.training.processes import leave
 from chatglm.training.settings import Settings
 from chatglm.training.stages import sft
 
@@ -142,3 +143,4 @@ if __name__ == "__main__":
             todo[-1].append(word)
     for name, *words in todo:
         {"die": die, "refuse": refuse, "zero": zero, "fsdp2": fsdp2}[name](*words)
+    leave(0)

@@ -746,6 +746,7 @@ from chatglm.training.ppo.experience import Experience
 from chatglm.training.settings import read_settings
 from chatglm.training.trainer import prepare_output
 from chatglm.training.ppo.value_head import Answers, list_trained
+from chatglm.training.processes import leave
 
 place, words = Path(sys.argv[1]), sys.argv[2:]
 settings, given = read_settings(ppo.PpoSettings, ppo.PpoArguments, words)
@@ -770,6 +771,7 @@ found["step_figures"] = gather_object([found.pop("step")])
 if accelerator.is_main_process:
     torch.save(found, place / "found.pt")
 trainer.log.close()
+leave(0)
 """
 
 
