@@ -25,7 +25,7 @@ HOOK_TESTS = (
 LOSSES = ("wrong", "poorer", "warning", "error")
 # What metaclasses write into every class, and what Python documents with an underscore in front.
 NOT_OURS = {"_abc_impl", "_backward_cls", "_is_protocol"}
-DOCUMENTED = {"_asdict", "_fields", "_replace"}
+DOCUMENTED = {"_asdict", "_exit", "_fields", "_replace"}
 
 
 class Row(NamedTuple):
