@@ -38,8 +38,9 @@ SIZES = {
 }
 REMEDY = "use the config.json that came with the weights, and all of their shards"
 
-# Tensors are read by so many values at once. Larger blocks are no faster, and what is freed between
-# the results leaves holes in the heap: with 2**24 they were 2 GB after the 6B model.
+# Tensors are read, and reordered, by so many values at once. Larger blocks are no faster, and what
+# is freed between the results leaves holes in the heap: with 2**24 they were 2 GB after the 6B
+# model.
 WEIGHTS_AT_ONCE = 2**20
 
 

@@ -9,10 +9,7 @@ from typing import Any, NamedTuple, cast
 import transformers
 from transformers import PretrainedConfig
 
-from .environment_chatglm import (
-    check_dtype_name,
-    check_transformers,
-)
+from .environment_chatglm import check_dtype_name, check_transformers
 
 # The model's embedding rows of the two released vocabularies, and where their text ids begin:
 # the first generation keeps 20000 image tokens in front of them.

@@ -28,12 +28,7 @@ from transformers import (
 from transformers.generation.streamers import BaseStreamer
 
 from .cache_chatglm import ChatGLMCache
-from .environment_chatglm import (
-    CACHE_NAME,
-    TESTED_TRANSFORMERS,
-    choose_cache,
-    rename_cache,
-)
+from .environment_chatglm import CACHE_NAME, TESTED_TRANSFORMERS, choose_cache, rename_cache
 from .masking_chatglm import (
     accept_hidden_mask,
     align_token_columns,

@@ -26,7 +26,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from .cache_chatglm import ChatGLMCache, KeyValues, extend_cache
 
-# Not used here: transformers copies the files that this one imports, and not theirs.
+# Not used here, as two more below: transformers copies the files that this one imports, not theirs.
 from .checkpoint_chatglm import StoredTensor  # noqa: F401
 from .configuration_chatglm import ChatGLMConfig, WeightFormat
 from .conversation_chatglm import ChatMixin

@@ -25,16 +25,9 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from .checkpoint_chatglm import (
-    StoredTensor,
-)
+from .checkpoint_chatglm import StoredTensor
 from .configuration_chatglm import ACTIVATIONS, check_columns
-from .environment_chatglm import (
-    find_engine,
-    keep_whole,
-    may_use_kernels,
-    refuse_weight_of_integers,
-)
+from .environment_chatglm import find_engine, keep_whole, may_use_kernels, refuse_weight_of_integers
 from .quantization_cuda import find_kernels as find_cuda_kernels
 from .quantization_torch import ReorderedWeight, find_int8_product
 

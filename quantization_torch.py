@@ -17,14 +17,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from .checkpoint_chatglm import (
-    forget_pages,
-    is_mapped,
-)
-
-# Weights are reordered by so many at once: what is freed between the results leaves holes in the
-# heap, and larger blocks are no faster.
-WEIGHTS_AT_ONCE = 2**20
+from .checkpoint_chatglm import WEIGHTS_AT_ONCE, forget_pages, is_mapped
 
 # What torch's product with 8-bit integers reads at once, and where it may begin.
 VECTOR_LENGTH = 16

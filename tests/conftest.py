@@ -178,9 +178,7 @@ def pictures(monkeypatch: pytest.MonkeyPatch) -> dict[Path, list[Any]]:
 @pytest.fixture
 def without_kernels() -> Iterator[None]:
     """Leave everything to plain torch."""
-    from chatglm_6b.environment_chatglm import (
-        kernels_off,
-    )
+    from chatglm_6b.environment_chatglm import kernels_off
 
     with kernels_off():
         yield

@@ -85,7 +85,7 @@ def verify_folder(folder: Path, needed: Iterable[str]) -> None:
             f"take the {SUMS} that was published with these weights"
         )
     missing = [name for name in sums if not (folder / name).is_file()]
-    present = {name: sums[name] for name in sums if name not in missing}
+    present = [name for name in sums if name not in missing]
     changed = [name for name, digest in _hash_files(folder, present) if digest != sums[name]]
     problems = [f"{', '.join(missing)} missing"] if missing else []
     problems += [f"{', '.join(changed)} damaged or changed"] if changed else []

@@ -14,12 +14,7 @@ import torch
 from torch import nn
 
 from chatglm.cards import BASE_CARD_FILE, CARD_FILE
-from chatglm.checkpoints.complete import (
-    CURRENT,
-    complete_fields,
-    find_auto_map,
-    list_settings,
-)
+from chatglm.checkpoints.complete import CURRENT, complete_fields, find_auto_map, list_settings
 from chatglm.checkpoints.reading import (
     WEIGHT_FILES,
     StoredTensor,

@@ -25,13 +25,7 @@ from chatglm.training.data.batches import LengthSampler, find_learned
 from chatglm.training.models import find_base, name_as_before, save_trained
 from chatglm.training.precision import check_launcher
 from chatglm.training.progress import Meter, build_callbacks
-from chatglm.training.settings import (
-    SETTINGS_FILE,
-    KeyProblem,
-    RowSettings,
-    Settings,
-    read_config,
-)
+from chatglm.training.settings import SETTINGS_FILE, KeyProblem, RowSettings, Settings, read_config
 from chatglm.training.settings import write_settings as write_settings_file
 
 # Every stage starts from these values; the configuration file and the flags go before them.

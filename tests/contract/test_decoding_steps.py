@@ -13,11 +13,7 @@ from typing import Any
 import pytest
 import torch
 from chatglm_6b.cache_chatglm import ChatGLMCache
-from chatglm_6b.environment_chatglm import (
-    CACHE_NAME,
-    CACHE_NAMES,
-    TESTED_TRANSFORMERS,
-)
+from chatglm_6b.environment_chatglm import CACHE_NAME, CACHE_NAMES, TESTED_TRANSFORMERS
 from chatglm_6b.generation_chatglm import GLMGenerationMixin
 from chatglm_6b.tokenization_chatglm import ChatGLMTokenizer
 from conftest import REPO_SIZES, ROOT, build_model

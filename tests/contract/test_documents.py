@@ -14,9 +14,7 @@ import pytest
 import torch
 import yaml
 from chatglm_6b.configuration_chatglm import ChatGLMConfig
-from chatglm_6b.environment_chatglm import (
-    TESTED_TRANSFORMERS,
-)
+from chatglm_6b.environment_chatglm import TESTED_TRANSFORMERS
 from chatglm_6b.masking_chatglm import SpecialIds, build_geometry
 from chatglm_6b.modeling_chatglm import ChatGLMForConditionalGeneration
 from conftest import MODEL_FILES, ROOT

@@ -18,9 +18,7 @@ import torch
 import transformers
 from chatglm_6b import environment_chatglm, generation_chatglm, modeling_chatglm
 from chatglm_6b.cache_chatglm import LAYERS, ChatGLMCache, ReservedLayer
-from chatglm_6b.environment_chatglm import (
-    CACHE_NAME,
-)
+from chatglm_6b.environment_chatglm import CACHE_NAME
 from chatglm_6b.generation_chatglm import GLMGenerationMixin, NucleusLogitsWarper
 from chatglm_6b.tokenization_chatglm import ChatGLMTokenizer
 from conftest import ROOT, build_model, count_calls, import_from_package

@@ -19,10 +19,7 @@ import transformers
 from chatglm_6b import cache_chatglm, environment_chatglm
 from chatglm_6b.cache_chatglm import ChatGLMCache, ReservedLayer
 from chatglm_6b.configuration_chatglm import ChatGLMConfig
-from chatglm_6b.environment_chatglm import (
-    CACHE_NAME,
-    CACHE_NAMES,
-)
+from chatglm_6b.environment_chatglm import CACHE_NAME, CACHE_NAMES
 from chatglm_6b.modeling_chatglm import ChatGLMForConditionalGeneration, GLMBlock
 from chatglm_6b.quantization import QuantizedLinear, TorchKernels, allocate_product
 from chatglm_6b.quantization_torch import find_int4_block_rows

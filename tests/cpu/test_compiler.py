@@ -11,9 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from chatglm_6b.environment_chatglm import (
-    kernels_off,
-)
+from chatglm_6b.environment_chatglm import kernels_off
 from chatglm_6b.quantization import QuantizedLinear, dequantize_weight
 from conftest import ROOT, forget_kernels
 from torch import nn

@@ -15,9 +15,7 @@ from typing import Any
 import pytest
 import torch
 from chatglm_6b import quantization
-from chatglm_6b.environment_chatglm import (
-    kernels_off,
-)
+from chatglm_6b.environment_chatglm import kernels_off
 from chatglm_6b.quantization import QuantizedLinear
 from conftest import ROOT, build_model
 from torch import Tensor, nn

@@ -9,9 +9,7 @@ from typing import Any
 import pytest
 import torch
 from chatglm_6b.cache_chatglm import ChatGLMCache, KeyValues
-from chatglm_6b.environment_chatglm import (
-    kernels_off,
-)
+from chatglm_6b.environment_chatglm import kernels_off
 from chatglm_6b.modeling_chatglm import attend
 from chatglm_6b.quantization import QuantizedLinear
 from conftest import build_model

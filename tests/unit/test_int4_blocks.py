@@ -19,9 +19,7 @@ import pytest
 import torch
 from chatglm_6b import checkpoint_chatglm, quantization, quantization_torch
 from chatglm_6b.configuration_chatglm import GROUP_SIZES, ChatGLMConfig
-from chatglm_6b.environment_chatglm import (
-    kernels_off,
-)
+from chatglm_6b.environment_chatglm import kernels_off
 from chatglm_6b.modeling_chatglm import ChatGLMForConditionalGeneration
 from chatglm_6b.quantization import QuantizedLinear, dequantize_weight
 from chatglm_6b.quantization_torch import Int4Blocks, find_int4_block_rows

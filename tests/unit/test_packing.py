@@ -9,9 +9,7 @@ import pytest
 import torch
 from chatglm_6b import quantization, quantizer_chatglm
 from chatglm_6b.configuration_chatglm import GROUP_SIZES, ChatGLMConfig
-from chatglm_6b.environment_chatglm import (
-    find_engine,
-)
+from chatglm_6b.environment_chatglm import find_engine
 from chatglm_6b.modeling_chatglm import (
     ChatGLMForConditionalGeneration,
     ChatGLMForSequenceClassification,

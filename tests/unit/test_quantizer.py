@@ -10,10 +10,7 @@ from typing import Any
 import pytest
 import torch
 from chatglm_6b import checkpoint_chatglm, quantization, quantizer_chatglm
-from chatglm_6b.checkpoint_chatglm import (
-    forget_pages,
-    is_mapped,
-)
+from chatglm_6b.checkpoint_chatglm import forget_pages, is_mapped
 from chatglm_6b.configuration_chatglm import ChatGLMConfig
 from chatglm_6b.modeling_chatglm import (
     ChatGLMForConditionalGeneration,

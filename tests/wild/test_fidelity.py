@@ -15,10 +15,7 @@ from typing import Any
 import pytest
 import torch
 from chatglm_6b import quantization, quantization_cuda
-from chatglm_6b.environment_chatglm import (
-    CACHE_NAME,
-    kernels_off,
-)
+from chatglm_6b.environment_chatglm import CACHE_NAME, kernels_off
 from chatglm_6b.masking_chatglm import SpecialIds, locate, locate_new_tokens
 from chatglm_6b.modeling_chatglm import ChatGLMForConditionalGeneration
 from chatglm_6b.quantization import QuantizedLinear, quantized_linear

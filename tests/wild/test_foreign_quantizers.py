@@ -10,10 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from chatglm_6b.environment_chatglm import (
-    find_engine,
-    kernels_off,
-)
+from chatglm_6b.environment_chatglm import find_engine, kernels_off
 from chatglm_6b.modeling_chatglm import ChatGLMForConditionalGeneration
 from conftest import build_model
 from peft import LoraConfig, get_peft_model
