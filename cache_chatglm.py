@@ -293,6 +293,14 @@ class ChatGLMCache(DynamicCache):
             if key_states is not None and value_states is not None:
                 self.update(key_states, value_states, layer_idx)
 
+    @property
+    def max_cache_len(self) -> int:
+        """Return -1, which is transformers' word for no limit.
+
+        peft asks before there is any layer, of which transformers 4 would look for the largest.
+        """
+        return -1
+
 
 class KeyValues(NamedTuple):
     """Keys and values as they stand: `(B, N, K, D)`, or integers with scales `(B, N, K)`."""

@@ -12,6 +12,7 @@ import re
 import sys
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from numbers import Integral
 from pathlib import Path
 from pickle import UnpicklingError
 from types import MappingProxyType
@@ -28,6 +29,8 @@ WEIGHT_FILES = (
 )
 PLAIN_NAME = re.compile(r"\w[\w.-]*")  # no folder, nothing hidden, and no pattern for many names
 GENERATION_FILE = "generation_config.json"
+ID_FIELDS = ("bos_token_id", "eos_token_id", "pad_token_id")
+LARGEST_ID = 2**31
 BLOCK = re.compile(r"(?:^|\.)layers\.(\d+)\.")
 # Where the stored tensors tell a size of the configuration: how a name ends, and the axis. None of
 # them is packed along it.
@@ -65,9 +68,11 @@ def read_weight_map(index: Path) -> dict[str, str]:
     """Return the shard of each tensor, as the index of a checkpoint tells it.
 
     Raises:
-        ValueError: if it is no JSON, maps no tensors to files, or names one outside of its folder.
+        ValueError: if it is no JSON, maps no tensors to files, names one outside of its folder, or
+            has no metadata.
     """
-    weight_map = read_object(index).get("weight_map")
+    fields = read_object(index)
+    weight_map = fields.get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise ValueError(
             f"{index} has the weight_map {weight_map!r:.60}, which leads to no shards: take the "
@@ -79,6 +84,11 @@ def read_weight_map(index: Path) -> dict[str, str]:
                 f"{index} puts {name} into {shard!r}, and shards lie beside it under plain "
                 "names: take the index that came with the weights"
             )
+    if not isinstance(fields.get("metadata"), dict):
+        raise ValueError(
+            f'{index} has no "metadata", without which transformers reads no index: write '
+            '"metadata": {} into it, beside "weight_map"'
+        )
     return weight_map
 
 
@@ -91,9 +101,29 @@ def check_settings(folder: Path, options: Mapping[str, Any]) -> None:
     """
     folder = folder / (options.get("subfolder") or "")
     if (folder / GENERATION_FILE).is_file():
-        read_object(folder / GENERATION_FILE)
+        check_token_ids(read_object(folder / GENERATION_FILE), folder / GENERATION_FILE)
     if any((folder / name).is_file() for kind in WEIGHT_FILES for name in kind):
         list_weight_files(folder)
+
+
+def check_token_ids(fields: Mapping[str, Any], place: str | Path) -> None:
+    """Raise ValueError for an id that is no number; transformers' own errors name no option.
+
+    Args:
+        fields: of which those of `ID_FIELDS` are looked at.
+        place: what the error says they are of.
+    """
+    for name in ID_FIELDS:
+        given = fields.get(name)
+        ids: Any = given if isinstance(given, (list, tuple)) else [given]
+        if given is None or isinstance(given, Tensor):
+            continue
+        are_numbers = all(isinstance(i, Integral) and not isinstance(i, bool) for i in ids)
+        if not are_numbers or not all(-1 <= i < LARGEST_ID for i in ids):
+            raise ValueError(
+                f"{place} has {name}={given!r}, which must be a whole number or a list of such: "
+                "take the one that came with the weights, or leave it out"
+            )
 
 
 def read_object(file: Path) -> dict[str, Any]:
@@ -322,13 +352,20 @@ class Checkpoint(NamedTuple):
         Raises:
             ValueError: naming the first of them.
         """
-        wanted = self.expected.keys() - set(computed)
-        missing = [name for name in wanted if not self.find_all(self.ties.get(name, name))]
         for problem, names in (
-            ("the weights lack", missing),
+            ("the weights lack", self.find_missing(computed)),
             ("the model has no place for", self.left_over),
         ):
             self.refuse(problem, sorted(name for name in names if re.search(pattern, name)))
+
+    def find_missing(self, computed: Iterable[str] = ()) -> list[str]:
+        """Return the model's tensors that are stored under none of their names.
+
+        Args:
+            computed: those that need not be.
+        """
+        wanted = self.expected.keys() - set(computed)
+        return [name for name in wanted if not self.find_all(self.ties.get(name, name))]
 
     def check_sizes(
         self,
@@ -424,6 +461,7 @@ __all__ = [
     "StoredTensor",
     "UnreadableWeightsError",
     "check_settings",
+    "check_token_ids",
     "forget_pages",
     "is_mapped",
     "list_weight_files",

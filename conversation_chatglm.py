@@ -1,29 +1,54 @@
 """Talking: the prompt format, the chat methods and the tidying of answers.
 
-Owns `build_prompt`, the only prompt format in the project, what counts as a history, where an
-answer ends, and what its text looks like. Knows nothing of layers, masks or decoding steps:
-tokens come from `generation_chatglm`.
+Owns `build_prompt`, the only prompt format in the project, what counts as a history and what of it
+is read where the window is full, where an answer ends, and what its text looks like. Knows nothing
+of layers, masks or decoding steps: tokens come from `generation_chatglm`.
 """
 
+import bisect
+import numbers
 import re
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from transformers import LogitsProcessorList, StoppingCriteria, StoppingCriteriaList
+from transformers import (
+    LogitsProcessor,
+    LogitsProcessorList,
+    StoppingCriteria,
+    StoppingCriteriaList,
+)
 
-from .generation_chatglm import InvalidScoreLogitsProcessor
+from .environment_chatglm import acts_with_adapters, find_input_device
+from .generation_chatglm import InvalidScoreLogitsProcessor, check_options
 
 History = list[tuple[str, str]]
 
+ROUND_HEAD, ROUND = "[Round {}]\n", "问：{}\n答：{}"
 TRAINING_TIME_MARK, TRAINING_TIME = "[[训练时间]]", "2023年"
 FULL_WIDTH = {",": "，", "!": "！", ":": "：", ";": "；", "?": "？"}
 HANZI = "[\u4e00-\u9fff]"
 WORD_START = "\u2581"  # SentencePiece's piece of a lone space
 BROKEN_CHARACTER = "\ufffd"  # what half a character's bytes decode to
+# What later tokens may still change at the end of a decoded text: a space, which is dropped before
+# "." and "n't" and the like, and an apostrophe, which has just lost the spaces on both sides; and
+# again what stands before those (" n ' t" becomes "n't").
+UNSETTLED_SPACING = re.compile(r"( ('[vr]?|n'?)?|')+\Z")
 
+# What becomes of a conversation that does not fit.
+OVERFLOW = ("error", "rounds", "summarize")
+# The part of the window that earlier rounds may not take from an answer of no given length.
+ANSWER_SHARE = 1 / 4
+# The part of the window that a summary of earlier rounds may take, and the smallest window for one.
+SUMMARY_SHARE, LEAST_SUMMARY_WINDOW = 1 / 8, 128
+# How the family is asked for a summary, and what is carried as its question, by language.
+SUMMARY_REQUESTS = {
+    "zh": ("请用简短的语言总结下面的文字：\n{}", "请用简短的语言总结前面的内容。"),
+    "en": ("Sum up the following text briefly:\n{}", "Sum up briefly what was said before."),
+}
+SENTENCE_END = re.compile(r"[。！？!?\n]|\. ")
 BROKEN_SCORES = (
     "Scores of this answer were not finite (NaN or infinity), and a space was said in place of "
     "each such token: it is no answer of the model. {}."
@@ -37,8 +62,22 @@ OVERFLOWN = (
 )
 
 
+class ChatOverflowWarning(RuntimeWarning):
+    """Says that the model was given less than the whole conversation.
+
+    Attributes:
+        left_out: how many of the oldest rounds it was not given.
+        summary: what it was given in their place, or "".
+    """
+
+    def __init__(self, message: str, left_out: int, summary: str = "") -> None:
+        super().__init__(message)
+        self.left_out = left_out
+        self.summary = summary
+
+
 class StopOnText(StoppingCriteria):
-    """Stops each row once its new text holds one of the given strings.
+    """Stops each row once its new text holds one of the given strings, as decoded or as shown.
 
     Args:
         tokenizer: decodes the new ids.
@@ -50,18 +89,38 @@ class StopOnText(StoppingCriteria):
         self.tokenizer = tokenizer
         self.stops = stops
         self.prompt_length = prompt_length
-        # A character is at most four byte pieces, and specials decode to nothing.
-        self.tail = 4 * max(map(len, stops)) + 8
-        self.searched = prompt_length
+        # Characters, of which the end may not have been settled when it was searched last.
+        self.overlap = max(map(len, stops)) + len(TRAINING_TIME_MARK) + 4
+        self.searched = 0
 
     def __call__(self, input_ids: Tensor, scores: Tensor, **kwargs: Any) -> Tensor:
         """Return which rows are done, `(B,)`."""
-        length = input_ids.shape[1]  # drafts bring several new tokens at once
-        start = max(self.prompt_length, min(self.searched, length) - self.tail)
-        self.searched = length
-        texts = [self.tokenizer.decode(row) for row in input_ids[:, start:].tolist()]
-        is_done = [any(stop in text for stop in self.stops) for text in texts]
+        rows = input_ids[:, self.prompt_length :].tolist()
+        is_done = [self._is_done(row) for row in rows]
+        self.searched = len(rows[0])
         return torch.tensor(is_done, device=input_ids.device)
+
+    def _is_done(self, answer_ids: list[int]) -> bool:
+        """Search the end of an answer, to which drafts may have added several tokens at once."""
+        known = min(self.searched, len(answer_ids))
+        start = known
+        while start and len(self.tokenizer.decode(answer_ids[start:known]).strip()) < self.overlap:
+            start = max(0, start - self.overlap)
+        # A text that begins in the middle may look otherwise there than in the whole answer.
+        return self._has_stop(answer_ids[start:]) and self._has_stop(answer_ids)
+
+    def _has_stop(self, answer_ids: list[int]) -> bool:
+        """Say whether what no later token changes holds one of the strings."""
+        return has_settled_stop(self.tokenizer.decode(answer_ids), self.stops)
+
+
+class Reading(NamedTuple):
+    """What the model is given of a conversation."""
+
+    query: str
+    rounds: History
+    left_out: int = 0
+    summary: str = ""
 
 
 class ChatCall(NamedTuple):
@@ -99,8 +158,8 @@ class ChatMixin:
             raise ValueError(f"The query must be a non-empty text, got {query!r}.")
         if not rounds:
             return query
-        past = [f"[Round {i}]\n问：{q}\n答：{a}\n" for i, (q, a) in enumerate(rounds)]
-        return "".join(past) + f"[Round {len(rounds)}]\n问：{query}\n答："
+        past = [ROUND_HEAD.format(i) + ROUND.format(q, a) for i, (q, a) in enumerate(rounds)]
+        return "\n".join([*past, ROUND_HEAD.format(len(rounds)) + ROUND.format(query, "")])
 
     @staticmethod
     def process_response(response: str) -> str:
@@ -111,6 +170,7 @@ class ChatMixin:
             response = re.sub(f"{re.escape(narrow)}({HANZI})", rf"{wide}\g<1>", response)
         return response
 
+    @acts_with_adapters
     @torch.no_grad()
     def chat(
         self,
@@ -124,6 +184,7 @@ class ChatMixin:
         temperature: float = 0.95,
         logits_processor: LogitsProcessorList | None = None,
         stop: str | Sequence[str] | None = None,
+        overflow: str = "error",
         **kwargs: Any,
     ) -> tuple[str, History]:
         """Answer a question.
@@ -135,23 +196,37 @@ class ChatMixin:
             max_length: most tokens of prompt and answer together; `max_new_tokens`, if given,
                 counts the answer alone and takes its place.
             stop: one or several texts that end the answer and are cut off (also `stop_strings`).
-            kwargs: anything `generate` takes.
+            overflow: what becomes of a conversation that leaves no room for an answer: "error", or
+                "rounds": the model reads the newest whole rounds that leave `max_new_tokens`, or
+                a quarter of the window, and a `ChatOverflowWarning` says how many were left out; or
+                "summarize": the model first condenses what does not fit, round by round or a long
+                question piece by piece, and reads that as the first round. It reads each text
+                once more for it, and writes an eighth of the window for each window of text.
+            do_sample, top_p, temperature: a temperature or a `top_p` of 0 means no sampling.
+            kwargs: anything `generate` takes that leaves an answer a text. What a
+                `generation_config` says holds where an argument has its default. None is the
+                default everywhere.
 
         Returns:
-            The answer, and the history with this round appended.
+            The answer, and the history with this round appended: all of it, also what the model
+            was not given. With "summarize" the summary takes the place of what it condenses.
 
         Raises:
             ValueError: for an empty query, a malformed history, a tokenizer of another
-                generation, or a prompt that leaves no room for an answer.
+                generation, options out of their range or that ask for more than one answer's text,
+                or a prompt that leaves no room for an answer.
         """
         sampling = {"do_sample": do_sample, "top_p": top_p, "temperature": temperature}
         kwargs |= sampling | {"max_length": max_length, "logits_processor": logits_processor}
-        call = self._prepare_chat(tokenizer, query, history, stop, kwargs)
-        outputs = self.generate(num_beams=num_beams, **call.options)
+        kwargs["num_beams"] = num_beams
+        call = self._prepare_chat(tokenizer, query, history, stop, overflow, kwargs)
+        outputs = self.generate(**call.options)
         self._warn_of_broken_scores(call)
-        response = self._read_answer(tokenizer, outputs[0], call)
+        decoded = tokenizer.decode(outputs[0][call.prompt_length :].tolist())
+        response = finish_answer(decoded, call.stops)
         return response, [*call.rounds, (query, response)]
 
+    @acts_with_adapters
     @torch.no_grad()
     def stream_chat(
         self,
@@ -164,38 +239,81 @@ class ChatMixin:
         temperature: float = 0.95,
         logits_processor: LogitsProcessorList | None = None,
         stop: str | Sequence[str] | None = None,
+        overflow: str = "error",
+        deltas: bool = False,
         **kwargs: Any,
     ) -> Iterator[tuple[str, History]]:
         """Answer a question bit by bit: yield the answer so far and the history with it.
 
-        Half a character is held back until it is whole. Closing the iterator ends the
-        generation. Arguments and errors: see `chat`.
+        What was yielded is never withdrawn: each answer begins with the one before it, and the last
+        one is that of `chat`. What later tokens may still change is held back until it is settled:
+        half a character, the start of a stop text, punctuation whose width the next character
+        decides, white space at the end. Closing the iterator ends the generation.
+
+        Args:
+            deltas: yield only what is new, in place of the answer so far; together the parts are
+                the answer. The history is the same.
+
+        The other arguments, and the errors, which come at the call: see `chat`.
         """
         sampling = {"do_sample": do_sample, "top_p": top_p, "temperature": temperature}
         kwargs |= sampling | {"max_length": max_length, "logits_processor": logits_processor}
-        call = self._prepare_chat(tokenizer, query, history, stop, kwargs)
+        if kwargs.get("streamer") is not None:
+            raise ValueError("stream_chat is a stream itself, got a streamer: give it to chat().")
+        call = self._prepare_chat(tokenizer, query, history, stop, overflow, kwargs)
+        num_beams = call.options.get("num_beams", 1)
+        if num_beams > 1:
+            raise ValueError(
+                f"stream_chat needs num_beams=1, got {num_beams}: which beam wins is known at the "
+                "end only. Use chat()."
+            )
+        return self._stream_answer(tokenizer, query, call, deltas)
+
+    @acts_with_adapters
+    @torch.no_grad()
+    def _stream_answer(
+        self, tokenizer: Any, query: str, call: ChatCall, deltas: bool
+    ) -> Iterator[tuple[str, History]]:
+        """Yield what is settled after every token, and the whole answer at the end."""
+        decoded, shown, num_yields = "", "", 0
         try:
             for outputs in self.stream_generate(**call.options):
-                response = self._read_answer(tokenizer, outputs[0], call)
-                yield response, [*call.rounds, (query, response)]
+                decoded = tokenizer.decode(outputs[0][call.prompt_length :].tolist())
+                settled = settle_answer(decoded, call.stops)
+                if settled != shown or not deltas:
+                    yield settled[len(shown) if deltas else 0 :], [*call.rounds, (query, settled)]
+                    shown, num_yields = settled, num_yields + 1
+            response = finish_answer(decoded, call.stops)
+            if response != shown or not num_yields:
+                yield response[len(shown) if deltas else 0 :], [*call.rounds, (query, response)]
         finally:  # also of an answer that its reader breaks off
             self._warn_of_broken_scores(call)
 
+    @acts_with_adapters
     def _prepare_chat(
         self,
         tokenizer: Any,
         query: str,
         history: Sequence[Sequence[str]] | None,
         stop: str | Sequence[str] | None,
+        overflow: str,
         options: dict[str, Any],
     ) -> ChatCall:
         """Check and encode a conversation, and complete the options of `generate`."""
         rounds = check_history(history)
         self._check_tokenizer(tokenizer)
-        prompt = self.build_prompt(query, rounds)
+        self.build_prompt(query)
+        options = check_options(options, getattr(self, "generation_config", None))
+        limit = self._find_limit(options, overflow)
+        room = options.get("max_new_tokens") or int(limit * ANSWER_SHARE)
+        reading = Reading(query, rounds)
+        if overflow != "error":
+            reading = fit_conversation(self, tokenizer, reading, limit, room, overflow)
+            _warn_of_overflow(reading, Reading(query, rounds), limit, room)
+        prompt = self.build_prompt(reading.query, reading.rounds)
         inputs = tokenizer([prompt], return_tensors="pt", split_special_tokens=True)
         prompt_length = inputs["input_ids"].shape[1]
-        self._check_room(prompt_length, options)
+        _check_room(prompt_length, limit, len(reading.rounds))
         stops = _pop_stop_texts(stop, options)
         score_guard = self._complete_options(tokenizer, options)
         if stops:
@@ -203,26 +321,19 @@ class ChatMixin:
             added = StopOnText(tokenizer, stops, prompt_length)
             options["stopping_criteria"] = StoppingCriteriaList([*own, added])
         for name in ("input_ids", "attention_mask"):
-            options[name] = inputs[name].to(self.device)
+            options[name] = inputs[name].to(find_input_device(self))
+        rounds = reading.rounds if reading.summary else rounds
         return ChatCall(options, rounds, stops, prompt_length, score_guard)
 
-    def _read_answer(self, tokenizer: Any, output_ids: Tensor, call: ChatCall) -> str:
-        """Return the tidied text of an answer that may still be growing."""
-        answer = tokenizer.decode(output_ids[call.prompt_length :].tolist())
-        # Half a character at the end may become a whole one; at the very end it is no text.
-        answer = cut_at_stops(answer.rstrip(BROKEN_CHARACTER), call.stops)
-        return self.process_response(answer)
-
-    def _check_room(self, prompt_length: int, options: dict[str, Any]) -> None:
-        """Refuse a prompt that fills the window."""
-        has_own_limit = options.get("max_new_tokens") is not None
-        limit = self.config.max_sequence_length if has_own_limit else options["max_length"]
-        if prompt_length >= limit:
-            raise ValueError(
-                f"The prompt has {prompt_length} tokens and leaves no room for an answer in the "
-                f"limit of {limit}: shorten the query, drop old rounds of the history, or raise "
-                "max_length."
-            )
+    def _find_limit(self, options: dict[str, Any], overflow: str) -> int:
+        """Return how many tokens prompt and answer may have together."""
+        if overflow not in OVERFLOW:
+            raise ValueError(f"overflow must be one of {', '.join(OVERFLOW)}, got {overflow!r}.")
+        window = self.config.max_sequence_length
+        if overflow != "error":
+            return min(options["max_length"], window)
+        # Beyond the window the original goes on.
+        return window if options.get("max_new_tokens") is not None else options["max_length"]
 
     def _complete_options(
         self, tokenizer: Any, options: dict[str, Any]
@@ -232,7 +343,9 @@ class ChatMixin:
         Returns the processor that will know whether the scores were finite.
         """
         score_guard = InvalidScoreLogitsProcessor(tokenizer.convert_tokens_to_ids(WORD_START))
-        processors = [*(options["logits_processor"] or []), score_guard]
+        given = options["logits_processor"] or []
+        given = [given] if isinstance(given, LogitsProcessor) else given
+        processors = [*given, score_guard]
         options["logits_processor"] = LogitsProcessorList(processors)
         if not options["do_sample"]:
             # Settings of sampling would only be warned about.
@@ -254,6 +367,11 @@ class ChatMixin:
 
     def _check_tokenizer(self, tokenizer: Any) -> None:
         """Refuse a tokenizer whose special tokens are not the model's."""
+        if not hasattr(tokenizer, "convert_tokens_to_ids"):
+            raise ValueError(
+                f"The first argument is the model's tokenizer, got {type(tokenizer).__name__}: "
+                "load it with AutoTokenizer from the model's folder."
+            )
         wanted = {"[gMASK]": self.config.gmask_token_id, "<sop>": self.config.bos_token_id}
         for token, token_id in wanted.items():
             found = tokenizer.convert_tokens_to_ids(token)
@@ -290,14 +408,229 @@ def cut_at_stops(text: str, stops: Sequence[str]) -> str:
     return text[: min((end for end in ends if end >= 0), default=len(text))]
 
 
+def finish_answer(decoded: str, stops: Sequence[str]) -> str:
+    """Return what is shown of a whole answer: tidied, and cut at the first stop text.
+
+    A stop text counts as it is shown ("\uff0c") and as the model wrote it (","); if both are there,
+    the earlier one.
+
+    Args:
+        decoded: the tokenizer's text of the answer.
+        stops: texts that end it.
+    """
+    decoded = decoded.rstrip(BROKEN_CHARACTER)  # Half a character at the very end is no text.
+    shown = ChatMixin.process_response(decoded)
+    cuts = []
+    if _has_any(shown, stops):
+        cuts.append(cut_at_stops(shown, stops).strip())
+    if _has_any(decoded, stops):
+        cuts.append(ChatMixin.process_response(cut_at_stops(decoded, stops)))
+    return min(cuts, key=len, default=shown)
+
+
+def settle_answer(decoded: str, stops: Sequence[str]) -> str:
+    """Return the part of an unfinished answer that is shown and that no later token changes.
+
+    Args:
+        decoded: the tokenizer's text of the answer so far.
+        stops: texts that will end it.
+    """
+    if has_settled_stop(decoded, stops):
+        return finish_answer(decoded, stops)
+    shown = _settle_tidying(_drop_beginning(_settle_decoding(decoded), stops))
+    return _drop_beginning(shown, stops).rstrip()
+
+
+def has_settled_stop(decoded: str, stops: Sequence[str]) -> bool:
+    """Say whether an unfinished answer holds a stop text that no later token takes away."""
+    settled = _settle_decoding(decoded)
+    return _has_any(settled, stops) or _has_any(_settle_tidying(settled), stops)
+
+
+def _settle_decoding(decoded: str) -> str:
+    """Hold back half a character, and white space that decoding may drop."""
+    return UNSETTLED_SPACING.sub("", decoded.rstrip(BROKEN_CHARACTER))
+
+
+def _settle_tidying(decoded: str) -> str:
+    """Tidy a settled text; hold back half a mark, and punctuation whose width is still open."""
+    shown = ChatMixin.process_response(decoded)
+    shown = shown[:-1] if shown.endswith(tuple(FULL_WIDTH)) else shown
+    return _drop_beginning(shown, [TRAINING_TIME_MARK])
+
+
+def _drop_beginning(text: str, wholes: Sequence[str]) -> str:
+    """Drop from the end of a text what may become one of `wholes`."""
+    longest = max(map(len, wholes), default=0)
+    for start in range(max(0, len(text) - longest + 1), len(text)):
+        if any(whole.startswith(text[start:]) for whole in wholes):
+            return text[:start]
+    return text
+
+
+def _has_any(text: str, stops: Sequence[str]) -> bool:
+    """Say whether a text holds one of the stop texts."""
+    return any(stop in text for stop in stops)
+
+
 def _pop_stop_texts(stop: str | Sequence[str] | None, options: dict[str, Any]) -> list[str]:
     """Collect `stop` and transformers' `stop_strings`, which leaves the options."""
     texts = []
     for given in (stop, options.pop("stop_strings", None)):
-        texts += [given] if isinstance(given, str) else list(given or [])
+        is_one = isinstance(given, (str, numbers.Number))
+        texts += [given] if is_one else list(given or [])
     if not all(isinstance(text, str) and text for text in texts):
         raise ValueError(f"Stop texts must be non-empty texts, got {texts!r}.")
     return texts
 
 
-__all__ = ["ChatMixin", "StopOnText", "check_history", "cut_at_stops"]
+def count_prompt_tokens(tokenizer: Any, text: str) -> int:
+    """Return how many tokens the model reads for a prompt."""
+    return len(tokenizer(text, split_special_tokens=True)["input_ids"])
+
+
+def keep_newest_rounds(tokenizer: Any, query: str, rounds: History, room: int) -> History:
+    """Return the newest whole rounds that fit a prompt of at most `room` tokens.
+
+    Every round is tokenized once, from the newest to the first that does not fit. Line breaks are
+    tokens of their own, so that the parts of a prompt have as many tokens as the whole.
+    """
+    line_break = count_prompt_tokens(tokenizer, "\n")
+
+    def count_inside(text: str) -> int:  # where no text begins, which takes a token, or ends
+        return count_prompt_tokens(tokenizer, "\n" + text) - line_break
+
+    length = count_prompt_tokens(tokenizer, ROUND_HEAD.format(0))
+    length += count_inside(ROUND.format(query, ""))
+    for i, (question, answer) in enumerate(reversed(rounds)):
+        length += count_inside(ROUND.format(question, answer) + "\n")
+        length += count_inside(ROUND_HEAD.format(i + 1))
+        if length > room:
+            return rounds[len(rounds) - i :]
+    return rounds
+
+
+def fit_conversation(
+    model: Any, tokenizer: Any, whole: Reading, limit: int, room: int, overflow: str
+) -> Reading:
+    """Return what the model is to be given of a conversation.
+
+    Args:
+        limit, room: tokens of prompt and answer together, and those of the answer.
+        overflow: "rounds" or "summarize".
+    """
+    query, rounds, *_ = whole
+    kept = keep_newest_rounds(tokenizer, query, rounds, limit - room)
+    is_whole = len(kept) == len(rounds) and count_prompt_tokens(tokenizer, query) < limit
+    if overflow == "summarize" and not is_whole:
+        return condense_conversation(model, tokenizer, whole, limit, room)
+    return Reading(query, kept, len(rounds) - len(kept))
+
+
+def condense_conversation(
+    model: Any, tokenizer: Any, whole: Reading, limit: int, room: int
+) -> Reading:
+    """Make a conversation fit by a summary of its older part, which stands as the first round.
+
+    The newest rounds that fill half of the prompt stay, so that the next summary is some rounds
+    away. Of a question that does not fit itself the end stays.
+
+    Args:
+        limit, room: tokens of prompt and answer together, and those of the answer.
+
+    Raises:
+        ValueError: for a limit in which no text could be condensed.
+    """
+    if limit < LEAST_SUMMARY_WINDOW:
+        raise ValueError(
+            f"overflow='summarize' needs a limit of at least {LEAST_SUMMARY_WINDOW} tokens, got "
+            f"{limit}: raise max_length, or leave rounds out with overflow='rounds'."
+        )
+    query, rounds, *_ = whole
+    frame = ROUND_HEAD.format(0) + ROUND.format(SUMMARY_REQUESTS["en"][1], "")
+    carried = 2 * count_prompt_tokens(tokenizer, frame) + int(limit * SUMMARY_SHARE)
+    part = limit - min(room, int(limit * ANSWER_SHARE)) - carried
+    start = _find_end_that_fits(query, lambda text: count_prompt_tokens(tokenizer, text) <= part)
+    kept = keep_newest_rounds(tokenizer, query, rounds, (limit - room) // 2)
+    kept = kept or keep_newest_rounds(tokenizer, query, rounds, part)[-1:]
+    left_out = len(rounds) - len(kept)
+    text = "\n".join([*(ROUND.format(*pair) for pair in rounds[:left_out]), query[:start]]).strip()
+    summary = condense(model, tokenizer, text, limit)
+    first = [(SUMMARY_REQUESTS[_find_language(text)][1], summary)] if summary else []
+    return Reading(query[start:], [*first, *kept], left_out, summary)
+
+
+def condense(model: Any, tokenizer: Any, text: str, limit: int) -> str:
+    """Return a summary of a text of any length, read piece by piece, in the text's language.
+
+    Args:
+        limit: most tokens of a request and its summary, of which an eighth is the summary's.
+    """
+    request = SUMMARY_REQUESTS[_find_language(text)][0]
+    num_new = int(limit * SUMMARY_SHARE)
+    summary, begun = "", ""
+
+    def fits_request(piece: str) -> bool:
+        return count_prompt_tokens(tokenizer, request.format(begun + piece)) <= limit - num_new
+
+    while text:
+        end = _find_beginning_that_fits(text[: 8 * limit], fits_request)
+        asked = request.format(begun + text[:end])
+        summary = model.chat(tokenizer, asked, do_sample=False, max_new_tokens=num_new)[0]
+        begun, text = summary + "\n" * bool(summary), text[end:]
+    end = _find_beginning_that_fits(summary, lambda s: count_prompt_tokens(tokenizer, s) <= num_new)
+    return summary[:end]
+
+
+def _find_beginning_that_fits(text: str, fits: Callable[[str], bool]) -> int:
+    """Return where the part of a text that fits ends: behind a sentence if half of it is there."""
+    if fits(text):
+        return len(text)
+    end = max(1, bisect.bisect(range(1, len(text)), False, key=lambda n: not fits(text[:n])))
+    ends = [match.end() for match in SENTENCE_END.finditer(text, end // 2, end)]
+    return ends[-1] if ends else end
+
+
+def _find_end_that_fits(text: str, fits: Callable[[str], bool]) -> int:
+    """Return where the last part of a text that fits begins: a sentence if half of it is left."""
+    if fits(text):
+        return 0
+    size = max(1, bisect.bisect(range(1, len(text)), False, key=lambda n: not fits(text[-n:])))
+    start = len(text) - size
+    end = SENTENCE_END.search(text, start, start + size // 2)
+    return start if end is None or not text[end.end() :].strip() else end.end()
+
+
+def _find_language(text: str) -> str:
+    """Return the language to sum a text up in: Chinese if it has more hanzi than Latin words."""
+    return "zh" if len(re.findall(HANZI, text)) > len(re.findall("[A-Za-z]+", text)) else "en"
+
+
+def _check_room(prompt_length: int, limit: int, num_rounds: int) -> None:
+    """Refuse a prompt that fills the window."""
+    if prompt_length < limit:
+        return
+    remedy = "drop old rounds of the history (overflow='rounds')" if num_rounds else "ask for less"
+    raise ValueError(
+        f"The prompt has {prompt_length} tokens and leaves no room for an answer in the limit of "
+        f"{limit}: shorten the query by {prompt_length - limit + 1} or more, {remedy}, or raise "
+        "max_length."
+    )
+
+
+def _warn_of_overflow(reading: Reading, whole: Reading, limit: int, room: int) -> None:
+    """Tell the caller what the model will not know of, or only in short."""
+    parts = [f"oldest {reading.left_out} of {len(whole.rounds)} rounds"] * bool(reading.left_out)
+    parts += ["beginning of the question"] * (reading.query != whole.query)
+    if parts:
+        fate = f", condensed to {reading.summary!r}" if reading.summary else ""
+        message = (
+            f"Left out: the {' and the '.join(parts)}{fate}. The window has {limit} tokens, {room} "
+            "of them for the answer."
+        )
+        warning = ChatOverflowWarning(message, reading.left_out, reading.summary)
+        # The frames between are those of `_prepare_chat`, `chat` and torch.no_grad.
+        warnings.warn(warning, stacklevel=5)
+
+
+__all__ = ["ChatMixin", "ChatOverflowWarning", "StopOnText", "check_history", "cut_at_stops"]

@@ -1,12 +1,15 @@
 """Token by token: what transformers' `generate` must know of GLM, what may be drawn, and streaming.
 
 Owns the inputs of every decoding step, the processors that stand between the scores of a step and
-the draw, and the stream of ids. Knows nothing of text, prompts or layers.
+the draw, the stream of ids, and which options leave a single answer. Knows nothing of text, prompts
+or layers.
 
 Shapes: `B` rows (prompts times beams), `S` new tokens, `T` all tokens so far, `V` vocabulary.
 """
 
 import contextvars
+import math
+import numbers
 import queue
 import threading
 import warnings
@@ -18,6 +21,7 @@ import transformers
 from torch import LongTensor, Tensor
 from transformers import (
     DynamicCache,
+    GenerationConfig,
     GenerationMixin,
     LogitsProcessor,
     LogitsProcessorList,
@@ -28,7 +32,14 @@ from transformers import (
 from transformers.generation.streamers import BaseStreamer
 
 from .cache_chatglm import ChatGLMCache
-from .environment_chatglm import CACHE_NAME, TESTED_TRANSFORMERS, choose_cache, rename_cache
+from .checkpoint_chatglm import check_token_ids
+from .environment_chatglm import (
+    CACHE_NAME,
+    TESTED_TRANSFORMERS,
+    acts_with_adapters,
+    choose_cache,
+    rename_cache,
+)
 from .masking_chatglm import (
     accept_hidden_mask,
     align_token_columns,
@@ -54,6 +65,25 @@ PASSED_ON = (
     "output_hidden_states",
     "cache_position",
 )
+
+# What `chat` and `stream_chat` do where nothing else is said.
+DEFAULTS = {
+    "max_length": 2048,
+    "num_beams": 1,
+    "do_sample": True,
+    "top_p": 0.7,
+    "temperature": 0.95,
+}
+OWN_INPUTS = ("inputs", "input_ids", "inputs_embeds", "attention_mask", "position_ids")
+# Asked for beside an answer's text, or in place of it.
+OTHER_OUTPUTS = (
+    "return_dict_in_generate",
+    "output_scores",
+    "output_logits",
+    "output_attentions",
+    "output_hidden_states",
+)
+USE_GENERATE = "build the inputs with the tokenizer and call generate()"
 
 
 FALLBACK_SCORE = 5e4
@@ -202,6 +232,7 @@ class GLMGenerationMixin(GenerationMixin):
     config: Any
     transformer: Any
 
+    @acts_with_adapters
     @torch.no_grad()
     def stream_generate(
         self,
@@ -216,7 +247,11 @@ class GLMGenerationMixin(GenerationMixin):
 
         An end token that finishes the last row is not yielded. `generate` runs in a thread of its
         own; closing the iterator stops it after the token it is at and waits for it.
+
+        Raises:
+            ValueError: for several beams or sequences a row, and for a streamer beside this one.
         """
+        _check_stream(generation_config, self.generation_config, kwargs)
         cancelled = threading.Event()
         streamer = QueueStreamer()
         criteria = StoppingCriteriaList([*(stopping_criteria or []), StopOnCancel(cancelled)])
@@ -238,6 +273,7 @@ class GLMGenerationMixin(GenerationMixin):
             cancelled.set()
             worker.join()
 
+    @acts_with_adapters
     def _generate_into(
         self, streamer: QueueStreamer, input_ids: Tensor, kwargs: dict[str, Any]
     ) -> None:
@@ -380,6 +416,7 @@ class GLMGenerationMixin(GenerationMixin):
         if past_key_values is not None:
             # Beam search reorders a cache, and drafts crop it: only these are the tokens it holds.
             past_key_values.noted_tokens = input_ids
+            past_key_values.is_noted_ahead = True
         if reserved_length(past_key_values) is not None:
             inputs |= self._locate_for_compiling(input_ids, attention_mask, past_key_values)
         if prompt_position_ids is not None:
@@ -436,12 +473,31 @@ def _check_options(generation_config: Any, kwargs: dict[str, Any]) -> None:
     def is_set(name: str, value: Any) -> bool:
         return kwargs.get(name, getattr(generation_config, name, None)) == value
 
+    check_token_ids(kwargs, "generate()")
+    for name in ("num_beams", "num_return_sequences"):
+        count = kwargs.get(name, getattr(generation_config, name, None))
+        if isinstance(count, int) and count < 1:
+            raise ValueError(f"{name} must be at least 1, got {count!r}: leave it out for 1.")
     if not is_set("prefill_chunk_size", None):
         raise ValueError(CAUSAL_ONLY.format("Chunked prefill (prefill_chunk_size)"))
     if is_set("cache_implementation", "paged"):
         raise ValueError(CAUSAL_ONLY.format('cache_implementation="paged"'))
     if kwargs.get("inputs_embeds") is not None and is_set("use_cache", False):
         raise ValueError("Prompts given as inputs_embeds need use_cache=True, got False.")
+
+
+def _check_stream(generation_config: Any, model_defaults: Any, kwargs: dict[str, Any]) -> None:
+    """Raise for what a stream of one growing answer a row cannot be."""
+    if kwargs.get("streamer") is not None:
+        raise ValueError(
+            "stream_generate is a stream itself, got a streamer: give it to generate()."
+        )
+    for name in ("num_beams", "num_return_sequences"):
+        configs = (generation_config, model_defaults)
+        given = (kwargs.get(name), *(getattr(config, name, None) for config in configs))
+        value = next((value for value in given if value is not None), 1)
+        if value != 1:
+            raise ValueError(f"stream_generate needs {name}=1, got {value}: use generate().")
 
 
 def _accumulate(streamer: QueueStreamer, eos_ids: Tensor) -> Iterator[Tensor]:
@@ -458,9 +514,98 @@ def _accumulate(streamer: QueueStreamer, eos_ids: Tensor) -> Iterator[Tensor]:
             yield input_ids
 
 
+def check_options(options: dict[str, Any], model_defaults: Any = None) -> dict[str, Any]:
+    """Settle the options of `generate` for one answer of text; the given ones stay as they are.
+
+    Args:
+        options: as `chat` or `stream_chat` was given them; those of `DEFAULTS` that are missing
+            are not added.
+        model_defaults: the model's own `generation_config`, or None.
+
+    Raises:
+        ValueError: for values out of their range, and for what is not the text of one answer.
+    """
+    options = _read_generation_config(options)
+    for name, default in DEFAULTS.items():
+        if name in options and options[name] is None:
+            options[name] = default
+    check_token_ids(options, "the call")
+    _refuse_other_outputs(options)
+    _check_ranges(options)
+    if options["temperature"] == 0 or options["top_p"] == 0:
+        options["do_sample"] = False
+    # What the model's folder says of plain `generate`, and what is one text here nevertheless.
+    single = {"num_return_sequences": 1, "return_dict_in_generate": False, "num_beams": 1}
+    for name, value in single.items():
+        if name not in options and getattr(model_defaults, name, None) not in (None, value):
+            options[name] = value
+    return options
+
+
+def _read_generation_config(options: dict[str, Any]) -> dict[str, Any]:
+    """Return a copy of the options in which those of a `generation_config` stand by themselves."""
+    options = dict(options)
+    config = options.pop("generation_config", None)
+    if config is None:
+        return options
+    if not isinstance(config, GenerationConfig):
+        raise ValueError(
+            f"generation_config must be a GenerationConfig of transformers, got {config!r}: pass "
+            "the options of a dictionary by name."
+        )
+    for name, default in vars(GenerationConfig()).items():
+        value = getattr(config, name)
+        # Releases before 5 have a default where nothing was said. Of the settings of sampling it
+        # is taken at its word, but no answer is meant to have the 20 tokens of the length.
+        unsaid = None if name in DEFAULTS and name != "max_length" else default
+        is_open = options.get(name) in (None, DEFAULTS.get(name))
+        if is_open and value != unsaid and not name.startswith(("_", "transformers")):
+            options[name] = value
+    return options
+
+
+def _refuse_other_outputs(options: dict[str, Any]) -> None:
+    """Raise for options that ask for something else than one text, or replace the prompt."""
+    for name in OWN_INPUTS:
+        if options.get(name) is not None:
+            raise ValueError(
+                f"{name} is made of the query and the history here: leave it out, or "
+                f"{USE_GENERATE}."
+            )
+    for name in OTHER_OUTPUTS:
+        if options.get(name):
+            raise ValueError(
+                f"{name} must be False, got {options[name]!r}: the answer here is a text. For more "
+                f"{USE_GENERATE}."
+            )
+    if options.get("num_return_sequences") not in (None, 1):
+        raise ValueError(
+            f"num_return_sequences must be 1, got {options['num_return_sequences']!r}: the answer "
+            f"here is one text. Ask several times, or {USE_GENERATE}."
+        )
+
+
+def _check_ranges(options: dict[str, Any]) -> None:
+    """Raise for a length, a number of beams or a setting of sampling that means nothing."""
+    for name, least in {"max_length": 1, "max_new_tokens": 1, "num_beams": 1, "top_k": 0}.items():
+        value: Any = options.get(name)
+        is_count = isinstance(value, numbers.Integral) and not isinstance(value, bool)
+        if value is not None and not (is_count and int(value) >= least):
+            raise ValueError(f"{name} must be a whole number of at least {least}, got {value!r}.")
+    for name, most in {"temperature": math.inf, "top_p": 1}.items():
+        value: Any = options.get(name)
+        is_number = isinstance(value, numbers.Real) and not isinstance(value, bool)
+        if not (is_number and 0 <= float(value) <= most and value != math.inf):
+            limit = "at least 0 (0: no sampling)" if most == math.inf else "from 0 to 1"
+            raise ValueError(f"{name} must be a number of {limit}, got {value!r}.")
+    if not isinstance(options["do_sample"], (bool, int)) or options["do_sample"] not in (0, 1):
+        raise ValueError(f"do_sample must be True or False, got {options['do_sample']!r}.")
+
+
 __all__ = [
     "GLMGenerationMixin",
     "InvalidScoreLogitsProcessor",
     "NucleusLogitsWarper",
+    "check_options",
     "replace_top_p",
 ]

@@ -259,6 +259,60 @@ def build_document_geometry(
     return Geometry(position_ids, hidden_mask)
 
 
+def measure_lengths(position_ids: Tensor, past_key_values: Any) -> Tensor:
+    """Return how many positions of each axis every row has come to, `(B, P)`.
+
+    The first axis goes back to the blank behind a prompt, whose keys were turned for all of it: a
+    cache is told how far that was. (The block position only grows.)
+
+    Args:
+        position_ids: `(B, P, S)`, of the new tokens.
+        past_key_values: a cache, or None.
+    """
+    lengths = position_ids.amax(dim=-1) + 1
+    if past_key_values is None:
+        return lengths
+    noted: Any = getattr(past_key_values, "noted_length", None)  # (B,)
+    # A compiled step cannot ask, and follows a prompt that was not compiled.
+    has_past = torch.compiler.is_compiling() or count_cached_columns(past_key_values) > 0
+    if has_past and noted is not None and noted.shape == lengths.shape[:1]:
+        lengths[:, 0] = lengths[:, 0].maximum(noted.to(lengths))
+    past_key_values.noted_length = lengths[:, 0]
+    return lengths
+
+
+def slow_rotation(
+    frequencies: Tensor, position_ids: Tensor, scaling: Any, past_key_values: Any
+) -> Tensor:
+    """Slow rotary frequencies down so that a row's positions stay in what was trained.
+
+    "linear" divides those of the first axis by the factor, whatever the length: prompts are what
+    grows. "dynamic" leaves them as they are up to the trained length, and slows an axis that is
+    longer, the less the faster a frequency is (NTK); so does "linear" with the block position,
+    which is short in nearly all answers. A row's company in the batch does not matter. Keys in a
+    cache stay as they were turned: a prompt's are all turned alike, and only an answer that grows
+    beyond the trained length has older ones.
+
+    Args:
+        frequencies: `(F,)`, radians a position, the fastest first.
+        position_ids: `(B, P, S)`, of the new tokens.
+        scaling: a `RopeScaling`, or None to change nothing.
+        past_key_values: as for `measure_lengths`.
+
+    Returns:
+        `(B, P, 1, F)`, or the frequencies as they are.
+    """
+    if scaling is None:
+        return frequencies
+    lengths = measure_lengths(position_ids, past_key_values)
+    stretch = scaling.factor * lengths / scaling.trained_length - (scaling.factor - 1)
+    shares = torch.linspace(0, 1, frequencies.numel(), device=frequencies.device)
+    slowed = frequencies / stretch.clamp(min=1)[..., None, None] ** shares  # (B, P, 1, F)
+    if scaling.rope_type == "linear":
+        slowed[:, 0] = frequencies / scaling.factor
+    return slowed
+
+
 def find_last_columns(attention_mask: Tensor | None, scores: Tensor) -> Tensor:
     """Return the column of each row's last real token, `(B,)`; the last column if all are pads.
 
@@ -312,7 +366,7 @@ def locate(
     hidden_mask = accept_hidden_mask(attention_mask)
     is_static = reserved_length(past_key_values) is not None
     if input_ids is None:
-        input_ids = _imagine_ids(inputs_embeds, position_ids, special_ids)
+        input_ids = _imagine_ids(inputs_embeds, position_ids, past_key_values, special_ids)
     if position_ids is not None and hidden_mask is not None:
         if not is_static:  # a compiled step may not touch what grows
             note_tokens(past_key_values, input_ids)
@@ -334,13 +388,25 @@ def _accept_position_ids(position_ids: Tensor | None, num_positions: int) -> Ten
 
 
 def _imagine_ids(
-    inputs_embeds: Tensor, position_ids: Tensor | None, special_ids: SpecialIds
+    inputs_embeds: Tensor,
+    position_ids: Tensor | None,
+    past_key_values: Any,
+    special_ids: SpecialIds,
 ) -> Tensor:
-    """Stand in for ids that are not known, `(B, S)`, with `<sop>` where the answer begins."""
-    unknown = inputs_embeds.new_full(inputs_embeds.shape[:2], UNKNOWN_TOKEN, dtype=torch.long)
-    if position_ids is None or position_ids.shape[1] == 1:
-        return unknown
-    return unknown.masked_fill(position_ids[:, 1] == 1, special_ids.bos)
+    """Stand in for ids that are not known, `(B, S)`, with `<sop>` where the answer begins.
+
+    Those at the end are known if `generate` has noted them ahead on a cache that is empty still:
+    then peft has put virtual tokens in front of their embeddings.
+    """
+    imagined = inputs_embeds.new_full(inputs_embeds.shape[:2], UNKNOWN_TOKEN, dtype=torch.long)
+    if position_ids is not None and position_ids.shape[1] == 2:
+        imagined = imagined.masked_fill(position_ids[:, 1] == 1, special_ids.bos)
+    is_noted = getattr(past_key_values, "is_noted_ahead", False)
+    if not is_noted or count_cached_columns(past_key_values):
+        return imagined
+    noted = past_key_values.noted_tokens
+    noted = align_token_columns(noted, imagined.shape[1])[:, -imagined.shape[1] :].to(imagined)
+    return torch.where(noted == UNKNOWN_TOKEN, imagined, noted)
 
 
 def locate_new_tokens(
@@ -394,9 +460,9 @@ def locate_new_tokens(
             num_positions=num_positions,
         )
     if geometry.attention_mask is None or not is_masked:
-        return geometry._replace(attention_mask=None)
+        return Geometry(geometry.position_ids, None)
     hidden_mask = torch.nn.functional.pad(geometry.attention_mask, (num_virtual, 0), value=False)
-    return geometry._replace(attention_mask=hidden_mask)
+    return Geometry(geometry.position_ids, hidden_mask)
 
 
 def _is_quick_step(new_ids: Tensor, all_ids: Tensor) -> bool:
@@ -461,6 +527,7 @@ def note_tokens(past_key_values: Any, input_ids: Tensor) -> tuple[Tensor, int]:
         past_key_values.noted_tokens = input_ids[:, :0]
         past_key_values.num_virtual_tokens = count_cached_columns(past_key_values)
         past_key_values.has_left_pads = False
+    past_key_values.is_noted_ahead = False
     if past_key_values.noted_tokens.shape[0] == input_ids.shape[0]:
         # A cropped cache holds fewer than were noted.
         noted = past_key_values.noted_tokens[:, : count_cached_tokens(past_key_values)]
@@ -486,10 +553,15 @@ def reserved_length(past_key_values: Any) -> int | None:
     return past_key_values.layers[0].max_cache_len
 
 
-def find_static_columns(past_key_values: Any, embeddings: Tensor) -> Tensor | None:
-    """Return the columns `(S,)` that `(B, S, H)` take in a static cache; None for other caches."""
-    if reserved_length(past_key_values) is None:
-        return None
+def find_static_columns(
+    past_key_values: Any, embeddings: Tensor, given: Tensor | None = None
+) -> Tensor | None:
+    """Return the columns `(S,)` that `(B, S, H)` take in a static cache; None for other caches.
+
+    Those that are given are believed.
+    """
+    if given is not None or reserved_length(past_key_values) is None:
+        return given
     columns = torch.arange(embeddings.shape[1], device=embeddings.device)
     # The length may be a tensor; as a number it would break a compiled step.
     return columns + past_key_values.get_seq_length()

@@ -2,9 +2,9 @@
 
 Owns the blocks, the rotation by positions, the P-Tuning v2 prefix, the heads and their losses.
 Knows nothing of text; where a token stands and what it sees comes from `masking_chatglm`, tokens
-from `generation_chatglm`, talk from `conversation_chatglm`, packed weights from `quantization` and
-`quantizer_chatglm`. What is decorated here has a faster twin on a CPU (`environment_chatglm`); the
-model is the code below.
+from `generation_chatglm`, talk and scores from `conversation_chatglm` and `scoring_chatglm`, packed
+weights from `quantization` and `quantizer_chatglm`. What is decorated here has a faster twin on a
+CPU (`environment_chatglm`); the model is the code below.
 
 Shapes: `B` batch, `S` new tokens, `K` keys (past, new and prefix), `N` heads, `D` head dim,
 `H` hidden, `P` position axes, `L` layers, `V` vocabulary.
@@ -28,7 +28,7 @@ from .cache_chatglm import ChatGLMCache, KeyValues, extend_cache
 
 # Not used here, as two more below: transformers copies the files that this one imports, not theirs.
 from .checkpoint_chatglm import StoredTensor  # noqa: F401
-from .configuration_chatglm import ChatGLMConfig, WeightFormat
+from .configuration_chatglm import ROTARY_BASE, ChatGLMConfig, RopeScaling, WeightFormat
 from .conversation_chatglm import ChatMixin
 from .environment_chatglm import (
     CACHE_NAME,
@@ -46,16 +46,16 @@ from .masking_chatglm import (
     find_static_columns,
     locate,
     select_positions,
+    slow_rotation,
 )
 from .quantization import is_packed
 from .quantization_cuda import find_kernels  # noqa: F401
 from .quantization_torch import find_int8_product  # noqa: F401
 from .quantizer_chatglm import QuantizationMixin, QuantizedLoadingMixin, note_ties, swap_layers
+from .scoring_chatglm import ScoringMixin, shift_labels, watch_labels
 
 # Of the released weights; the original code uses this number for a model of any depth.
 RESIDUAL_LAYERS = 28
-IGNORED_LABEL = -100  # no loss is wanted there; torch's number
-ROTARY_BASE = 10000.0
 PREFIX_DROPOUT = 0.1
 
 
@@ -65,14 +65,16 @@ class RotaryEmbedding(nn.Module):
     def __init__(self, config: ChatGLMConfig) -> None:
         super().__init__()
         self.rotary_dim = config.head_dim // config.num_positions
+        self.scaling = RopeScaling.of_config(config)
 
-    def forward(self, position_ids: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    def forward(
+        self, position_ids: Tensor, dtype: torch.dtype, past_key_values: Any = None
+    ) -> tuple[Tensor, Tensor]:
         """Return cosines and sines, each `(B, 1, P, S, D / P)`, for `position_ids` `(B, P, S)`."""
         exponents = torch.arange(0, self.rotary_dim, 2, device=position_ids.device).float()
-        frequencies = 1.0 / ROTARY_BASE ** (exponents / self.rotary_dim)
-        # The weights were trained with frequencies rounded to half; the angles stay in float32,
-        # since half angles are off by up to 0.5 rad at position 2047.
-        frequencies = frequencies.half().float()
+        # Frequencies were half in training; half angles would be off by 0.5 rad at position 2047.
+        frequencies = (1.0 / ROTARY_BASE ** (exponents / self.rotary_dim)).half().float()
+        frequencies = slow_rotation(frequencies, position_ids, self.scaling, past_key_values)
         angles = position_ids.unsqueeze(-1).float() * frequencies  # (B, P, S, D/2P)
         angles = torch.cat((angles, angles), dim=-1).unsqueeze(1)  # (B, 1, P, S, D/P)
         return angles.cos().to(dtype), angles.sin().to(dtype)
@@ -406,7 +408,7 @@ class ChatGLMModel(ChatGLMPreTrainedModel):
     mask does not fit them.
     """
 
-    def __init__(self, config: ChatGLMConfig) -> None:
+    def __init__(self, config: ChatGLMConfig, empty_init: bool = True) -> None:
         super().__init__(config)
         self.pre_seq_len = config.pre_seq_len
         self.special_ids = SpecialIds.of_config(config)
@@ -461,18 +463,17 @@ class ChatGLMModel(ChatGLMPreTrainedModel):
             self.special_ids,
             config.num_positions,
         )
-        cache_position = kwargs.get("cache_position")
-        if cache_position is None:
-            cache_position = find_static_columns(past_key_values, embeddings)
+        watch_labels(self, kwargs.get("labels"), hidden_mask)
+        columns = find_static_columns(past_key_values, embeddings, kwargs.get("cache_position"))
         hidden_states, all_hidden_states, all_attentions = self.layers(
             embeddings,
             build_attention_bias(hidden_mask, embeddings.dtype, self.pre_seq_len or 0),
-            self.rotary_emb(position_ids, embeddings.dtype),
+            self.rotary_emb(position_ids, embeddings.dtype, past_key_values),
             self._build_prefixes(embeddings),
             past_key_values,
             output_hidden_states,
             output_attentions=output_attentions,
-            cache_position=cache_position,
+            cache_position=columns,
         )
         hidden_states = self.final_layernorm(hidden_states)
         output = BaseModelOutputWithPast(
@@ -493,9 +494,8 @@ class ChatGLMModel(ChatGLMPreTrainedModel):
             return _default(use_cache, self.config.use_cache)
         if past_key_values is not None:
             raise ValueError(
-                f"A {type(past_key_values).__name__} was passed, but with gradient checkpointing "
-                "every block is run twice and would append to it twice: pass all tokens without a "
-                "cache, or call gradient_checkpointing_disable()."
+                f"A {type(past_key_values).__name__} was passed, and gradient checkpointing would "
+                "fill it twice: pass no cache, or call gradient_checkpointing_disable()."
             )
         return False
 
@@ -518,12 +518,14 @@ def _default(value: bool | None, default: Any) -> bool:
     return default if value is None else value
 
 
-class ChatGLMForConditionalGeneration(ChatGLMPreTrainedModel, ChatMixin, GLMGenerationMixin):
+class ChatGLMForConditionalGeneration(
+    ChatGLMPreTrainedModel, ChatMixin, ScoringMixin, GLMGenerationMixin
+):
     """ChatGLM with its language model head: the class that chats."""
 
     _tied_weights_keys = {"lm_head.weight": "transformer.word_embeddings.weight"}
 
-    def __init__(self, config: ChatGLMConfig) -> None:
+    def __init__(self, config: ChatGLMConfig, empty_init: bool = True) -> None:
         super().__init__(config)
         self.transformer = ChatGLMModel(config)
         self.lm_head: nn.Module = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
@@ -578,14 +580,13 @@ class ChatGLMForConditionalGeneration(ChatGLMPreTrainedModel, ChatMixin, GLMGene
             output_attentions=output_attentions,
             output_hidden_states=output_hidden_states,
             return_dict=True,
+            labels=labels,  # for a word on those that are seen
             cache_position=kwargs.pop("cache_position", None),
         )
         logits = self.lm_head(select_positions(outputs.last_hidden_state, logits_to_keep))
         loss = None
         if labels is not None:
-            shift_labels = nn.functional.pad(labels[:, 1:], (0, 1), value=IGNORED_LABEL)
-            shift_labels = select_positions(shift_labels, logits_to_keep).contiguous()
-            kwargs.setdefault("shift_labels", shift_labels)
+            kwargs.setdefault("shift_labels", shift_labels(labels, logits_to_keep))
             loss = self.loss_function(logits, labels, self.config.vocab_size, **kwargs)
         output = CausalLMOutputWithPast(loss=loss, logits=logits, **_states_of(outputs))
         return output if _default(return_dict, self.config.return_dict) else output.to_tuple()

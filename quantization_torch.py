@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from .checkpoint_chatglm import WEIGHTS_AT_ONCE, forget_pages, is_mapped
+from .environment_chatglm import GRAPHS_SEE_ATTRIBUTES
 
 # What torch's product with 8-bit integers reads at once, and where it may begin.
 VECTOR_LENGTH = 16
@@ -165,8 +166,10 @@ def find_int4_block_rows() -> int:
     """Return the rows of a block of torch's 4-bit product on this processor, or 0 without one.
 
     torch promises neither the product nor its order: a product of known integers has to be right.
+    Before `GRAPHS_SEE_ATTRIBUTES` there is none that graphs could use.
     """
-    if not hasattr(torch.ops.aten, "_weight_int4pack_mm_for_cpu"):
+    has_product = hasattr(torch.ops.aten, "_weight_int4pack_mm_for_cpu")
+    if not has_product or not GRAPHS_SEE_ATTRIBUTES:
         return 0
     rows, in_features = 2 * max(INT4_BLOCK_ROWS), INT4_GROUP_SIZES[-1]
     integers = torch.arange(rows * in_features).mul_(37).remainder_(251).remainder_(16).sub_(8)
@@ -229,6 +232,14 @@ class ReorderedWeight(nn.Module):
     whoever looks at the layer's parameters, by whatever way, has them moved back first.
     """
 
+    _parameters: Any
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        """Watch who looks; where nothing is moved, graphs would ask the property for itself."""
+        super().__init_subclass__(**kwargs)
+        if GRAPHS_SEE_ATTRIBUTES:
+            cls._parameters = property(cls._show_parameters, cls._set_parameters)
+
     def take_blocks(self) -> Int4Blocks | None:
         """Return the weight in torch's order, which it has from now on; None to leave it as it is.
 
@@ -263,8 +274,6 @@ class ReorderedWeight(nn.Module):
 
     def _set_parameters(self, parameters: dict[str, Any]) -> None:
         self.__dict__["_parameters"] = parameters
-
-    _parameters: Any = property(_show_parameters, _set_parameters)
 
     def __getattr__(self, name: str) -> Any:
         """Find a parameter, which `nn.Module` looks for without the property."""

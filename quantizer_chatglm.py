@@ -42,13 +42,17 @@ from .configuration_chatglm import (
     check_activations,
     check_bits,
     check_columns,
+    check_tensor_parallel,
 )
 from .environment_chatglm import (
     change_load_settings,
     keep_float_norms,
     loading_own_dtype,
     read_load_settings,
+    read_quantize_options,
     renew_ties,
+    returns_with_adapters,
+    translate_load_options,
 )
 from .quantization import (
     PackedMatrix,
@@ -93,6 +97,7 @@ class QuantizationMixin:
             if tensor.is_floating_point() and not re.search("weight_scale|layernorm", name)
         )
 
+    @returns_with_adapters
     def quantize(
         self,
         bits: int,
@@ -100,7 +105,7 @@ class QuantizationMixin:
         group_size: int | None = None,
         embeddings: bool = False,
         activations: str | None = None,
-        **ignored: Any,
+        **options: Any,
     ) -> Any:
         """Swap the model's large layers for packed ones, in place and one at a time.
 
@@ -116,23 +121,23 @@ class QuantizationMixin:
             activations: "int8" lets the kernels of a CPU round the input of every product to 8
                 bits, with a scale for every few columns (the default; not while training);
                 "exact" keeps it, at up to twice the time.
-            ignored: options of the original's own kernels.
+            options: `quantize_embeddings`, the original's name of `embeddings`, and options of
+                its own kernels, which are ignored.
 
         Returns:
             The model itself.
 
         Raises:
-            ValueError: for an unknown format, another one than before, or a layer that cannot be
-                packed. The model is as before then.
+            ValueError: for an unknown format or option, another format than before, or a layer
+                that cannot be packed. The model is as before then.
         """
+        embeddings = read_quantize_options(embeddings, options)
         if bits == 0:
             return self
         check_bits(bits)
         activations = check_activations(
             activations or cast(Any, self).config.quantization_activations
         )
-        if ignored:
-            logger.warning("quantize() ignores %s.", ", ".join(sorted(ignored)))
         weight_format = WeightFormat(bits, group_size, embeddings, activations)
         model = cast(PreTrainedModel, self)
         if not swap_layers(model, weight_format, empty_init):
@@ -141,6 +146,7 @@ class QuantizationMixin:
         note_format(model, weight_format._replace(embeddings=has_packed_embedding))
         return self
 
+    @returns_with_adapters
     def dequantize(self, dtype: torch.dtype | None = None) -> Any:
         """Swap packed layers for plain ones with the values that they compute with, in place.
 
@@ -262,9 +268,20 @@ def _check_same_format(layer: PackedMatrix, asked: WeightFormat) -> None:
 
 def _check_layer(name: str, module: Any, weight_format: WeightFormat, empty_init: bool) -> None:
     if type(module) not in (nn.Linear, nn.Embedding):  # other quantizers derive theirs from these
+        kind = type(module).__name__
+        if hasattr(module, "base_layer"):
+            raise ValueError(
+                f"{name} has an adapter around it ({type(module).__module__}.{kind}): quantize the "
+                "model before adding adapters, or merge them first, by merge_and_unload()."
+            )
         raise ValueError(
-            f"{name} is a {type(module).__name__}, and only torch's own layers can be quantized: "
-            "load unquantized weights, and quantize before adding adapters, or merge them first."
+            f"{name} is a {kind}, and only torch's own layers can be quantized: load unquantized "
+            "weights, and quantize those."
+        )
+    if hasattr(module.weight, "placements"):
+        raise ValueError(
+            f"{name} is shared out among processes (a DTensor): quantize in one process, and load "
+            "the quantized weights without tp_plan."
         )
     if module.weight.is_meta and not empty_init:
         raise ValueError(f"{name} has no values (meta device): load the weights first.")
@@ -361,9 +378,9 @@ class QuantizedLoadingMixin:
 
         Args:
             path, args, kwargs: as in transformers. A `quantization_config` of the method
-                "chatglm", or `quantization_bit` in the configuration, packs a float checkpoint
-                while it is read. Without a dtype it is that of config.json, but norms stored in
-                float32 stay so.
+                "chatglm", `quantization_bit` in the configuration, or `load_in_4bit` and
+                `load_in_8bit`, pack a float checkpoint while it is read. Without a dtype it is that
+                of config.json, but norms stored in float32 stay so.
 
         Raises:
             ValueError: if the checkpoint's tensors are not those of the configuration, or cannot
@@ -371,6 +388,9 @@ class QuantizedLoadingMixin:
         """
         register()
         check_settings(Path(path or ""), kwargs)
+        weight_format = translate_load_options(kwargs)
+        if weight_format is not None:
+            kwargs["quantization_config"] = {"quant_method": METHOD, **weight_format}
         asked = _read_format(kwargs)
         with loading_own_dtype(kwargs):
             loaded = cast(Any, super()).from_pretrained(path, *args, **kwargs)
@@ -396,6 +416,9 @@ class QuantizedLoadingMixin:
         if "expected_keys" in options or _is_foreign(settings["hf_quantizer"]):
             # An adapter, or the layers of another method: none of our tensors.
             return load(model, state_dict, checkpoint_files, *args, **options)
+        mesh = settings.get("device_mesh")
+        if mesh is not None:
+            check_tensor_parallel(cast(Any, model.config), mesh.size())
         if state_dict is None:
             tensors = open_shards(checkpoint_files or [], settings["weights_only"])
         else:

@@ -11,14 +11,19 @@ Shapes: `B` batch, `S` tokens.
 """
 
 import re
+import unicodedata
+from collections.abc import Mapping
 from functools import lru_cache
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import sentencepiece
 from transformers import BatchEncoding, PreTrainedTokenizer
 from transformers.tokenization_utils_base import TruncationStrategy
+from transformers.utils import logging
 
+from .environment_chatglm import find_settled, is_streaming
 from .masking_chatglm import SpecialIds, build_geometry
 
 VOCAB_FILES_NAMES = {"vocab_file": "ice_text.model"}
@@ -48,9 +53,24 @@ SPECIAL_TEXTS = tuple(
 PIECE_TAG, TRAINER_TAG, NORMALIZER_TAG = 0x0A, 0x12, 0x1A
 BYTE_FALLBACK = b"\x12\x03\x98\x02\x01"
 
+# What chat_template.jinja writes between a prompt and its answer, and behind the answer.
+BORDER, END = ("[gMASK]", "<sop>"), "<eop>"
+UNFINISHED_CHAT = (
+    "A text has [gMASK]<sop> in it and ends otherwise: it is bare text, no rendered chat. For the "
+    "beginning of an answer behind it, call apply_chat_template(tokenize=True)."
+)
+logger = logging.get_logger(__name__)
 ESCAPE = "\ufdd0"  # a Unicode noncharacter, which no text meant for interchange contains
 ESCAPED = re.compile(f"{ESCAPE}(.)", re.DOTALL)
+# What an answer has in it that would be taken for the template's own, with escapes or without.
+FALSE_MARK = re.compile(rf"(?<=\[gMASK\]){ESCAPE}*(?=<sop>)|(?<=<){ESCAPE}*(?=eop>\s*\Z)")
 SPACES = re.compile(" {2,}")
+# What would come out as white space: tags like `<n>`, also in letters that SentencePiece reads as
+# these, and its own sign of a space. Parted, or in bytes, they stay.
+TAG = re.compile("[<\ufe64\uff1c][^<>\ufe64\ufe65\uff1c\uff1e]+[>\ufe65\uff1e]")
+PARTING = "\ud800"  # a lone surrogate, which has no encoding
+TYPED = {PARTING: (), "\u2581": tuple(f"<0x{byte:02X}>" for byte in "\u2581".encode())}
+TEXT_PARTS = ("text", "input_text", "output_text")  # as the template has them
 
 
 def _encode_piece(piece: str, piece_type: int) -> bytes:
@@ -101,9 +121,6 @@ def complete_vocabulary(model_proto: bytes) -> bytes:
     tabs and runs of spaces and the 256 bytes are appended in encoded form. That is enough, as any
     reader concatenates repeated entries and merges the others. A complete file stays as it is.
 
-    Args:
-        model_proto: content of a SentencePiece model file that begins with `FIRST_PIECES`.
-
     Raises:
         ValueError: for a Git LFS pointer, an empty, truncated or foreign file. The message says
             which it is and what to do, in words that follow the name of the file.
@@ -144,6 +161,45 @@ def _name_spaces(match: re.Match[str]) -> str:
     return f"<|blank_{LONGEST_BLANK}|>" * full + (f"<|blank_{rest}|>" if rest > 1 else " " * rest)
 
 
+def _read_messages(value: Any) -> Any:
+    """A copy of messages, or of a part of one, with contents in one piece, as in the template."""
+    value = getattr(value, "messages", value)  # a batch may hold objects with messages
+    if isinstance(value, (list, tuple)):
+        return [_read_messages(item) for item in value]
+    if hasattr(value, "__dict__") and not isinstance(value, (str, Mapping)):
+        value = vars(value)
+    if not isinstance(value, Mapping):
+        return value if isinstance(value, (str, int, float)) else None  # 5 would show their types
+    fields = dict(value)
+    fields.update(
+        {key: _read_messages(fields[key]) for key in ("content", "text") if key in fields}
+    )
+    parts = fields.get("content")
+    if isinstance(parts, list) and parts:
+        texts: list[Any] = [part.get("text") if isinstance(part, dict) else part for part in parts]
+        kinds = [part.get("type") or "text" for part in parts if isinstance(part, dict)]
+        if all(isinstance(text, str) for text in texts) and all(k in TEXT_PARTS for k in kinds):
+            fields["content"] = "".join(texts)
+    return fields
+
+
+def _check_messages(messages: list[Any], is_shown: bool) -> None:
+    """Refuse what is no message; change an answer that is shown at the end as `FALSE_MARK` says."""
+    for index, message in enumerate(messages):
+        if not isinstance(message, dict):
+            raise ValueError(f"message {index} must be a dictionary with 'role' and 'content'")
+    last = messages[-1] if messages else {}
+    if is_shown and last.get("role") == "assistant" and isinstance(last.get("content"), str):
+        last["content"] = FALSE_MARK.sub(rf"\g<0>{ESCAPE}", last["content"])
+
+
+def _part_typed(match: re.Match[str]) -> str:
+    """A tag, parted behind its first sign if SentencePiece would take it for white space."""
+    plain = unicodedata.normalize("NFKC", match[0]).lower()
+    is_piece = "".join(filter(str.isprintable, plain)) in WHITESPACE
+    return match[0][0] + PARTING * is_piece + match[0][1:]
+
+
 class _Sides(NamedTuple):
     """What a mark does to the text beside it."""
 
@@ -171,8 +227,7 @@ class ChatGLMTokenizer(PreTrainedTokenizer):
         padding_side: "left" or "right".
         num_image_tokens: ids in front of the first piece: 20000 with 150528 rows, 0 with 130528.
         **kwargs: as in the base class. `clean_up_tokenization_spaces` is False by default in the
-            first generation and True in the later one, as it was; only with False does decoding a
-            growing list of ids never change the text that was there before.
+            first generation and True in the later one, as it was.
 
     Raises:
         ValueError: if the vocabulary file or one of these values cannot be used.
@@ -237,11 +292,13 @@ class ChatGLMTokenizer(PreTrainedTokenizer):
             if isinstance(error.__context__, ValueError):
                 raise error.__context__ from None
             raise
+        except TypeError as error:  # of a token that is no text, which names no file
+            raise ValueError(f"tokenizer_config.json of {str(*args[:1])}: {error}") from error
 
     def _read_vocabulary(self, vocab_file: str | None, num_image_tokens: int) -> None:
         """Load the pieces and give each its id."""
-        if num_image_tokens < 0:
-            raise ValueError(f"num_image_tokens must be 0 or more, got {num_image_tokens}")
+        if type(num_image_tokens) is not int or num_image_tokens < 0:
+            raise ValueError(f"num_image_tokens must be 0 or more, got {num_image_tokens!r}")
         if vocab_file is None or not Path(vocab_file).is_file():
             name = vocab_file or VOCAB_FILES_NAMES["vocab_file"]
             raise ValueError(f"no vocabulary file {name}; take the one of the checkpoint")
@@ -252,9 +309,9 @@ class ChatGLMTokenizer(PreTrainedTokenizer):
             self._processor = sentencepiece.SentencePieceProcessor(
                 model_proto=complete_vocabulary(self._vocab_content)
             )
+            self._pieces = self._processor.id_to_piece([*range(self._processor.get_piece_size())])
         except (ValueError, RuntimeError) as error:  # the latter is SentencePiece's own
             raise ValueError(f"{vocab_file} {error}") from error
-        self._pieces = self._processor.id_to_piece([*range(self._processor.get_piece_size())])
         names = [f"<image_{index}>" for index in range(num_image_tokens)] + self._pieces
         self._vocab = {name: index for index, name in enumerate(names)}
         self._special_ids = frozenset(self._vocab[text] for text in SPECIAL_TEXTS)
@@ -304,10 +361,7 @@ class ChatGLMTokenizer(PreTrainedTokenizer):
         return {**self._vocab, **self.get_added_vocab()}
 
     def convert_tokens_to_ids(self, tokens: Any) -> Any:
-        """Id of a token or ids of several, added ones included; None of None.
-
-        transformers 5.8 sorts all added tokens anew for every single one.
-        """
+        """Id of a token or ids of several; transformers 5.8 sorts added tokens for every one."""
         added = self.get_added_vocab()
         if tokens is None or isinstance(tokens, str):
             return None if tokens is None else added.get(tokens, self._convert_token_to_id(tokens))
@@ -325,14 +379,15 @@ class ChatGLMTokenizer(PreTrainedTokenizer):
         return self._pieces[piece] if 0 <= piece < len(self._pieces) else ""
 
     def tokenize(self, text: str, **kwargs: Any) -> list[str]:
-        """Split a text into tokens.
-
-        Args:
-            text: the text.
-            **kwargs: `split_special_tokens` makes the texts of special tokens ordinary text.
-        """
+        """Split a text into tokens; `split_special_tokens` makes it all ordinary text."""
         plain = kwargs.get("split_special_tokens", self.split_special_tokens)
         markup = kwargs.get("markup") or ("none" if plain else "named")
+        if markup == "named" and "".join(BORDER) in text:
+            if text.endswith(("".join(BORDER), END)):
+                return self._tokenize_chat(text)
+            logger.warning_once(UNFINISHED_CHAT)
+        text = text.encode("utf-8", "replace").decode("utf-8")  # a lone surrogate has no encoding
+        text = text if markup == "named" else TAG.sub(_part_typed, text)
         parts = _marks_pattern(self._marks(markup)).split(text)  # text, mark, text, ..., mark, text
         if markup == "all":
             parts[::2] = [ESCAPED.sub(r"\1", part) for part in parts[::2]]
@@ -344,22 +399,32 @@ class ChatGLMTokenizer(PreTrainedTokenizer):
         for pieces, left, right, mark in zip(encoded, edges, edges[1:], [*parts[1::2], ""]):
             start = pieces.index("<n>") + 1 if left.is_added else 0
             tokens += pieces[start : len(pieces) - right.is_added]
-            tokens += [mark] if mark else []
+            tokens += TYPED.get(mark, [mark] if mark else [])
         return tokens
+
+    def _tokenize_chat(self, text: str) -> list[str]:
+        """Tokens of a rendered chat: its last border and an end behind that, else text."""
+        prompt, _, answer = text.rpartition("".join(BORDER))
+        answer, end = (answer[: -len(END)], [END]) if answer.endswith(END) else (answer, [])
+        answer = FALSE_MARK.sub(lambda match: match[0][1:], answer)
+        texts = [self.tokenize(part, markup="none") for part in (prompt, answer)]
+        return [*texts[0], *BORDER, *texts[1], *end]
 
     def _marks(self, markup: str) -> tuple[str, ...]:
         """Texts that are tokens of their own.
 
-        Args:
-            markup: "named" for the special tokens of the base class and all added tokens, "none"
-                for added tokens that are not special, "all" for every special and added token.
+        With "named" the special tokens of the base class and all added tokens, with "none" added
+        tokens that are not special, with "all" every special and added token.
         """
         added = self.added_tokens_decoder.values()
         marks = [token.content for token in added if markup != "none" or not token.special]
+        marks += [] if markup == "named" else TYPED
         return (*marks, *SPECIAL_TEXTS) if markup == "all" else tuple(marks)
 
     def _sides(self, mark: str, markup: str) -> _Sides:
         """What a mark does to the text beside it."""
+        if mark in TYPED:
+            return _Sides(is_added=True)
         index = self.get_added_vocab().get(mark, 0)
         if index >= self.vocab_size:
             token = self.added_tokens_decoder[index]
@@ -378,8 +443,18 @@ class ChatGLMTokenizer(PreTrainedTokenizer):
         text = " ".join(text.split()) if self.remove_space else text
         text = text.lower() if self.do_lower_case else text
         text = SPACES.sub(_name_spaces, text.replace("\n", "<n>").replace("\t", "<|tab|>"))
-        text = text.encode("utf-8", "replace").decode("utf-8")  # a lone surrogate has no encoding
         return "<n>" * left.is_added + text + "<n>" * right.is_added
+
+    def prepare_for_model(
+        self, ids: list[int], pair_ids: Any = None, add_special_tokens: bool = True, **kwargs: Any
+    ) -> BatchEncoding:
+        """As in the base class, but a rendered chat has its border already."""
+        border = (self._vocab[BORDER[0]], self._vocab[BORDER[1]])
+        if add_special_tokens and pair_ids is not None and tuple(ids[-2:]) == border:
+            ids = ids[:-2]
+        elif border in [*pairwise(ids)]:
+            add_special_tokens = False
+        return super().prepare_for_model(ids, pair_ids, add_special_tokens, **kwargs)
 
     def _batch_encode_plus(
         self, *args: Any, split_special_tokens: bool = False, **kwargs: Any
@@ -393,6 +468,15 @@ class ChatGLMTokenizer(PreTrainedTokenizer):
         """Join tokens to a text, in which control tokens are nothing."""
         return self._processor.decode([WHITESPACE.get(token, token) for token in tokens])
 
+    def decode(self, token_ids: Any, *args: Any, **kwargs: Any) -> Any:
+        """As in the base class; a streamer of transformers gets what no later token will change."""
+        if not is_streaming():
+            return super().decode(token_ids, *args, **kwargs)
+        cleans_up = kwargs.pop("clean_up_tokenization_spaces", None)
+        text: Any = super().decode(token_ids, clean_up_tokenization_spaces=False, **kwargs)
+        cleans_up = self.clean_up_tokenization_spaces if cleans_up is None else cleans_up
+        return find_settled(text, bool(cleans_up))
+
     def _decode(
         self,
         token_ids: int | list[int],
@@ -405,13 +489,8 @@ class ChatGLMTokenizer(PreTrainedTokenizer):
         skipped = set(self.all_special_ids) if skip_special_tokens else set()
         if self._is_first_generation:
             skipped.discard(self.num_image_tokens)  # its decode showed `<unk>` in any case
-        text = self.convert_tokens_to_string(
-            [
-                self.convert_ids_to_tokens(index)
-                for index in ids
-                if index >= self.num_image_tokens and index not in skipped
-            ]
-        )
+        shown = [index for index in ids if index >= self.num_image_tokens and index not in skipped]
+        text = self.convert_tokens_to_string(self.convert_ids_to_tokens(shown))
         if clean_up_tokenization_spaces is None:
             clean_up_tokenization_spaces = self.clean_up_tokenization_spaces
         return self.clean_up_tokenization(text) if clean_up_tokenization_spaces else text
@@ -422,11 +501,7 @@ class ChatGLMTokenizer(PreTrainedTokenizer):
         """Close an input: `A [gMASK] <sop>` for a prompt, `A [gMASK] <sop> B <eop>` with an answer.
 
         The first generation leaves out `[gMASK]` if `A` has a mask already, and puts `</s>` in its
-        place if `A` does not end with that mask.
-
-        Args:
-            token_ids_0: ids of the prompt; the list stays as it is.
-            token_ids_1: ids of the answer.
+        place if `A` does not end with that mask. The lists stay as they are.
         """
         masks = {self.mask_token_id, self.gmask_token_id}
         if not self._is_first_generation or masks.isdisjoint(token_ids_0):
@@ -442,16 +517,7 @@ class ChatGLMTokenizer(PreTrainedTokenizer):
         token_ids_1: list[int] | None = None,
         already_has_special_tokens: bool = False,
     ) -> list[int]:
-        """1 for every special token of a closed input, 0 for every other token.
-
-        Args:
-            token_ids_0: ids of the prompt, or of the closed input.
-            token_ids_1: ids of the answer.
-            already_has_special_tokens: whether `token_ids_0` is the closed input.
-
-        Raises:
-            ValueError: if an answer comes with a closed input.
-        """
+        """1 for special tokens of a closed input, else 0; ValueError if an answer comes with it."""
         if already_has_special_tokens and token_ids_1 is not None:
             raise ValueError("a closed input holds its answer already; give token_ids_1=None")
         if not already_has_special_tokens:
@@ -466,10 +532,7 @@ class ChatGLMTokenizer(PreTrainedTokenizer):
         return [0] * len(self.build_inputs_with_special_tokens(token_ids_0, token_ids_1))
 
     def build_legacy_inputs(self, encoding: BatchEncoding) -> BatchEncoding:
-        """The inputs that the original tokenizer gave for a padded batch.
-
-        Args:
-            encoding: a batch of this tokenizer, padded or not.
+        """The inputs that the original gave for a padded batch, of a batch padded or not.
 
         Returns:
             `input_ids` `(B, S)`, `attention_mask` `(B, 1, S, S)`, boolean, True where hidden, and
@@ -489,18 +552,10 @@ class ChatGLMTokenizer(PreTrainedTokenizer):
         truncation_strategy: str | TruncationStrategy = "longest_first",
         stride: int = 0,
     ) -> tuple[list[int], Any, list[int]]:
-        """Shorten an input; a rendered chat keeps its `[gMASK] <sop>`, the start of any answer.
+        """As in the base class; a rendered chat keeps its `[gMASK] <sop>`, the start of any answer.
 
-        Args:
-            ids: ids of the prompt, or of a rendered chat. In a chat the prompt gets shorter, and
-                only when nothing of it is left the answer, from its end.
-            pair_ids: ids of the answer.
-            num_tokens_to_remove: number of ids that are too many.
-            truncation_strategy: as in the base class.
-            stride: as in the base class; a rendered chat has no use for it.
-
-        Returns:
-            The ids and the answer's ids that stay, and ids that were cut off.
+        Its prompt gets shorter, and only when nothing of it is left the answer, from its end; it
+        has no use for a stride.
         """
         strategy = TruncationStrategy(truncation_strategy)
         if self.gmask_token_id not in ids or pair_ids is not None or strategy == "only_second":
@@ -523,25 +578,36 @@ class ChatGLMTokenizer(PreTrainedTokenizer):
         """Render messages as the model's own prompt, and make ids of it.
 
         The content of a message is text: a special token that a user types is never taken for one.
+        A rendered text that ends with `[gMASK]<sop>` or `<eop>` has the same ids later.
 
         Args:
-            conversation: messages with "role" and "content", or a batch of such lists.
-            *args: as in the base class.
-            tokenize: False to get the text.
+            conversation: messages with "role" and "content", dictionaries or objects, or a batch of
+                such lists. A list of texts as content is joined.
+            tokenize: False to get the text. It is escaped only where an answer has `[gMASK]<sop>`
+                in it, or breaks off behind `<eop>`.
             return_assistant_tokens_mask: add `assistant_masks`, 1 for the tokens behind `<sop>`,
                 which are the answer and its `<eop>`, and 0 for all others.
-            **kwargs: as in the base class.
 
         Raises:
-            ValueError: if there are no messages, or masks are asked for and no dictionary.
+            ValueError: for messages that are none, also as jinja's TemplateError, or if masks are
+                asked for and no dictionary.
         """
-        if not conversation:
-            raise ValueError("the conversation is empty; give at least one message of the user")
+        messages = _read_messages(conversation)
+        if not messages or not isinstance(messages, list):
+            raise ValueError("the conversation is empty or none; give a list of messages")
+        for chat in messages if isinstance(messages[0], list) else [messages]:
+            _check_messages(chat, is_shown=not tokenize)
         kwargs.pop("sanitize_control_tokens", None)  # done in any case, by `_escape`
         if tokenize:
-            conversation = self._escape(conversation)
+            messages = self._escape(messages)
             kwargs["tokenizer_kwargs"] = {**(kwargs.get("tokenizer_kwargs") or {}), "markup": "all"}
-        output: Any = super().apply_chat_template(conversation, *args, tokenize=tokenize, **kwargs)
+        try:
+            output: Any = super().apply_chat_template(messages, *args, tokenize=tokenize, **kwargs)
+        except Exception as error:
+            if type(error).__name__ != "TemplateError":
+                raise
+            # Servers catch jinja's error, and callers of ours a ValueError.
+            raise type("MessageError", (ValueError, type(error)), {})(str(error)) from None
         if return_assistant_tokens_mask:
             if not isinstance(output, BatchEncoding):
                 raise ValueError("assistant masks need tokenize=True and return_dict=True")
@@ -551,10 +617,9 @@ class ChatGLMTokenizer(PreTrainedTokenizer):
 
     def _escape(self, value: Any) -> Any:
         """A copy of messages in which no special token's text is left in one piece."""
-        value = getattr(value, "messages", value)  # a batch may hold objects with messages
         if isinstance(value, dict):
             return {key: self._escape(item) for key, item in value.items()}
-        if isinstance(value, (list, tuple)):
+        if isinstance(value, list):
             return [self._escape(item) for item in value]
         if not isinstance(value, str):
             return value
@@ -574,14 +639,9 @@ class ChatGLMTokenizer(PreTrainedTokenizer):
     def save_vocabulary(
         self, save_directory: str, filename_prefix: str | None = None
     ) -> tuple[str, ...]:
-        """Write the vocabulary file byte for byte as it was read.
+        """Write the vocabulary file byte for byte as it was read, and return its path.
 
-        Args:
-            save_directory: where to; it is made if it is not there.
-            filename_prefix: goes in front of the file's name, with a hyphen.
-
-        Returns:
-            The path of the file.
+        The folder is made if it is not there; a prefix goes in front of the name, with a hyphen.
         """
         name = VOCAB_FILES_NAMES["vocab_file"]
         path = Path(save_directory) / (f"{filename_prefix}-{name}" if filename_prefix else name)

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from chatglm_6b.tokenization_chatglm import ChatGLMTokenizer
+from chatglm_6b.tokenization_chatglm import WHITESPACE, ChatGLMTokenizer
 from conftest import ROOT, SHARED
 
 GOLDEN = SHARED / "golden" / "tokenizer"
@@ -114,6 +114,11 @@ def test_names(golden: Golden) -> None:
     assert {name: getattr(tokenizer, name) for name in known} == known
 
 
+def has_typed_white_space(text: str) -> bool:
+    """Whether SentencePiece alone makes white space of letters, which ours keeps as text."""
+    return "\u2581" in text or any(piece in text for piece in WHITESPACE)
+
+
 def test_texts(golden: Golden) -> None:
     tokenizer, rows = golden.tokenizer, golden.read("texts")["rows"]
     plain = {"add_special_tokens": False, "split_special_tokens": True}
@@ -126,14 +131,17 @@ def test_texts(golden: Golden) -> None:
         "sp_encode": lambda row: tokenizer(row["text"], **plain)["input_ids"],
     }
     assert len(rows) > 300
+    typed = [row for row in rows if has_typed_white_space(row["text"])]
+    assert 10 < len(typed) < 40
     for field, answer in answers.items():
-        assert_all(differing(rows, field, answer, lambda row: row["text"][:60]))
+        asked = [row for row in rows if field != "sp_encode" or row not in typed]
+        assert_all(differing(asked, field, answer, lambda row: row["text"][:60]))
 
 
 def test_batch_of_all_texts(golden: Golden) -> None:
     rows = golden.read("texts")["rows"]
     plain = {"add_special_tokens": False, "split_special_tokens": True}
-    rows = [row for row in rows if "sp_encode" in row]
+    rows = [row for row in rows if "sp_encode" in row and not has_typed_white_space(row["text"])]
     encoded = golden.tokenizer([row["text"] for row in rows], **plain)["input_ids"]
     assert encoded == [row["sp_encode"] for row in rows]
 

@@ -13,7 +13,11 @@ def test_the_files_of_the_weights_are_told_as_transformers_looks_for_them(tmp_pa
     with pytest.raises(ValueError, match="has no weights: put"):
         list_weight_files(tmp_path)
     index = tmp_path / "pytorch_model.bin.index.json"
-    index.write_text('{"weight_map": {"a": "two.bin", "b": "one.bin", "c": "two.bin"}}')
+    weight_map = '"weight_map": {"a": "two.bin", "b": "one.bin", "c": "two.bin"}'
+    index.write_text(f"{{{weight_map}}}")  # transformers would end in a bare KeyError
+    with pytest.raises(ValueError, match=r'index.json has no "metadata".*write "metadata": {}'):
+        list_weight_files(tmp_path)
+    index.write_text(f'{{"metadata": {{}}, {weight_map}}}')
     assert list_weight_files(tmp_path) == ["one.bin", "two.bin"]
     (tmp_path / "model.safetensors").touch()
     assert list_weight_files(tmp_path) == ["model.safetensors"]

@@ -99,6 +99,9 @@ class Recorder(ChatMixin):
             max_sequence_length=2048,
         )
 
+    def get_input_embeddings(self) -> torch.nn.Module:
+        return torch.nn.Identity()
+
     def generate(self, **options: Any) -> torch.Tensor:
         self.options = options
         return torch.cat((options["input_ids"], torch.tensor([self.answer])), dim=1)
@@ -149,7 +152,10 @@ def test_conversations_of_the_original() -> None:
         assert (ids == run["encoded"]["input_ids"]["data"]) is not has_specials
         assert sum(token >= 130000 and token < 130008 for token in ids[0]) == 2
         stream = [text for text, _ in model.stream_chat(tokenizer, run["query"], run["history"])]
-        assert stream == [text.rstrip("\ufffd") for text in run["stream"]]
+        # What later tokens may change is held back; once the last is there, all is shown.
+        assert all(map(str.startswith, run["stream"], stream))
+        assert len(run["stream"]) <= len(stream) <= len(run["stream"]) + 1
+        assert stream[-1] == run["stream"][-1].rstrip("\ufffd")
         check_options(model.options, run["stream_gen_kwargs"])
 
 

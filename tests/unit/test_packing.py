@@ -33,6 +33,7 @@ from peft import (
 from torch import Tensor, nn
 
 INPUT_IDS = torch.tensor([[7, 8, 9, 301, 304, 11, 12]])
+LABELS = torch.tensor([[-100, -100, -100, -100, 304, 11, 12]])
 
 pytestmark = [
     # peft reads and calls what transformers 5.23 deprecates.
@@ -328,7 +329,7 @@ def add_lora(model: Any, **options: Any) -> Any:
 
 def lora_gradients(model: Any) -> dict[str, Tensor]:
     model.train()
-    model(input_ids=INPUT_IDS, labels=INPUT_IDS).loss.backward()
+    model(input_ids=INPUT_IDS, labels=LABELS).loss.backward()
     gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
     assert len(gradients) == TINY["num_layers"] * 4 * 2
     assert all("lora_" in name for name in gradients)
@@ -429,12 +430,17 @@ def test_what_peft_does_beside_merging_works_on_packed_layers(bits: int) -> None
     packed = make_model().quantize(bits, activations="exact").eval()
     alone = logits_of(packed)
     adapted = add_lora(packed).eval()
-    expected = logits_of(adapted)
-    adapted.add_adapter("other", copy.deepcopy(adapted.peft_config["default"]))
+    plain = copy.deepcopy(adapted)  # "svd" of peft 0.17 gives another adapter than what it is of
+    plain.get_base_model().dequantize()
+    for model in (adapted, plain):
+        model.add_adapter("other", copy.deepcopy(model.peft_config["default"]))
     for kind in ("svd", "linear", "cat"):
-        adapted.add_weighted_adapter(["default", "other"], [1.0, 0.0], kind, combination_type=kind)
-        adapted.set_adapter(kind)
-        torch.testing.assert_close(logits_of(adapted), expected, rtol=1e-3, atol=1e-3)
+        for model in (adapted, plain):
+            model.add_weighted_adapter(
+                ["default", "other"], [1.0, 0.0], kind, combination_type=kind
+            )
+            model.set_adapter(kind)
+        torch.testing.assert_close(logits_of(adapted), logits_of(plain), rtol=1e-3, atol=1e-3)
     with adapted.disable_adapter():
         assert torch.equal(logits_of(adapted), alone)
     assert torch.equal(logits_of(adapted.unload()), alone)
@@ -466,7 +472,7 @@ def test_p_tuning_over_packed_weights_as_its_script_does_it(
             model.enable_input_require_grads()
             model.gradient_checkpointing_enable()
         torch.manual_seed(4)  # the prefix has dropout
-        model(INPUT_IDS, labels=INPUT_IDS).loss.backward()
+        model(INPUT_IDS, labels=LABELS).loss.backward()
         named = model.transformer.prefix_encoder.named_parameters()
         gradients.append({name: parameter.grad for name, parameter in named})
     for name, expected in gradients[1].items():

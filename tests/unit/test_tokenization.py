@@ -190,6 +190,7 @@ def test_other_import_errors_stay(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     ("overrides", "message"),
     [
         ({"num_image_tokens": -1}, "num_image_tokens must be 0 or more, got -1"),
+        ({"num_image_tokens": ""}, "num_image_tokens must be 0 or more, got ''"),
         ({"gmask_token": "[xMASK]"}, r"gmask_token '\[xMASK\]' is no piece"),
         ({"eop_token": "<end>"}, "eop_token '<end>' is no piece"),
     ],
@@ -511,9 +512,9 @@ def test_template_puts_a_system_message_before_the_first_question(late: ChatGLMT
         ([*turns("a", "b"), {"role": "system", "content": "x"}], {}, "got role 'system'"),
         (turns("a", "b", " \n"), {}, "the last question is empty"),
         (
-            [{"role": "user", "content": [{"type": "text", "text": "a"}]}],
+            [{"role": "user", "content": [{"type": "image_url", "image_url": {}}]}],
             {},
-            "message 0 has no text",
+            "message 0 has a part of type 'image_url'",
         ),
         ([{"role": "user"}], {}, "message 0 has no text"),
         (turns("a", "b"), {"add_generation_prompt": True}, "is an answer already"),
