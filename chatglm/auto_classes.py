@@ -22,8 +22,8 @@ from chatglm.checkpoints.recognize import (
     ADAPTER,
     EMPTY,
     LATER,
-    NO_CONFIG,
     VOCABULARY_FILE,
+    WITHOUT_CONFIG,
     Folder,
     describe_stranger,
     read_object,
@@ -165,7 +165,7 @@ def _recognize(path: Any, kwargs: dict[str, Any], is_tokenizer: bool = False) ->
     found = _look(path, kwargs)
     if found is None:
         return None
-    if found.kind == EMPTY or (found.kind == NO_CONFIG and not is_tokenizer):
+    if found.kind == EMPTY or (found.kind in WITHOUT_CONFIG and not is_tokenizer):
         raise NoModelFolderError(describe_stranger(path, found))
     if found.kind == LATER and not kwargs.get("trust_remote_code"):
         raise ValueError(describe_stranger(path, found))
@@ -185,17 +185,25 @@ def _look(path: Any, kwargs: dict[str, Any]) -> Folder | None:
 
 
 def _leads_to_family(path: Any, kwargs: dict[str, Any]) -> bool:
-    """Whether a place holds a model of the family, or an adapter for one."""
+    """Whether a place holds a model of the family, or an adapter for one.
+
+    Raises:
+        ValueError: for an adapter whose base has other weights than it was trained on.
+    """
     found = _recognize(path, kwargs)
     if found is not None and found.kind == ADAPTER and found.base:
-        found = _recognize(found.base, {})
+        base, found = found.base, _recognize(found.base, {})
+        if found is not None and found.is_first_family and os.path.isdir(base):
+            from chatglm.adapters.bases import check_base  # heavy, and of this road alone
+
+            check_base(Path(path), Path(base).resolve())
     return found is not None and found.is_first_family
 
 
 def _has_our_vocabulary(path: Any, found: Folder, own: dict[str, Any]) -> bool:
     """Whether a folder without a model is one that a tokenizer of the family was saved in."""
     is_named_so = own.get("tokenizer_class") == TOKENIZER_CLASS
-    is_alone = found.kind in (ADAPTER, NO_CONFIG)
+    is_alone = found.kind in {ADAPTER, *WITHOUT_CONFIG}
     return is_alone and is_named_so and Path(path, VOCABULARY_FILE).is_file()
 
 
@@ -254,7 +262,7 @@ def _complete_generation(model: Any) -> None:
     settings = getattr(model, "generation_config", None)
     if settings is None or not model.can_generate():
         return
-    ids = {f"{name}_token_id": getattr(model.config, f"{name}_token_id") for name in IDS}
+    ids = {name: getattr(model.config, name) for name in complete.GENERATION_IDS}
     wanted = complete.complete_generation(model.config.vocab_size, ids)
     if getattr(settings, "_from_model_config", False):  # no one chose any of it
         model.generation_config = GenerationConfig.from_dict(wanted)
@@ -262,9 +270,6 @@ def _complete_generation(model: Any) -> None:
     for name in ids:
         if getattr(settings, name, None) is None:
             setattr(settings, name, wanted[name])
-
-
-IDS = ("bos", "eos", "pad")
 
 
 __all__ = ["NoModelFolderError", "find_class", "prepare"]

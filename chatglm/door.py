@@ -64,6 +64,11 @@ def is_open() -> bool:
     return _is_registered if chosen is None else chosen
 
 
+def runs_folder_code() -> bool:
+    """Whether the caller chose the Python files that lie in a folder (`folder_code`)."""
+    return _is_open.get() is False
+
+
 def load_from(folder: Any, auto_class: Any, **options: Any) -> Any:
     """Load something of a folder with an Auto class, by the installed files if not told otherwise.
 
@@ -72,7 +77,7 @@ def load_from(folder: Any, auto_class: Any, **options: Any) -> Any:
         auto_class: one of transformers' Auto classes.
         options: of its `from_pretrained`.
     """
-    if _is_open.get() is False:
+    if runs_folder_code():
         return auto_class.from_pretrained(folder, trust_remote_code=True, **options)
     with package_code():
         return auto_class.from_pretrained(folder, **options)
@@ -85,7 +90,7 @@ def build_from(config: Any, auto_class: Any) -> Any:
         config: as `load_from` gave it.
         auto_class: one of transformers' Auto classes of models.
     """
-    if _is_open.get() is False:
+    if runs_folder_code():
         return auto_class.from_config(config, trust_remote_code=True)
     with package_code():
         return auto_class.from_config(config)
@@ -100,7 +105,7 @@ def find_class(folder: Any, auto_class: str) -> Any:
     """
     from transformers import AutoConfig
 
-    if _is_open.get() is not False:
+    if not runs_folder_code():
         return importlib.import_module("chatglm.auto_classes").find_class(auto_class)
     from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
@@ -159,4 +164,5 @@ __all__ = [
     "load_from",
     "package_code",
     "register",
+    "runs_folder_code",
 ]

@@ -12,14 +12,13 @@ import torch
 from transformers import AutoModel, AutoTokenizer
 
 from chatglm import door, model
+from chatglm.adapters.acting import prefix_fields, put_on
+from chatglm.adapters.kinds import Stack
+from chatglm.checking.quick import require_model, require_text
 from chatglm.checkpoints.checksums import verify_folder
-from chatglm.checkpoints.reading import check_fit, check_weight_file, list_weight_files
-from chatglm.checkpoints.recognize import (
-    CONFIG_FILE,
-    describe_stranger,
-    read_object,
-    recognize_folder,
-)
+from chatglm.checkpoints.place import find_folder
+from chatglm.checkpoints.reading import list_weight_files
+from chatglm.checkpoints.recognize import CONFIG_FILE, read_object
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
@@ -30,6 +29,7 @@ def load_model(
     device: str | None = None,
     dtype: str | torch.dtype | None = None,
     verify: bool = False,
+    adapters: Stack | None = None,
 ) -> tuple[Any, Any]:
     """Load the model and the tokenizer of a folder, in evaluation mode.
 
@@ -41,6 +41,7 @@ def load_model(
             None, but float32 for plain weights on a CPU.
         verify: compare the folder's files with its SHA256SUMS first, which reads all of them; by
             default that file is not looked at.
+        adapters: that are to act on it (`chatglm.adapters.kinds.stack_adapters`), or None.
 
     Returns:
         The model, on its device, and its tokenizer.
@@ -55,11 +56,15 @@ def load_model(
     target = choose_device(device)
     final_dtype = choose_dtype(dtype, target)
     folder = check_model_folder(path, verify)
+    if not door.runs_folder_code():
+        require_text(folder)
     if dtype is None and (bits or is_packed(folder)):
         final_dtype = torch.float16  # what is not packed, the head above all, in half the size
     tokenizer = door.load_from(folder, AutoTokenizer)
     try:
-        return _read_model(folder, target, final_dtype, bits).eval(), tokenizer
+        fields = prefix_fields(adapters) if adapters else {}
+        loaded = _read_model(folder, target, final_dtype, bits, **fields)
+        return (put_on(loaded, adapters) if adapters else loaded).eval(), tokenizer
     except torch.OutOfMemoryError as error:
         raise ValueError(
             f"{folder} does not fit into the memory of {target} (bits={bits}, {final_dtype}): "
@@ -90,20 +95,13 @@ def check_model_folder(path: str | Path, verify: bool = False) -> Path:
         verify: compare its files with its SHA256SUMS too.
 
     Raises:
-        ValueError: if it does not exist, is not of this family, misses or truncates a weight file,
-            or if a file is not as its hash says.
+        ValueError: if it does not exist, is not of this family or not whole (`checking.quick`), or
+            if a file is not as its hash says.
     """
-    folder = Path(path).expanduser().resolve()
-    if not folder.is_dir():
-        raise ValueError(f"{path} is no folder: name a model folder on this machine")
-    found = recognize_folder(folder)
-    if not found.is_first_family:
-        raise ValueError(describe_stranger(folder, found))
-    weight_files = list_weight_files(folder)
-    for name in weight_files:
-        check_weight_file(folder / name)
+    folder = find_folder(path)
+    require_model(folder)
     if verify:
-        verify_folder(folder, weight_files)
+        verify_folder(folder, list_weight_files(folder))
     return folder
 
 
@@ -143,11 +141,14 @@ def choose_dtype(dtype: str | torch.dtype | None, device: torch.device) -> torch
 
 
 def _read_model(
-    folder: Path, device: torch.device, dtype: torch.dtype, bits: int | None = None
+    folder: Path,
+    device: torch.device,
+    dtype: torch.dtype,
+    bits: int | None = None,
+    **fields: Any,
 ) -> Any:
-    """Read the weights straight to a device, after a look at whether they are the model's."""
-    check_fit(folder)
-    options: dict[str, Any] = {}
+    """Read the weights straight to a device; fields are of the configuration."""
+    options: dict[str, Any] = dict(fields)
     if bits is not None:  # each matrix is packed as it is read; it is never whole on the device
         options["quantization_config"] = {"quant_method": "chatglm", "bits": bits}
     return door.load_from(folder, AutoModel, dtype=dtype, device_map={"": device}, **options)

@@ -33,10 +33,19 @@ def hash_file(file: Path, count: Callable[[int], object] | None = None) -> str:
     return digest.hexdigest()
 
 
+def hash_bytes(content: bytes) -> str:
+    """Return the SHA-256 of a content, as `hash_file` does of a file's."""
+    return hashlib.sha256(content).hexdigest()
+
+
+def format_sums(sums: Mapping[str, str]) -> str:
+    """Return the lines with the hashes of files, by their names."""
+    return "".join(f"{digest}  {name}\n" for name, digest in sorted(sums.items()))
+
+
 def write_sums(folder: Path, sums: Mapping[str, str]) -> Path:
     """Write the hashes of a folder's files, by their names, and return the file with them."""
-    lines = [f"{digest}  {name}\n" for name, digest in sorted(sums.items())]
-    (folder / SUMS).write_text("".join(lines), encoding="utf-8", newline="\n")
+    (folder / SUMS).write_text(format_sums(sums), encoding="utf-8", newline="\n")
     return folder / SUMS
 
 

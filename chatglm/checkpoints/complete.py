@@ -23,6 +23,7 @@ ID_SUFFIX = "_token_id"
 DTYPE_FIELDS = ("dtype", "torch_dtype")
 # Which class reads the vocabulary is settled before its options are.
 CLASS_OPTIONS = ("auto_map", "tokenizer_class")
+GENERATION_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 
 
 def find_auto_map() -> dict[str, str]:
@@ -79,6 +80,31 @@ def complete_generation(vocab_size: int, ids: Mapping[str, Any]) -> dict[str, An
     return {**shared, **ids}
 
 
+def complete_generation_fields(own: Mapping[str, Any], fields: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the generation defaults of a folder, those of its generation where it has none.
+
+    Args:
+        own: what its generation_config.json holds; nothing if there is none.
+        fields: its configuration, completed.
+    """
+    ids = {name: fields.get(name) for name in GENERATION_IDS}
+    wanted = complete_generation(fields["vocab_size"], ids)
+    if not own or own.get("_from_model_config"):  # no one chose any of it
+        return wanted
+    return {**own, **{name: wanted[name] for name in ids if own.get(name) is None}}
+
+
+def complete_tokenizer_fields(vocab_size: int | None, own: Mapping[str, Any]) -> dict[str, Any]:
+    """Return all options of a folder's tokenizer, with the class that reads its vocabulary.
+
+    Args:
+        vocab_size, own: as of `complete_tokenizer`.
+    """
+    current = _read(CURRENT / TOKENIZER_FILE)
+    classes = {name: deepcopy(current[name]) for name in CLASS_OPTIONS}
+    return {**complete_tokenizer(vocab_size, own), **own, **classes}
+
+
 def complete_tokenizer(vocab_size: int | None, own: Mapping[str, Any]) -> dict[str, Any]:
     """Return the options of a generation's tokenizer that a folder does not say itself.
 
@@ -109,7 +135,9 @@ def _read(file: Path) -> dict[str, Any]:
 __all__ = [
     "complete_fields",
     "complete_generation",
+    "complete_generation_fields",
     "complete_tokenizer",
+    "complete_tokenizer_fields",
     "find_auto_map",
     "list_settings",
     "read_template",

@@ -1,0 +1,1 @@
+"""`chatglm check`: what a folder is, whether it is whole, and what is odd about it."""
