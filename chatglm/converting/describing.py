@@ -3,6 +3,7 @@
 Does not know the form of a card (`chatglm.cards`), nor how the folder comes about.
 """
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from chatglm.cards import Card, format_card, read_base
@@ -15,30 +16,38 @@ tokenizer = AutoTokenizer.from_pretrained(".", trust_remote_code=True)
 model = AutoModel.from_pretrained(".", trust_remote_code=True, dtype="auto").eval()"""
 
 
-def describe_conversion(source: Path, plan: Plan, form: Form, lora: str | None) -> str:
+def describe_conversion(
+    source: Path, plan: Plan, form: Form, lora: Sequence[Path], command: str
+) -> str:
     """Return the card of a result.
 
     Args:
         source: the folder that it was made from.
         plan: of the result.
         form: of the result.
-        lora: folder of the adapter that was merged in, or None.
+        lora: folders of the adapters that were merged in, in order.
+        command: that made it.
     """
     base = read_base(source)
     bits = form.packed_format.bits
-    with_adapter = "" if lora is None else " with a LoRA adapter merged into its weights"
+    several = f"{len(lora)} LoRA adapters" if len(lora) > 1 else "a LoRA adapter"
+    with_adapter = f" with {several} merged into its weights" if lora else ""
     packed = f", quantized to {bits} bits" if bits else ""
     return format_card(
         Card(
-            title=f"{base.name}{' with an adapter' if lora else ''}{packed}",
+            title=f"{base.name}{_count_adapters(lora)}{packed}",
             summary=f"This is {base.name}{with_adapter}{packed}.",
             base=base,
             precision=describe_precision(plan, form),
-            making=describe_making(form, lora),
+            making=describe_making(form, lora, command),
             loading=LOADING,
             tags=("custom_code", *((f"{bits}-bit",) if bits else ())),
         )
     )
+
+
+def _count_adapters(lora: Sequence[Path]) -> str:
+    return f" with {'an adapter' if len(lora) == 1 else f'{len(lora)} adapters'}" if lora else ""
 
 
 def describe_precision(plan: Plan, form: Form) -> dict[str, str]:
@@ -55,10 +64,9 @@ def describe_precision(plan: Plan, form: Form) -> dict[str, str]:
     }
 
 
-def describe_making(form: Form, lora: str | None) -> dict[str, str]:
+def describe_making(form: Form, lora: Sequence[Path], command: str) -> dict[str, str]:
     """Return the rows about the command."""
-    command = "quantize" if form.packed_format.bits else "merge"
-    rows = {"command": f"`chatglm {command}`", "weight files": form.kind}
-    if lora is not None:
-        rows["adapter"] = Path(lora).expanduser().resolve().name
+    rows = {"command": f"`{command}`", "weight files": form.kind}
+    if lora:
+        rows["adapter" if len(lora) == 1 else "adapters"] = ", ".join(path.name for path in lora)
     return rows

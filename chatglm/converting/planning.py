@@ -6,7 +6,7 @@ the size of its vocabulary. Reads files and writes none; knows nothing of values
 """
 
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -22,7 +22,7 @@ from chatglm.checkpoints.reading import (
     match_whole,
     open_folder,
 )
-from chatglm.checkpoints.recognize import CONFIG_FILE, read_object
+from chatglm.checkpoints.recognize import CONFIG_FILE, read_object, refuse_foreign_format
 from chatglm.converting.adapters import Adapter, read_adapter
 from chatglm.converting.staging import describe_files
 from chatglm.model import FOLDER as CODE_FOLDER
@@ -37,8 +37,6 @@ SETTINGS = ("generation_config.json", "tokenizer_config.json")
 # What a tokenizer of ours saves beside these on some releases of transformers.
 MORE_SETTINGS = ("special_tokens_map.json", "added_tokens.json")
 LICENSES = ("LICENSE*", "MODEL_LICENSE*", "NOTICE*")
-# What other quantizers leave beside weights that only they can read.
-FOREIGN_CONFIGS = {"quantize_config.json": "AutoGPTQ", "quant_config.json": "AutoAWQ"}
 
 
 class PackedFormat(NamedTuple):
@@ -120,7 +118,7 @@ class Plan(NamedTuple):
         fields: its config.json.
         shards: the pieces of each weight file, by its name.
         kind: of the weight files.
-        adapter: what is merged into the weights first, or None.
+        adapters: what is merged into the weights first, in order.
         inputs: all files that the result depends on.
     """
 
@@ -128,7 +126,7 @@ class Plan(NamedTuple):
     fields: dict[str, Any]
     shards: dict[str, list[Piece]]
     kind: str
-    adapter: Adapter | None
+    adapters: tuple[Adapter, ...]
     inputs: list[Path]
 
     def job(self) -> dict[str, Any]:
@@ -137,21 +135,22 @@ class Plan(NamedTuple):
             name: [[piece.name, str(piece.dtype)] for piece in pieces]
             for name, pieces in self.shards.items()
         }
+        order = [str(adapter.files[0]) for adapter in self.adapters]
         inputs = describe_files(self.inputs)
-        return {"config": self.fields, "shards": shards, "inputs": inputs}
+        return {"config": self.fields, "shards": shards, "inputs": inputs, "adapters": order}
 
     def shard_sizes(self) -> dict[str, int]:
         """The bytes of the tensors of each weight file."""
         return {name: sum(map(sum_sizes, pieces)) for name, pieces in self.shards.items()}
 
 
-def make_plan(source: Source, form: Form, lora: str | None) -> Plan:
-    """Check the weights and the adapter of a folder and say what becomes of them.
+def make_plan(source: Source, form: Form, lora: Sequence[Path] = ()) -> Plan:
+    """Check the weights of a folder and its adapters, and say what becomes of them.
 
     Args:
         source: the folder.
         form: what becomes of it.
-        lora: folder of a LoRA adapter to merge first, or None.
+        lora: folders of LoRA adapters to merge first, in order.
 
     Raises:
         ValueError: for tensors that are not those of the configuration, a format that does not fit
@@ -159,15 +158,15 @@ def make_plan(source: Source, form: Form, lora: str | None) -> Plan:
     """
     plain = build_skeleton(source.fields)
     tensors = match_tensors(source.folder, plain)
-    adapter = None if lora is None else _read_adapter(lora, plain)
+    adapters = tuple(_read_adapter(folder, plain) for folder in lora)
     fields = source.fields | form.packed_format.fields()
     pieces = plan_pieces(tensors, build_skeleton(fields), form)
     fields["torch_dtype"] = str(form.dtype or _main_dtype(pieces)).removeprefix("torch.")
     shards = cut_shards(pieces, MAX_SHARD_BYTES, form.kind)
     inputs = {*source.files.values(), source.folder / "config.json"}
     inputs |= {tensor.file for found in tensors.values() for tensor in found if tensor.file}
-    inputs |= set(adapter.files if adapter else ())
-    return Plan(source.files, fields, shards, form.kind, adapter, sorted(inputs))
+    inputs |= {file for adapter in adapters for file in adapter.files}
+    return Plan(source.files, fields, shards, form.kind, adapters, sorted(inputs))
 
 
 def read_source(folder: Path) -> Source:
@@ -182,7 +181,7 @@ def read_source(folder: Path) -> Source:
     """
     code = CODE_FOLDER
     own = read_object(folder / CONFIG_FILE)
-    _refuse_foreign(folder, own)
+    refuse_foreign_format(folder, own, known=())
     is_ours = own.get("auto_map") == find_auto_map()
     settings = folder
     if not is_ours or not all((folder / name).is_file() for name in SETTINGS):
@@ -194,19 +193,6 @@ def read_source(folder: Path) -> Source:
     for name in ("_name_or_path", "dtype", "torch_dtype"):
         fields.pop(name, None)
     return Source(folder, fields | FLOAT_WEIGHTS.fields(), _find_companions(folder, code, settings))
-
-
-def _refuse_foreign(folder: Path, fields: Mapping[str, Any]) -> None:
-    """Raise ValueError if another tool has quantized the weights."""
-    tools = [tool for name, tool in FOREIGN_CONFIGS.items() if (folder / name).is_file()]
-    settings: Any = fields.get("quantization_config")
-    if settings:
-        tools.insert(0, str(settings.get("quant_method", "another tool")))
-    if tools:
-        raise ValueError(
-            f"{folder} is quantized already, by {tools[0]}: name the folder with the float weights "
-            "that it was made from"
-        )
 
 
 def _find_generation(folder: Path, vocab_size: int | None) -> Path:
@@ -261,11 +247,11 @@ def match_tensors(folder: Path, plain: Any) -> dict[str, list[StoredTensor]]:
     return {name: checkpoint.find_all(name) for name in names}
 
 
-def _read_adapter(lora: str, plain: nn.Module) -> Adapter:
+def _read_adapter(lora: Path, plain: nn.Module) -> Adapter:
     """Read an adapter for the model's parameters; tied ones cannot be changed one by one."""
     groups = _tied_names(plain)
     shapes = {n[0]: tuple(plain.get_parameter(n[0]).shape) for n in groups if len(n) == 1}
-    return read_adapter(Path(lora).expanduser().resolve(), shapes)
+    return read_adapter(lora, shapes)
 
 
 def _tied_names(model: nn.Module) -> list[list[str]]:

@@ -11,7 +11,7 @@ import sys
 from typing import Any
 
 from chatglm.cli import open_parser, run_command
-from chatglm.converting.command import add_folders, choose_source, run_conversion
+from chatglm.converting.command import add_folders, add_lora, choose_source, run_conversion
 
 DESCRIPTION = """\
 Write a model folder with quantized weights, shard by shard: a few GB of memory are enough for the
@@ -28,7 +28,7 @@ def make_parser(subparsers: Any = None) -> argparse.ArgumentParser:
     sizes = "columns that share a scale (default: whole rows, the official format)"
     add("--group-size", type=int, choices=(32, 64, 128), help=sizes)
     add("--embeddings", action="store_true", help="quantize the embedding and the head too")
-    add("--lora", metavar="DIR", help="merge this LoRA adapter of peft into the weights first")
+    add_lora(parser)
     parser.set_defaults(run=main)
     return parser
 
@@ -47,7 +47,10 @@ def main(args: argparse.Namespace) -> int:
     source = choose_source(args)
     packed_format = PackedFormat(args.bits, args.group_size, args.embeddings)
     size = run_conversion(
-        lambda: quantize_checkpoint(source, args.target, packed_format, args.lora), args.target
+        lambda: quantize_checkpoint(
+            source, args.target, packed_format, args.lora, any_base=args.any_base
+        ),
+        args.target,
     )
     sys.stdout.write(f"{args.target}: {args.bits} bits, {size}\n")
     return 0

@@ -5,21 +5,47 @@ and read back as they were written. What is finished is recorded together with t
 made for. Does not know what the files hold.
 """
 
+import errno
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterator, Mapping
+from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+from chatglm.adapters.bases import RECORD_FILE
 from chatglm.cards import CARD_FILE
 from chatglm.checkpoints.checksums import hash_file, write_sums
+from chatglm.checkpoints.durable import UNFINISHED, flush, write_whole
 from chatglm.checkpoints.recognize import read_object
+from chatglm.folder_lock import hold_target
 
 RECORD = "job.json"
-# The card is there to be completed by hand, and its hash would be wrong then.
-UNSUMMED = (CARD_FILE,)
-UNFINISHED = ".part"  # of a folder's name, and of a file's
+# The card is there to be completed by hand, and its hash would be wrong then; the record of the
+# base names places of this machine, and is not published.
+UNSUMMED = (CARD_FILE, RECORD_FILE)
+SPARE_BYTES = 2**20  # more than the headers, the record and the index take
+# What systems say of a second name for a file that they cannot give.
+WITHOUT_LINKS = {errno.EXDEV, errno.EPERM, errno.EACCES, errno.EMLINK, errno.ENOTSUP, errno.ENOSYS}
+
+
+@contextmanager
+def claim_target(source: Path, target: str | Path, command: str) -> Generator[Path, None, None]:
+    """Resolve the folder to be made, and let nobody else make it for the statements inside.
+
+    Args:
+        source: what it is made from.
+        target: the folder.
+        command: that makes it.
+
+    Raises:
+        ValueError: if it is the source folder or inside it, if something is there already, or if
+            another process is making it.
+    """
+    with hold_target(check_target(source, target), command):
+        yield check_target(source, target)  # again: it may have come about just now
 
 
 def check_target(source: Path, target: str | Path) -> Path:
@@ -78,11 +104,29 @@ class Staging:
         left = self.folder.iterdir() if self.folder.is_dir() else ()
         return sum(sizes.values()) - sum(path.stat().st_size for path in left)
 
+    def check_room(self, sizes: Mapping[str, int]) -> None:
+        """Refuse a volume that is too full for files of these sizes.
+
+        Raises:
+            ValueError: saying how full it is.
+        """
+        needed = self.missing_bytes(sizes) + SPARE_BYTES
+        free = free_bytes(self.folder)
+        if needed > free:
+            raise ValueError(
+                f"the disk of {self.target} has {free / 1e6:,.0f} MB free, and the result "
+                f"needs {needed / 1e6:,.0f} MB: make room, or name a folder on another disk"
+            )
+
     def begin(self) -> None:
         """Make the folder, free of all that is not to be kept."""
         self.folder.mkdir(parents=True, exist_ok=True)
+        # What lies in folders inside is small.
+        self._sums = {name: digest for name, digest in self._sums.items() if "/" not in name}
         for path in self.folder.iterdir():
-            if path.name != RECORD and path.name not in self._sums:
+            if path.is_dir():
+                shutil.rmtree(path)
+            elif path.name != RECORD and path.name not in self._sums:
                 path.unlink()
         self._record()
 
@@ -94,9 +138,39 @@ class Staging:
             save: writes it to the path it is given.
         """
         unfinished = self.folder / f"{name}{UNFINISHED}"
-        save(unfinished)
-        shutil.copymode(self.folder / RECORD, unfinished)  # some writers leave it to one user
-        _flush(unfinished)
+        unfinished.parent.mkdir(exist_ok=True)
+        try:
+            save(unfinished)
+            shutil.copymode(self.folder / RECORD, unfinished)  # some writers leave it to one user
+            flush(unfinished)
+        except OSError:
+            unfinished.unlink(missing_ok=True)
+            raise
+        self._take(name, unfinished)
+
+    def link(self, name: str, file: Path) -> bool:
+        """Add a file that is there already under another name, without room for it if possible.
+
+        Args:
+            name: of the file here.
+            file: it must not be written into afterwards, and no writer of models does so.
+
+        Returns:
+            Whether it is the same file; a copy, if it is on another disk, or one without links.
+        """
+        unfinished = self.folder / f"{name}{UNFINISHED}"
+        try:
+            os.link(file.resolve(), unfinished)
+        except OSError as error:
+            if error.errno not in WITHOUT_LINKS:
+                raise
+            self.write(name, partial(shutil.copyfile, file))
+            return False
+        self._take(name, unfinished)
+        return True
+
+    def _take(self, name: str, unfinished: Path) -> None:
+        """Give a whole file its name, and write down its hash."""
         digest = hash_file(unfinished)
         unfinished.replace(self.folder / name)
         self._sums[name] = digest
@@ -115,22 +189,19 @@ class Staging:
                 "disk, and run the same command again"
             )
         fixed = {name: self._sums[name] for name in self._sums if name not in UNSUMMED}
-        _flush(write_sums(self.folder, fixed))
-        _flush(self.folder)
+        flush(write_sums(self.folder, fixed))
+        flush(self.folder)
         if self.target.exists():
             self.target.rmdir()  # it is empty
         self.folder.rename(self.target)
         (self.target / RECORD).unlink()
-        _flush(self.target.parent)
+        flush(self.target.parent)
 
     def _record(self) -> None:
         """Write down what is finished, at once or not at all."""
         record = {"job": self._job, "finished": self._sums}
-        unfinished = self.folder / f"{RECORD}{UNFINISHED}"
-        unfinished.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
-        _flush(unfinished)
-        unfinished.replace(self.folder / RECORD)
-        _flush(self.folder)
+        text = json.dumps(record, indent=2) + "\n"
+        write_whole(self.folder / RECORD, text.encode())
 
 
 def describe_files(files: list[Path]) -> dict[str, list[int]]:
@@ -154,14 +225,3 @@ def _intact(folder: Path, sums: Mapping[str, str]) -> Iterator[tuple[str, str]]:
     for name, digest in sums.items():
         if (folder / name).is_file() and hash_file(folder / name) == digest:
             yield name, digest
-
-
-def _flush(path: Path) -> None:
-    """Wait until a file, or on Unix the names in a folder, are on the disk."""
-    if path.is_dir() and os.name == "nt":  # folders cannot be opened there
-        return
-    descriptor = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

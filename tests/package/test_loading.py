@@ -213,6 +213,10 @@ def test_a_missing_shard_is_named(folder: Path) -> None:
 
 def test_a_folder_without_weights_says_what_to_put_there(folder: Path) -> None:
     (folder / "pytorch_model.bin.index.json").unlink()
+    with pytest.raises(ValueError, match=r"has 2 shards, .* and no index of them: fetch the"):
+        load_model(folder)
+    for shard in SHARDS:
+        (folder / shard).unlink()
     with pytest.raises(ValueError, match=r"has no weights: put pytorch_model.bin.index.json"):
         load_model(folder)
 

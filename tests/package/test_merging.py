@@ -181,12 +181,17 @@ def test_packed_weights_and_other_adapters_are_refused(
     quantize_checkpoint(source, tmp_path / "int4", PackedFormat(4))
     with pytest.raises(ValueError, match="such weights are quantized already; name the folder"):
         merge_checkpoint(tmp_path / "int4", tmp_path / "new", lora)
-    with pytest.raises(ValueError, match=r"is no adapter folder: it has no adapter_config\.json"):
+    with pytest.raises(ValueError, match=r"has neither adapter_config\.json nor tensors"):
         merge_checkpoint(source, tmp_path / "new", str(source))
-    fields = read_json(Path(lora, "adapter_config.json")) | {"use_dora": True}
+    fields = read_json(Path(lora, "adapter_config.json"))
+    for more, message in (
+        ({"use_dora": True}, "has no magnitude for .* says use_dora=True: one of the two files"),
+        ({"layer_replication": [[0, 2]]}, "layer_replication=.*, and only plain LoRA"),
+    ):
+        Path(lora, "adapter_config.json").write_text(json.dumps(fields | more))
+        with pytest.raises(ValueError, match=message):
+            merge_checkpoint(source, tmp_path / "new", lora)
     Path(lora, "adapter_config.json").write_text(json.dumps(fields))
-    with pytest.raises(ValueError, match="use_dora=True, and only plain LoRA"):
-        merge_checkpoint(source, tmp_path / "new", lora)
     with pytest.raises(ValueError, match="or inside it: name a folder elsewhere"):
         merge_checkpoint(source, source / "new", lora)
     assert not (tmp_path / "new.part").exists()

@@ -96,7 +96,7 @@ def test_the_folder_is_complete(tiny_repo: Path, tmp_path: Path) -> None:
     new = tmp_path / "deep" / "new"
     quantize_checkpoint(tiny_repo, new, INT4)
     files = {path.name: path for path in tiny_repo.iterdir()}
-    added = {"SHA256SUMS", "LICENSE", "README.md"}
+    added = {"SHA256SUMS", "LICENSE", "README.md", "origin.json"}
     assert {path.name for path in new.iterdir()} == files.keys() | added
     for name in files.keys() - {"config.json", "model.safetensors"}:
         assert (new / name).read_bytes() == files[name].read_bytes(), name
@@ -115,7 +115,8 @@ def test_the_folder_is_complete(tiny_repo: Path, tmp_path: Path) -> None:
     assert ids[0] == ids[1]
     sums = re.findall(r"^([0-9a-f]{64})  (.+)$", (new / "SHA256SUMS").read_text(), re.MULTILINE)
     found = hashes(new)
-    del found["SHA256SUMS"], found["README.md"]  # a card is completed by hand
+    # A card is completed by hand, and a record of places stays on this machine.
+    del found["SHA256SUMS"], found["README.md"], found["origin.json"]
     assert {name: digest for digest, name in sums} == found
     modes = {path.stat().st_mode & 0o777 for path in new.iterdir()}
     assert len(modes) == 1  # what reads one reads all
@@ -236,9 +237,9 @@ def test_a_prefix_stays_as_it_is(tmp_path: Path) -> None:
 
 def test_no_matrix_stays_in_the_plan(source: Path, tmp_path: Path) -> None:
     """Or the whole quantized model would gather in memory."""
-    plan = planning.make_plan(planning.read_source(source), Form(INT4), None)
+    plan = planning.make_plan(planning.read_source(source), Form(INT4))
     (piece,) = [p for pieces in plan.shards.values() for p in pieces if p.name == DENSE]
-    tensors = conversion.convert(piece, None)
+    tensors = conversion.convert(piece, ())
     assert tensors[DENSE].dtype == torch.int8
     assert piece.layer is not None and piece.layer.weight.is_meta
 
@@ -318,11 +319,11 @@ def test_half_factors_in_a_torch_file_give_the_same(source: Path, tmp_path: Path
 LAYER = "base_model.model.transformer.layers.0.attention.query_key_value"
 FACTORS = {f"{LAYER}.lora_A.weight": (3, 32), f"{LAYER}.lora_B.weight": (96, 3)}
 CHANGES: list[tuple[dict[str, Any], dict[str, Any], str]] = [
-    ({"use_dora": True}, {}, "use_dora=True, and only plain LoRA"),
+    ({"use_dora": True}, {}, "has no magnitude for"),
     ({"bias": "some"}, {}, "bias='some'"),
     ({"peft_type": "LOHA"}, {}, "peft_type='LOHA'"),
     ({"peft_type": None}, {}, "peft_type=None"),
-    ({"rank_pattern": {"dense": 4}}, {}, "rank_pattern="),
+    ({"rank_pattern": {"query_key_value": 4}}, {}, "has rank 3 for .* says r=4"),
     ({"init_lora_weights": "pissa"}, {}, "init_lora_weights='pissa'"),
     ({"some_new_kind": 1}, {}, "some_new_kind=1"),
     ({"r": 0}, {}, "has no r:"),
@@ -330,7 +331,7 @@ CHANGES: list[tuple[dict[str, Any], dict[str, Any], str]] = [
     ({}, {f"{LAYER}.lora_B.weight": None}, "lacks transformer.*query_key_value.lora_B.weight"),
     ({}, {f"{LAYER}.lora_B.weight": (95, 3)}, r"factors \(95, 3\) and \(3, 32\).*another model"),
     ({}, {f"{LAYER}.lora_B.weight": (96, 2)}, r"factors \(96, 2\) and \(3, 32\)"),
-    ({}, {f"{LAYER}.lora_magnitude_vector": (96,)}, "lora_magnitude_vector, which is neither"),
+    ({}, {f"{LAYER}.lora_magnitude_vector": (96,)}, "has a magnitude for .* says use_dora=False"),
     ({}, {"base_model.model.lm_head.weight": (8192, 32)}, "lm_head.weight, which is neither"),
     ({}, {f"base_model.model.{NORM}": (31,)}, r"final_layernorm.weight as \(31,\)"),
 ]
@@ -365,7 +366,7 @@ def test_an_adapter_for_a_tied_head_is_refused(tiny_repo: Path, tmp_path: Path) 
 @pytest.mark.parametrize(
     ("missing", "message"),
     [
-        ("adapter_config.json", "is no adapter folder: it has no adapter_config.json"),
+        ("adapter_config.json", "has neither adapter_config.json nor tensors"),
         ("adapter_model.safetensors", "has no weights: put adapter_model.safetensors or"),
     ],
 )
@@ -397,7 +398,10 @@ WRONG_WEIGHTS: list[tuple[Callable[[Weights], object], str]] = [
     (drop(BIAS), f"the weights lack {BIAS};"),
     (put("extra", torch.ones(1)), "the model has no place for extra;"),
     (put(BIAS, torch.ones(31)), rf"{BIAS} in .* the sizes \(31,\), and not \(32,\);"),
-    (put(DENSE, torch.ones(32, 16).char()), f"{DENSE} in model.safetensors of .* is torch.int8"),
+    (
+        put(DENSE, torch.ones(32, 16).char()),
+        f"{DENSE} in model.safetensors is stored as torch.int8",
+    ),
 ]
 NOT_FINITE: list[tuple[Callable[[Weights], object], str]] = [
     (spoil(DENSE, torch.nan), f"{DENSE} cannot be quantized: row 0 reaches nan"),
@@ -462,6 +466,7 @@ def test_a_folder_without_its_vocabulary_is_refused(source: Path, tmp_path: Path
 
 def test_an_unknown_generation_is_refused(source: Path, tmp_path: Path) -> None:
     change_json(source / "config.json", vocab_size=8191, auto_map={})
+    replace_weights(source, lambda w: w.update({TABLE: w[TABLE][:8191].clone()}))
     sizes = r"a vocab_size of 8191, and the known ones are \[8192, 130528, 150528\]"
     with pytest.raises(ValueError, match=sizes):
         quantize_checkpoint(source, tmp_path / "new", INT4)
@@ -488,7 +493,7 @@ def test_columns_that_groups_do_not_divide_are_refused(source: Path, tmp_path: P
     [
         ({"model": {"a": torch.ones(1)}}, "holds a dict named model: only tensors may be there"),
         ([torch.ones(1)], "holds no tensors by name: save the model's state_dict"),
-        ({"a": Path("b")}, "cannot be read: Un(supported global|able to load weights)"),
+        ({"a": Path("b")}, "would run code when it is unpickled, pathlib PosixPath"),
     ],
 )
 def test_a_torch_file_of_another_kind_is_refused(
@@ -550,8 +555,8 @@ def test_a_full_disk_is_refused_before_anything_is_written(
     message = r"the disk of .*new has 1 MB free, and the result needs 2 MB: make room"
     with pytest.raises(ValueError, match=message):
         quantize_checkpoint(source, tmp_path / "a" / "new", INT4)
-    assert asked == [tmp_path] and not (tmp_path / "a").exists()
-    leave(conversion.SPARE_BYTES + 2 * 10**6)
+    assert asked == [tmp_path / "a"] and not (tmp_path / "a").exists()
+    leave(staging.SPARE_BYTES + 2 * 10**6)
     quantize_checkpoint(source, tmp_path / "a" / "new", INT4)
 
 
@@ -642,7 +647,7 @@ def test_what_is_there_counts_as_room(
 ) -> None:
     sizes = {"a": 1000, "b": 50}
     left = sum(path.stat().st_size for path in stopped.iterdir())
-    plan = planning.make_plan(planning.read_source(source), Form(INT4), None)
+    plan = planning.make_plan(planning.read_source(source), Form(INT4))
     place = staging.Staging(tmp_path / "new", plan.job())
     assert place.missing_bytes(sizes) == 1050 - left
     assert place.has("model-00001-of-00009.safetensors") == (len(plan.shards) == 9)
