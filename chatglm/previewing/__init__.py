@@ -1,0 +1,1 @@
+"""Shows what rows of files mean to a training, by the command `chatglm data`."""
