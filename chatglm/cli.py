@@ -8,8 +8,11 @@ import argparse
 import importlib
 import io
 import os
+import signal
 import sys
-from collections.abc import Callable, Sequence
+import threading
+from collections.abc import Callable, Generator, Sequence
+from contextlib import contextmanager
 from typing import Any, NoReturn
 
 from chatglm import __version__, door
@@ -17,14 +20,18 @@ from chatglm.releases import list_untested
 
 COMMANDS = {
     "chat": ("chatglm.serving.chat", "talk with a model, in the terminal or through a pipe"),
+    "check": ("chatglm.checking.command", "say what a folder is and what is wrong with it"),
+    "adopt": ("chatglm.adopting.command", "have a folder of 2023 load in today's transformers"),
     "quantize": ("chatglm.converting.quantize", "write a model folder with 4-bit or 8-bit weights"),
     "merge": ("chatglm.converting.merge", "write a model folder with a LoRA adapter in it"),
     "train": ("chatglm.training.command", "fine-tune or align a model, a stage at a time"),
+    "data": ("chatglm.previewing.command", "show how rows are read and what a training learns"),
     "publish": ("chatglm.publishing.publish", "put a model folder on the Hugging Face Hub"),
     "bench": ("chatglm.benching.command", "measure how fast a model is on this machine"),
 }
 TRUST = "--trust-folder-code"
 BAD_INPUT = 2
+LAST_STREAM = 2  # the number of standard error
 INTERRUPTED = 130  # 128 + SIGINT, what a shell expects
 
 
@@ -69,6 +76,19 @@ def add_folder(parser: argparse.ArgumentParser, name: str = "FOLDER") -> None:
     add_verify(parser)
 
 
+def add_adapters(parser: argparse.ArgumentParser) -> None:
+    """Add the options under which adapters act on the model of a command."""
+    adapter = "LoRA, prefix or P-Tuning folders, in order (without FOLDER: onto their own base)"
+    parser.add_argument("--adapter", metavar="DIR", nargs="+", action="extend", help=adapter)
+    add_any_base(parser)
+
+
+def add_any_base(parser: argparse.ArgumentParser) -> None:
+    """Add the option under which an adapter goes onto another base than its own."""
+    other = "take an adapter onto another base than the one it was trained on"
+    parser.add_argument("--any-base", action="store_true", help=other)
+
+
 def choose_folder(folder: str | None, model: str | None) -> str | None:
     """Return the folder that a caller named, either way, or None.
 
@@ -87,12 +107,16 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: the words after `chatglm`; those of the process if None.
     """
     words = sys.argv[1:] if argv is None else list(argv)
+    return _in_one_line(lambda: _run_words(words))
+
+
+def _run_words(words: list[str]) -> int:
     parser = _build_parser(words[:1])
     args = parser.parse_args(words)
     if args.command is None:
         parser.print_help()
         return 0
-    return run_command(args.run, args)
+    return _run(args.run, args)
 
 
 def run_command(run: Callable[[argparse.Namespace], int], args: argparse.Namespace) -> int:
@@ -102,13 +126,25 @@ def run_command(run: Callable[[argparse.Namespace], int], args: argparse.Namespa
         run: the command's `main`.
         args: its parsed options.
     """
-    _use_utf8()
+    return _in_one_line(lambda: _run(run, args))
+
+
+def _run(run: Callable[[argparse.Namespace], int], args: argparse.Namespace) -> int:
     for line in list_untested():
         print(f"chatglm: {line}", file=sys.stderr)
     trusts = getattr(args, "trust_folder_code", False)
+    with door.folder_code() if trusts else door.package_code():
+        return run(args)
+
+
+def _in_one_line(call: Callable[[], int]) -> int:
+    """Return the exit code of what is called, and say what a caller did wrong in one line."""
     try:
-        with door.folder_code() if trusts else door.package_code():
-            return run(args)
+        _open_streams()
+        try:
+            return call()
+        finally:
+            sys.stdout.flush()  # its reader may have gone, which would be told at the very end
     except BrokenPipeError:
         _discard_output()
         return 0
@@ -117,6 +153,29 @@ def run_command(run: Callable[[argparse.Namespace], int], args: argparse.Namespa
         return BAD_INPUT
     except KeyboardInterrupt:
         return INTERRUPTED
+
+
+def _leave_interrupted(number: int, frame: Any) -> NoReturn:
+    """Take a signal as its last act, without the destructors of C++."""
+    os._exit(INTERRUPTED)
+
+
+@contextmanager
+def leaving_at_once() -> Generator[None, None, None]:
+    """Let Ctrl-C end the process where it is, while the statements inside only import and read.
+
+    An exception in the middle of what C++ begins with may abort a process (SIGABRT, seen once as
+    PyTorch was imported). Whoever takes or ignores the signal otherwise keeps it so.
+    """
+    is_ours = threading.current_thread() is threading.main_thread()
+    if not is_ours or signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
+        yield
+        return
+    signal.signal(signal.SIGINT, _leave_interrupted)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def _build_parser(asked: Sequence[str]) -> CommandParser:
@@ -132,11 +191,36 @@ def _build_parser(asked: Sequence[str]) -> CommandParser:
     return parser
 
 
-def _use_utf8() -> None:
-    """Read and write UTF-8 whatever the locale says: the model's languages need it."""
-    for stream in (sys.stdin, sys.stdout, sys.stderr):
+def _open_streams() -> None:
+    """Read and write UTF-8 whatever the locale says: the model's languages need it.
+
+    Names of files need not be UTF-8: output has them as they are, an error with their numbers.
+
+    Raises:
+        ValueError: if standard output is closed.
+    """
+    _fill_closed_streams()
+    if sys.stdout is None:
+        raise ValueError("standard output is closed: let it go to a file, or to /dev/null")
+    streams = {"stdin": "strict", "stdout": "surrogateescape", "stderr": "backslashreplace"}
+    for name, errors in streams.items():
+        stream = getattr(sys, name)
         if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(encoding="utf-8")
+            stream.reconfigure(encoding="utf-8", errors=errors)
+
+
+def _fill_closed_streams() -> None:
+    """Put something in the place of standard streams that a caller closed.
+
+    The next file that is opened would have their numbers, and what libraries print would go there.
+    """
+    if None not in (sys.stdin, sys.stdout, sys.stderr):
+        return
+    while (opened := os.open(os.devnull, os.O_RDWR)) <= LAST_STREAM:
+        pass
+    os.close(opened)
+    if sys.stderr is None:
+        sys.stderr = os.fdopen(LAST_STREAM, "w", encoding="utf-8")
 
 
 def _discard_output() -> None:

@@ -10,23 +10,29 @@ from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
 
 from chatglm.cards import CARD_FILE, OFFICIAL_VOCABULARIES, read_head
+from chatglm.checking.quick import find_model_problems
 from chatglm.checkpoints.checksums import SUMS, hash_file, read_sums
-from chatglm.checkpoints.reading import check_weight_file, list_weight_files, open_folder
-from chatglm.checkpoints.recognize import read_object
-from chatglm.converting.adapters import ADAPTER_FILES, CONFIG_FILE
+from chatglm.checkpoints.prefixes import holds_prefix
+from chatglm.checkpoints.reading import check_weight_file, list_weight_files
+from chatglm.checkpoints.recognize import (
+    ADAPTER_FILE,
+    ADAPTER_WEIGHTS,
+    describe_stranger,
+    read_object,
+    recognize_folder,
+)
+from chatglm.checkpoints.signatures import POINTER, identify_file
 from chatglm.publishing.contents import PREFIX, Contents
 
 MODEL_CONFIG = "config.json"
 TOKENIZER_FILES = ("ice_text.model", "tokenizer_config.json")
 WEIGHTS = (".bin", ".safetensors")
-PREFIX_TENSORS = "transformer.prefix_encoder."
-POINTER = b"version https://git-lfs.github.com/spec/"
 LINK = re.compile(r"\]\(([^)#\s]+)")
 # Where the configurations say which model they came from.
 ORIGINS = {
     MODEL_CONFIG: "_name_or_path",
-    CONFIG_FILE: "base_model_name_or_path",
-    f"{PREFIX}/{CONFIG_FILE}": "base_model_name_or_path",
+    ADAPTER_FILE: "base_model_name_or_path",
+    f"{PREFIX}/{ADAPTER_FILE}": "base_model_name_or_path",
 }
 
 
@@ -38,7 +44,19 @@ def find_problems(contents: Contents) -> list[str]:
     if not links:  # what lies elsewhere is not read
         problems += _find_gaps(contents, is_fetched=not pointers)
         problems += _find_untruths(contents, is_fetched=not pointers)
-    return problems
+    return problems or _find_misfits(contents)
+
+
+def _find_misfits(contents: Contents) -> list[str]:
+    """What keeps a model whose files are all there from being loaded."""
+    if MODEL_CONFIG not in contents.kept:
+        return []
+    found = recognize_folder(contents.folder)
+    if not found.is_first_family:
+        return [describe_stranger(contents.folder, found)]
+    if holds_prefix(contents.folder):
+        return []
+    return [str(problem) for problem in find_model_problems(contents.folder)]
 
 
 def _find_links(contents: Contents) -> Iterator[str]:
@@ -55,9 +73,8 @@ def _find_links(contents: Contents) -> Iterator[str]:
 def _find_pointers(contents: Contents) -> Iterator[str]:
     """Files that Git LFS would still have to fetch."""
     for name in contents.kept:
-        with (contents.folder / name).open("rb") as file:
-            if file.read(len(POINTER)) == POINTER:
-                yield f"{name} is a Git-LFS pointer and not the file: fetch it (git lfs pull)"
+        if identify_file(contents.folder / name) == POINTER:
+            yield f"{name} is {POINTER} and not the file: fetch it (git lfs pull)"
 
 
 def _find_gaps(contents: Contents, is_fetched: bool) -> Iterator[str]:
@@ -65,10 +82,11 @@ def _find_gaps(contents: Contents, is_fetched: bool) -> Iterator[str]:
     folder, kept = contents.folder, set(contents.kept)
     if MODEL_CONFIG in kept:
         yield from _find_model_gaps(contents, is_fetched)
-    elif CONFIG_FILE not in kept:
-        yield f"{folder} has neither {MODEL_CONFIG} nor {CONFIG_FILE}: name a model or an adapter"
-    if CONFIG_FILE in kept and not kept & set(ADAPTER_FILES):
-        yield f"{folder} has {CONFIG_FILE} and neither of {', '.join(ADAPTER_FILES)}: save it again"
+    elif ADAPTER_FILE not in kept:
+        yield f"{folder} has neither {MODEL_CONFIG} nor {ADAPTER_FILE}: name a model or an adapter"
+    if ADAPTER_FILE in kept and not kept & set(ADAPTER_WEIGHTS):
+        weights = " nor ".join(ADAPTER_WEIGHTS)
+        yield f"{folder} has {ADAPTER_FILE} and neither {weights}: save it again"
     if CARD_FILE not in kept:
         yield (
             f"{folder} has no {CARD_FILE}, the model card: write what it is, of what it was made "
@@ -91,7 +109,7 @@ def _find_model_gaps(contents: Contents, is_fetched: bool) -> Iterator[str]:
     yield from (f"the shard {name} is missing: download it again" for name in missing)
     broken = list(_find_broken(contents)) if is_fetched else []
     yield from broken
-    if is_fetched and not missing and not broken and is_prefix(folder):
+    if is_fetched and not missing and not broken and holds_prefix(folder):
         return
     if contents.code_problem:
         yield contents.code_problem
@@ -108,13 +126,6 @@ def _find_broken(contents: Contents) -> Iterator[str]:
                 check_weight_file(contents.folder / name)
             except ValueError as problem:
                 yield str(problem)
-
-
-def is_prefix(folder: Path) -> bool:
-    """Whether the weights of a folder are a P-Tuning prefix, and no model."""
-    if not read_object(folder / MODEL_CONFIG).get("pre_seq_len"):
-        return False
-    return all(name.startswith(PREFIX_TENSORS) for name in open_folder(folder))
 
 
 def _find_untruths(contents: Contents, is_fetched: bool) -> Iterator[str]:

@@ -10,9 +10,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
+from chatglm.adapters.bases import RECORD_FILE
 from chatglm.checkpoints.checksums import SUMS
+from chatglm.checkpoints.prefixes import PEFT_FOLDER
 from chatglm.checkpoints.reading import WEIGHT_FILES, read_weight_map
-from chatglm.converting.adapters import ADAPTER_FILES, CONFIG_FILE
+from chatglm.checkpoints.recognize import ADAPTER_FILE, ADAPTER_WEIGHTS
 from chatglm.model_files import find_model_files
 
 PLAIN_FILES = {
@@ -24,15 +26,16 @@ PLAIN_FILES = {
     "chat_template.jinja",
     "ice_text.model",
     SUMS,
-    CONFIG_FILE,
-    *ADAPTER_FILES,
+    ADAPTER_FILE,
+    *ADAPTER_WEIGHTS,
 }
 DOCUMENTS = re.compile(r"README([._-][\w.-]+)?\.md|(MODEL_)?LICENSE([._-][\w.-]+)?|NOTICE(\.\w+)?")
-PRESETS, PREFIX = "presets", "peft"
+PRESETS, PREFIX = "presets", PEFT_FOLDER
 PRESET_FILES = re.compile(r"(generation_|tokenizer_)?config\.json|[\w.]+\.index\.json")
 PLAIN_NAME = re.compile(r"\w[\w.-]*")  # no folder, nothing hidden, and no pattern for many names
 HIDDEN = "hidden: an environment, a cache, a history or settings of a tool"
 REASONS = {
+    RECORD_FILE: "names places on this machine",
     ".py": "no file that the model imports (auto_map of config.json)",
     ".bin": "no weights that config.json or an index goes with",
     ".safetensors": "no weights that config.json or an index goes with",
@@ -109,7 +112,7 @@ def _list_weights(folder: Path) -> tuple[set[str], str | None]:
 def _list_inside(folder: Path) -> list[str]:
     """The files of a folder inside the model's that are published, mostly none."""
     if folder.name == PREFIX:
-        names = (CONFIG_FILE, *ADAPTER_FILES)
+        names = (ADAPTER_FILE, *ADAPTER_WEIGHTS)
         return [f"{PREFIX}/{name}" for name in names if (folder / name).is_file()]
     if folder.name == PRESETS:
         return [file.relative_to(folder.parent).as_posix() for file in _list_presets(folder)]
@@ -134,4 +137,6 @@ def _explain_folder(folder: Path, inside: list[str]) -> dict[str, str]:
 
 
 def _explain_file(file: Path) -> str:
-    return HIDDEN if file.name.startswith(".") else REASONS.get(file.suffix, OTHERWISE)
+    if file.name.startswith("."):
+        return HIDDEN
+    return REASONS.get(file.name) or REASONS.get(file.suffix, OTHERWISE)

@@ -1,6 +1,7 @@
 """Owns `chatglm chat`: reads questions, streams the answers, remembers the rounds.
 
     chatglm chat ../chatglm-6b --bits 4
+    chatglm chat --adapter out/sft_lora         # with its base, or FOLDER --adapter A B
     chatglm chat                                # in a clone: its small model
     echo 你好 | chatglm chat --greedy           # one answer a line of input, nothing else
 
@@ -9,15 +10,23 @@ a model (`chatglm.loading`).
 """
 
 import argparse
-import re
 import sys
 import warnings
 from collections.abc import Generator, Iterable
 from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
 from typing import Any
 
-from chatglm.cli import add_folder, choose_folder, open_parser, run_command
+from chatglm.cli import (
+    add_adapters,
+    add_folder,
+    choose_folder,
+    leaving_at_once,
+    open_parser,
+    run_command,
+)
 
 WELCOME = """\
 ChatGLM: {folder} ({device})
@@ -25,12 +34,6 @@ ChatGLM: {folder} ({device})
 Type to chat; "clear" forgets the rounds, "stop" ends, Ctrl-C ends an answer."""
 QUESTION_LABEL = "\n用户 You: "
 ANSWER_LABEL = "ChatGLM: "
-# What the next token may still change at the end of an answer: the training-time stamp ("[[", 4
-# hanzi, "]]") until it is complete, a space (dropped before "n't" and the like), any last character
-# (punctuation takes its width from what follows).
-UNSETTLED = re.compile(r"(\[\[.{0,5}| .{0,2}|.)\Z", re.DOTALL)
-# The part of the window that old rounds may not take from the answer.
-ANSWER_SHARE = 1 / 4
 
 
 def make_parser(subparsers: Any = None) -> argparse.ArgumentParser:
@@ -38,12 +41,19 @@ def make_parser(subparsers: Any = None) -> argparse.ArgumentParser:
     description = "Chat in the terminal; through a pipe, answer every line of standard input."
     parser = open_parser(subparsers, "chat", description)
     add_folder(parser)
+    add_adapters(parser)
     add = parser.add_argument
     add("--bits", type=int, choices=(4, 8), help="quantize the weights (default: as they are)")
     add("--device", metavar="D", help="cpu, cuda, cuda:N or mps (default: the best one here)")
     add("--dtype", metavar="D", help="float16, bfloat16 or float32 (default: the fitting one)")
     add("--max-length", type=_positive_int, metavar="N", help="tokens of prompt plus answer")
     add("--max-new-tokens", type=_positive_int, metavar="N", help="tokens of one answer")
+    add(
+        "--overflow",
+        choices=("rounds", "summarize", "error"),
+        default="rounds",
+        help="beyond the window: the newest rounds that fit (default), a summary, or an error",
+    )
     add("--top-p", type=_share, metavar="F", help="sample from this share of the probability")
     add("--temperature", type=_positive, metavar="F", help="below 1 bolder, above 1 more varied")
     add("--greedy", action="store_true", help="always the most probable token, no sampling")
@@ -61,15 +71,19 @@ def main(args: argparse.Namespace) -> int:
     Raises:
         ValueError: if the model cannot be loaded, or a piped question cannot be answered.
     """
-    import transformers
+    if sys.stdin is None:  # pyright: ignore[reportUnnecessaryComparison]
+        raise ValueError("standard input is closed, and questions come from there: pipe them in")
+    with leaving_at_once():
+        import transformers
 
-    from chatglm.loading import default_model_folder, load_model
+        from chatglm.loading import load_model
 
-    transformers.logging.set_verbosity_error()
-    if not sys.stderr.isatty():
-        transformers.logging.disable_progress_bar()
-    folder = choose_folder(args.folder, args.model) or default_model_folder()
-    model, tokenizer = load_model(folder, args.bits, args.device, args.dtype, args.verify)
+        transformers.logging.set_verbosity_error()
+        if not sys.stderr.isatty():
+            transformers.logging.disable_progress_bar()
+        folder, adapters = choose_model(args)
+        loading = (args.bits, args.device, args.dtype, args.verify, adapters)
+        model, tokenizer = load_model(folder, *loading)
     if args.seed is not None:
         transformers.set_seed(args.seed)
     is_interactive = sys.stdin.isatty() and sys.stdout.isatty()
@@ -81,13 +95,35 @@ def main(args: argparse.Namespace) -> int:
     return 0
 
 
+def choose_model(args: argparse.Namespace) -> tuple[str | Path, Any]:
+    """Return the model folder that was asked for and its adapters, having said what is to be said.
+
+    Args:
+        args: with the options of `add_folder` and `add_adapters`.
+
+    Raises:
+        ValueError: if there is no such folder, or if the adapters are not for it.
+    """
+    from chatglm.adapters.kinds import announce, stack_adapters
+    from chatglm.loading import check_model_folder, default_model_folder
+
+    named = choose_folder(args.folder, args.model)
+    if not args.adapter:
+        return named or default_model_folder(), None
+    stack = stack_adapters(
+        args.adapter, check_model_folder(named) if named else None, args.any_base
+    )
+    announce(stack)
+    return stack.base, stack
+
+
 @dataclass
 class Conversation:
     """The rounds so far, and the model that continues them.
 
     Args:
         model: has `stream_chat(tokenizer, query, history, **options)`, which yields the answer so
-            far with the new history, and `build_prompt(query, history)`.
+            far with the new history.
         tokenizer: the model's.
         options: for `stream_chat`; `max_length` is the window of prompt plus answer, in tokens.
         is_interactive: whether a person sits at a terminal on both ends.
@@ -112,38 +148,19 @@ class Conversation:
         if word == "clear":
             self.history = []
         elif word:
-            self.history = self._answer(line, self._fitting_rounds(line))
+            self.history = self._answer(line)
         return True
 
-    def _fitting_rounds(self, query: str) -> list[tuple[str, str]]:
-        """The latest rounds whose prompt leaves the answer its room; says how many it left out."""
-        window = self.options["max_length"]
-        room = min(self.options.get("max_new_tokens", window), int(window * ANSWER_SHARE))
-        kept = self.history
-        while kept and self._prompt_length(query, kept) > window - room:
-            kept = kept[1:]
-        dropped = len(self.history) - len(kept)
-        if dropped:
-            print(
-                f"chatglm: 对话超出窗口，忘记最早 {dropped} 轮 / the window of {window} tokens is "
-                f"full, the oldest rounds are forgotten: {dropped}",
-                file=sys.stderr,
-            )
-        return kept
-
-    def _prompt_length(self, query: str, history: list[tuple[str, str]]) -> int:
-        """How many tokens the model would read for this question."""
-        return len(self.tokenizer(self.model.build_prompt(query, history))["input_ids"])
-
-    def _answer(self, query: str, history: list[tuple[str, str]]) -> list[tuple[str, str]]:
+    def _answer(self, query: str) -> list[tuple[str, str]]:
         """Stream one answer, return the rounds with it; Ctrl-C ends it and keeps what was said."""
         from torch import OutOfMemoryError
 
+        history = self.history
         printer = AnswerPrinter(ANSWER_LABEL if self.is_interactive else "")
-        stream = self.model.stream_chat(self.tokenizer, query, history, **self.options)
         try:
             with lines_of_warnings():
-                with suppress(KeyboardInterrupt), closing(stream):
+                talk = partial(self.model.stream_chat, self.tokenizer, query, history)
+                with suppress(KeyboardInterrupt), closing(talk(**self.options)) as stream:
                     for text, rounds in stream:
                         printer.show(text)
                         history = rounds
@@ -168,15 +185,13 @@ def lines_of_warnings() -> Generator[None, None, None]:
             yield
         finally:
             for warning in caught:
-                print(f"chatglm: {warning.message}", file=sys.stderr)
+                left_out = getattr(warning.message, "left_out", 0)
+                chinese = f"对话超出窗口，略去最早 {left_out} 轮 / " if left_out else ""
+                print(f"chatglm: {chinese}{warning.message}", file=sys.stderr)
 
 
 class AnswerPrinter:
-    """Prints a growing answer, each character once.
-
-    The next token may still change the end of an answer (`,` becomes `，` before a Chinese
-    character), so the end is held back until it is settled.
-    """
+    """Prints a growing answer, each character once."""
 
     def __init__(self, label: str = "") -> None:
         """Print `label` before the first character."""
@@ -186,14 +201,13 @@ class AnswerPrinter:
         self._has_begun = False
 
     def show(self, text: str) -> None:
-        """Print what is settled of the answer so far and not printed yet."""
+        """Print what is new of the answer so far; `stream_chat` withdraws nothing."""
         self._text = text
-        settled = settled_part(text)
-        if settled.startswith(self._shown):
-            self._print(settled)
+        if text.startswith(self._shown):
+            self._print(text)
 
     def finish(self) -> None:
-        """Print the rest and end the line; the whole text again if a printed part has changed."""
+        """End the line; the whole text again if a folder's own code has withdrawn a part."""
         if not self._text.startswith(self._shown):
             self._print(self._shown + "\n")
             self._shown = ""
@@ -212,11 +226,6 @@ class AnswerPrinter:
         self._has_begun = self._has_begun or bool(addition)
         self._label = ""
         self._shown = text
-
-
-def settled_part(text: str) -> str:
-    """The part of an unfinished answer that no later token changes."""
-    return UNSETTLED.sub("", text)
 
 
 def talk(conversation: Conversation, welcome: str) -> None:
@@ -255,6 +264,7 @@ def answer_lines(conversation: Conversation, lines: Iterable[str]) -> None:
 def _stream_options(args: argparse.Namespace, model: Any) -> dict[str, Any]:
     """What `stream_chat` is told: the options given; for the others the model's defaults hold."""
     options: dict[str, Any] = {"max_length": args.max_length or model.config.max_sequence_length}
+    options["overflow"] = args.overflow
     for name in ("max_new_tokens", "top_p", "temperature"):
         if getattr(args, name) is not None:
             options[name] = getattr(args, name)

@@ -8,37 +8,33 @@ when it is the one asked for.
 """
 
 import argparse
-import dataclasses
-import importlib
 import json
+import os
 import sys
 from collections.abc import Sequence
 from itertools import pairwise
 from typing import Any
 
 from chatglm import door
-from chatglm.cli import TRUST, choose_folder, open_parser, run_command
+from chatglm.cli import TRUST, choose_folder, leaving_at_once, open_parser, run_command
+from chatglm.training.keys.describing import describe_keys, describe_whole, list_own
 from chatglm.training.processes import leave
+from chatglm.training.settings import read_settings
+from chatglm.training.stage_list import (
+    STAGES,
+    find_library,
+    find_owners,
+    find_settings,
+    find_stage,
+    is_refused,
+)
 
-STAGES = {
-    "pretrain": "go on with the pre-training: blanks in plain text",
-    "sft": "learn answers: the whole model, LoRA, or LoRA over packed weights",
-    "ptuning": "learn a P-Tuning v2 prefix",
-    "reward": "learn which of two answers is better",
-    "ppo": "reinforcement learning, rewarded by a reward model or a function",
-    "dpo": "learn from pairs of answers without a reward model",
-    "grpo": "reinforcement learning in groups of answers, without a value model",
-    "eval": "measure perplexity, choices, or the text of answers",
-}
-MODULES = {name: f"chatglm.training.stages.{name}" for name in STAGES} | {
-    "ppo": "chatglm.training.ppo.trainer",
-    "eval": "chatglm.evaluating.evaluation",
-}
+HELP = {"-h", "--help"}
 
 
 def make_parser(subparsers: Any = None) -> argparse.ArgumentParser:
     """The options of `chatglm train`, as a command of its own or of `subparsers`."""
-    stages = "\n".join(f"  {name:<10}{summary}" for name, summary in STAGES.items())
+    stages = "\n".join(f"  {name:<10}{entry.summary}" for name, entry in STAGES.items())
     parser = open_parser(subparsers, "train", f"Fine-tune or align a model. Stages:\n\n{stages}")
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument("stage", choices=list(STAGES), metavar="STAGE", help="what to do")
@@ -47,7 +43,8 @@ def make_parser(subparsers: Any = None) -> argparse.ArgumentParser:
         nargs=argparse.REMAINDER,
         metavar="[FOLDER] [--trust-folder-code] --config FILE --KEY VALUE",
         help="the model folder, a YAML file of keys, and keys that go before it; STAGE --help "
-        "lists them; --trust-folder-code runs the folder's own Python files",
+        "lists them, STAGE --help KEY tells all of one; --trust-folder-code runs the folder's own "
+        "Python files",
     )
     parser.set_defaults(run=main)
     return parser
@@ -62,19 +59,18 @@ def main(args: argparse.Namespace) -> int:
     Raises:
         ValueError: for a key, a value, data or a folder that cannot be used.
     """
-    if {"-h", "--help"} & set(args.keys):
-        sys.stdout.write(describe_stage(args.stage))
+    if HELP & set(args.keys):
+        sys.stdout.write(describe_stage(args.stage, [w for w in args.keys if w not in HELP]))
         return 0
-    import transformers
-    from accelerate import PartialState
-
-    from chatglm.training.settings import read_settings
-
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
-    stage = find_stage(args.stage)
     keys = [word for word in args.keys if word != TRUST]
-    settings, given = read_settings(stage.settings, stage.arguments, name_folder(keys))
+    settings, given = read_keys(args.stage, name_folder(keys))
+    with leaving_at_once():
+        import transformers
+        from accelerate import PartialState
+
+        transformers.logging.set_verbosity_error()
+        transformers.logging.disable_progress_bar()
+        stage = find_stage(args.stage)
     with door.folder_code() if TRUST in args.keys else door.package_code():
         figures = stage.run(settings, given)
     if PartialState().is_main_process:
@@ -82,13 +78,20 @@ def main(args: argparse.Namespace) -> int:
     return 0
 
 
-def find_stage(name: str) -> Any:
-    """Return the record of a stage, a `Stage` or a `TrainerStage`.
+def read_keys(stage: str, words: Sequence[str]) -> tuple[Any, dict[str, Any]]:
+    """Return the settings of a stage and the library's keys, before anything is imported for it.
 
     Raises:
-        ImportError: if a library that the stage is built on is not installed.
+        KeyProblem: for keys and values that cannot be, all of them.
     """
-    return importlib.import_module(MODULES[name]).STAGE
+    is_first = os.environ.get("RANK", "0") == "0"
+    say = say_line if is_first else lambda line: None
+    return read_settings(find_settings(stage), find_library(stage), words, say, find_owners)
+
+
+def say_line(line: str) -> None:
+    """Tell a person something beside the output."""
+    sys.stderr.write(f"chatglm: {line}\n")
 
 
 def name_folder(keys: Sequence[str]) -> list[str]:
@@ -107,16 +110,22 @@ def name_folder(keys: Sequence[str]) -> list[str]:
     return rest if named else ["--model", folder, *rest]
 
 
-def describe_stage(name: str) -> str:
-    """Return the keys of a stage, for `--help`."""
-    from chatglm.training.settings import describe_settings
+def describe_stage(name: str, asked: Sequence[str] = ()) -> str:
+    """Return the keys of a stage, for `--help`.
 
-    stage = find_stage(name)
-    own = f"keys, with their defaults:\n{describe_settings(stage.settings)}\n"
-    library = stage.arguments
-    more = f"\nand every field of {library.__module__}.{library.__name__}\n"
-    has_more = bool(dataclasses.fields(library))
-    return f"chatglm train {name}: {STAGES[name]}\n\n{own}{more if has_more else ''}"
+    Args:
+        name: of the stage.
+        asked: keys to tell all about, as `--KEY` or `KEY`; none for a line on each key.
+
+    Raises:
+        KeyProblem: for a key that is asked for and is not there.
+    """
+    own, library = list_own(find_settings(name)), find_library(name)
+    if asked:
+        words = [word.removeprefix("--").replace("-", "_") for word in asked]
+        return describe_whole({**library, **own}, words)
+    shown = {key: told for key, told in library.items() if not is_refused(key, name)}
+    return f"chatglm train {name}: {STAGES[name].summary}\n\n{describe_keys(own, shown)}"
 
 
 if __name__ == "__main__":

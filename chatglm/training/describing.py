@@ -12,7 +12,8 @@ from typing import NamedTuple
 from torch import Tensor
 
 from chatglm.cards import Card, format_card, read_base, strip_place
-from chatglm.training.settings import SETTINGS_FILE, Settings, read_config
+from chatglm.training.keys.library import find_default
+from chatglm.training.settings import SETTINGS_FILE, Settings, name_stage, read_config
 
 SCORING = "reward"  # the stage whose models give a score and no text
 SUMMARIES = {
@@ -63,7 +64,7 @@ class Shape(NamedTuple):
     """What kind of folder a stage has written.
 
     Attributes:
-        title: of the card, with the places {base} and {stage}.
+        title: of the card, with the places {base}, {stage} and {method}.
         loading: the code, with its places.
         library: that loads it.
         place: where in the folder that library finds it.
@@ -79,7 +80,7 @@ class Shape(NamedTuple):
 
 SHAPES = {
     "model": Shape("{base}, {stage}", MODEL, "transformers", ".", ("custom_code",)),
-    "adapter": Shape("LoRA adapter for {base}, {stage}", ADDITION, "peft", ".", ("lora",)),
+    "adapter": Shape("{method} adapter for {base}, {stage}", ADDITION, "peft", ".", ("lora",)),
     "prefix": Shape("P-Tuning v2 prefix for {base}", ADDITION, "peft", "./peft", ("p-tuning",)),
 }
 
@@ -96,10 +97,11 @@ def describe_training(
         kind: one of `SHAPES`.
     """
     base, stage, shape = read_base(source), name_stage(settings), SHAPES[kind]
+    method = "DoRA" if settings.use_dora else "LoRA"
     is_part = "" if kind == "model" else "What was trained of "
     return format_card(
         Card(
-            title=shape.title.format(base=base.name, stage=stage),
+            title=shape.title.format(base=base.name, stage=stage, method=method),
             summary=f"{is_part}{base.name}, {SUMMARIES.get(stage, 'trained further')}.",
             base=base,
             precision=describe_precision(settings, weights, kind),
@@ -107,14 +109,9 @@ def describe_training(
             loading=write_loading(settings, base.name, shape),
             library=shape.library,
             task="text-classification" if stage == SCORING else "text-generation",
-            tags=(*shape.tags, stage),
+            tags=(*shape.tags, *(["dora"] if settings.use_dora else []), stage),
         )
     )
-
-
-def name_stage(settings: Settings) -> str:
-    """Return the name of the stage whose settings these are."""
-    return type(settings).__name__.removesuffix("Settings").lower() or "train"
 
 
 def describe_precision(
@@ -136,9 +133,7 @@ def list_settings(settings: Settings) -> dict[str, str]:
     rows: dict[str, str] = {}
     for field in dataclasses.fields(settings):
         value = getattr(settings, field.name)
-        is_listed = field.default is dataclasses.MISSING
-        default = field.default_factory() if is_listed else field.default  # type: ignore[misc]
-        if field.name not in UNTOLD and value != default:
+        if field.name not in UNTOLD and value != find_default(field):
             rows[field.name] = strip_place(value)
     file = Path(settings.output) / SETTINGS_FILE
     arguments = read_config(file) if settings.output and file.is_file() else {}

@@ -3,42 +3,75 @@
 Adapters, packed base weights and dtypes are settled here. Does not know data or losses.
 """
 
-import json
 import shutil
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from transformers import (
+    AutoConfig,
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
     AutoTokenizer,
 )
 
 from chatglm import door
+from chatglm.adapters import bases
+from chatglm.adapters.acting import put_on
+from chatglm.adapters.kinds import SCORER_TASK, TEXT_TASK, read_kind
 from chatglm.cards import copy_licenses, read_own_card, write_card
+from chatglm.checkpoints.recognize import ADAPTER_FILE, read_object
 from chatglm.loading import DTYPES, check_model_folder, default_model_folder
+from chatglm.training.adapters import (
+    list_fields,
+    note_base,
+    put_below,
+    read_stack,
+    record_base,
+)
 from chatglm.training.describing import describe_training
+from chatglm.training.lora import (
+    build_config,
+    check_base,
+    check_found,
+    expecting_copies,
+    trains_modules,
+    wrap_model,
+)
 from chatglm.training.settings import KeyProblem, Settings
 
-TASK_TYPES = {AutoModelForCausalLM: "CAUSAL_LM", AutoModelForSequenceClassification: "SEQ_CLS"}
-SCORE_HEAD = "score"
-ADAPTER_FILE = "adapter_config.json"
+TASK_TYPES = {AutoModelForCausalLM: TEXT_TASK, AutoModelForSequenceClassification: SCORER_TASK}
 
 
 def find_base(settings: Settings) -> Path:
-    """Return the folder of the model to start from.
+    """Return the folder of the model to start from, by default that of the first adapter.
 
     Raises:
-        ValueError: if it is not whole.
+        ValueError: if it is not whole, or not to be found.
     """
+    if settings.adapter and not settings.model:
+        return check_model_folder(bases.find_base(read_kind(settings.adapter[0]).folder))
     return check_model_folder(settings.model or default_model_folder())
 
 
 def load_tokenizer(settings: Settings) -> Any:
     """Return the tokenizer of the model to start from."""
     return door.load_from(find_base(settings), AutoTokenizer)
+
+
+def check_adapters(settings: Settings) -> None:
+    """Refuse adapters that cannot be trained as the keys say, before rows are read.
+
+    Raises:
+        ValueError: for keys that the model's folder or the adapters to go on from contradict.
+    """
+    if settings.lora_rank:
+        check_base(settings, find_base(settings))
+    if settings.goes_on:
+        folder = read_kind(settings.adapter[-1]).folder
+        if (folder / ADAPTER_FILE).is_file():
+            check_found(settings, read_object(folder / ADAPTER_FILE), folder)
 
 
 def load_policy(
@@ -77,23 +110,34 @@ def _load(
     is_trained: bool,
     **fields: Any,
 ) -> Any:
-    options: dict[str, Any] = dict(fields)
+    base, task = find_base(settings), TASK_TYPES[auto_class]
+    stack = read_stack(settings, base, task, is_trained)
+    options: dict[str, Any] = {**fields, **list_fields(stack)}
     is_frozen = not is_trained or settings.uses_lora or "pre_seq_len" in fields
-    if settings.bits:
-        if not is_frozen:
-            raise KeyProblem(
-                f"bits={settings.bits} packs the weights, which cannot be trained then: set "
-                "lora_rank, or bits to 0"
-            )
-        packing = {"bits": settings.bits, "group_size": settings.group_size or None}
-        options["quantization_config"] = {"quant_method": "chatglm", **packing}
-    dtype = choose_weights(settings, compute_dtype, is_frozen)
-    model = door.load_from(find_base(settings), auto_class, dtype=dtype, **options)
-    if settings.uses_lora:
-        model = add_adapters(model, settings, TASK_TYPES[auto_class], is_trained)
-    if is_frozen and compute_dtype is not None:
+    check_weights(settings, is_frozen)
+    options |= list_packing(settings)
+    # Beside float32 modules in 16-bit ones no product would be of one type outside of autocast.
+    is_narrow = is_frozen and not (is_trained and trains_modules(settings))
+    dtype = choose_weights(settings, compute_dtype, is_narrow)
+    model = door.load_from(base, auto_class, dtype=dtype, **options)
+    if stack is not None and not (is_trained and settings.lora_rank):
+        with expecting_copies():
+            model = put_on(model, stack, is_trained)
+    elif settings.lora_rank:
+        model = add_adapters(model if stack is None else put_below(model, stack), settings, task)
+    if is_trained and settings.uses_lora:
+        note_base(model, settings, base)
+    if is_narrow and compute_dtype is not None:
         _widen_trained(model)
     return model
+
+
+def list_packing(settings: Settings) -> dict[str, Any]:
+    """Return the option of `from_pretrained` that packs weights as they are read, if any are."""
+    if not settings.bits:
+        return {}
+    packing = {"bits": settings.bits, "group_size": settings.group_size or None}
+    return {"quantization_config": {"quant_method": "chatglm", **packing}}
 
 
 def _widen_trained(model: nn.Module) -> None:
@@ -112,57 +156,73 @@ def choose_weights(
     """Return the dtype of the weights: float32 for what is trained, unless told otherwise.
 
     Raises:
-        KeyProblem: for float16 weights that are trained: steps smaller than their last digit are
-            lost, and a scaled loss cannot be scaled back on them.
+        KeyProblem: as `check_weights`.
     """
     if not settings.dtype:
         return compute_dtype if compute_dtype is not None and is_frozen else torch.float32
-    if settings.dtype == "float16" and not is_frozen:
-        raise KeyProblem("dtype float16 cannot be trained in: use fp16: true on float32 weights")
+    check_weights(settings, is_frozen)
     return DTYPES[settings.dtype]
 
 
-def add_adapters(
-    model: nn.Module, settings: Settings, task_type: str, is_trained: bool = True
-) -> Any:
-    """Return the model with LoRA adapters, new ones or those of a folder, and all else frozen.
+def add_adapters(model: nn.Module, settings: Settings, task_type: str) -> Any:
+    """Return the model with new LoRA adapters, and all else frozen.
 
     Raises:
-        ValueError: for a folder without adapters, or layers that the model does not have.
+        ValueError: for layers that the model does not have.
     """
-    from peft import LoraConfig, PeftModel, get_peft_model
-
-    if settings.adapter:
-        _check_adapter(Path(settings.adapter), task_type)
-        return PeftModel.from_pretrained(model, settings.adapter, is_trainable=is_trained)
-    config = LoraConfig(
-        r=settings.lora_rank,
-        lora_alpha=settings.lora_alpha or 2 * settings.lora_rank,  # type: ignore[arg-type]
-        lora_dropout=settings.lora_dropout,
-        target_modules=list(settings.lora_targets),
-        bias=settings.lora_bias,  # type: ignore[arg-type]
-        task_type=task_type,
-        modules_to_save=[SCORE_HEAD] if task_type == "SEQ_CLS" else None,
-    )
-    return get_peft_model(model, config)
+    return wrap_model(model, build_config(model, settings, task_type))
 
 
-def _check_adapter(folder: Path, task_type: str) -> None:
-    """Refuse a folder without adapters, or with those of a model with another head."""
-    file = folder / ADAPTER_FILE
-    if not file.is_file():
-        raise KeyProblem(f"adapter {folder} has no {ADAPTER_FILE}")
-    found = json.loads(file.read_text(encoding="utf-8")).get("task_type")
-    if found not in (None, task_type):
-        raise KeyProblem(
-            f"adapter {folder} was trained for {found} and {task_type} is wanted here: merge it "
-            "into its model, and name that folder with model"
-        )
+class PromptFormat(NamedTuple):
+    """What rows are rendered by, which a folder says without its weights.
+
+    Attributes:
+        build_prompt: the model's.
+        config: its configuration: window and special tokens.
+    """
+
+    build_prompt: Any
+    config: Any
+
+
+def read_format(settings: Settings) -> PromptFormat:
+    """Return what the rows of a model are rendered by; nothing of its weights is read.
+
+    Raises:
+        ValueError: if its folder is not whole.
+    """
+    folder = find_base(settings)
+    return PromptFormat(find_prompt_format(settings), door.load_from(folder, AutoConfig))
 
 
 def find_prompt_format(settings: Settings) -> Any:
     """Return the model's `build_prompt`, which models without a language head do not have."""
     return door.find_class(find_base(settings), AutoModelForCausalLM.__name__).build_prompt
+
+
+def check_weights(settings: Settings, is_frozen: bool) -> None:
+    """Refuse formats of weights that are to be trained and cannot.
+
+    Args:
+        settings: say which format.
+        is_frozen: whether the weights stay as they are, and something beside them is trained.
+
+    Raises:
+        KeyProblem: for packed weights, and for float16: steps smaller than their last digit are
+            lost, and a scaled loss cannot be scaled back on them.
+    """
+    if settings.bits and not is_frozen:
+        raise KeyProblem(
+            f"bits={settings.bits} packs the weights, which cannot be trained then: set "
+            "lora_rank, or bits to 0"
+        )
+    if settings.dtype == "float16" and not is_frozen:
+        raise KeyProblem("dtype float16 cannot be trained in: use fp16: true on float32 weights")
+
+
+def keeps_weights(settings: Settings) -> bool:
+    """Whether a training leaves the weights as they are: adapters or a prefix are trained."""
+    return settings.uses_lora or hasattr(settings, "pre_seq_len")
 
 
 def find_core(model: Any) -> Any:
@@ -195,6 +255,7 @@ def save_trained(
     name_as_before(model)
     whole = {} if weights is None else {"state_dict": share_ties(model, weights)}
     model.save_pretrained(folder, **whole)
+    record_base(model, folder)
     if not hasattr(model, "peft_config"):
         save_tokenizer(settings, folder)
         _complete(find_base(settings), folder)
@@ -205,7 +266,8 @@ def save_trained(
 def _describe(model: Any, settings: Settings, state: dict[str, Tensor]) -> str:
     """Return the card of a trained model, or of its adapters."""
     is_adapter = hasattr(model, "peft_config")
-    written = {name: w for name, w in state.items() if ".lora_" in name or not is_adapter}
+    marks = (".lora_", ".modules_to_save.")
+    written = {n: w for n, w in state.items() if not is_adapter or any(m in n for m in marks)}
     kind = "adapter" if is_adapter else "model"
     return describe_training(settings, find_base(settings), written, kind)
 

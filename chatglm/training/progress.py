@@ -3,7 +3,6 @@
 Does not know what is trained or how.
 """
 
-import json
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -14,9 +13,13 @@ from tqdm.auto import tqdm
 from transformers import PrinterCallback, ProgressCallback, Trainer, TrainerCallback
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 
+from chatglm.data.records import Record
+from chatglm.training.early_stopping import EarlyStop
+from chatglm.training.json_lines import append_line, cut_lines
 from chatglm.training.models import find_core
 from chatglm.training.settings import KeyProblem, Settings
 
+SAMPLES_FILE = "samples.jsonl"
 SAMPLE_TOKENS = 128
 # No curve is drawn of these figures, which are about the run itself, nor of those that end so.
 NO_CURVES = ("epoch", "step", "total_flos")
@@ -122,6 +125,11 @@ class Samples(TrainerCallback):
         self.prompts, self.steps = prompts, steps
         self.tokenizer, self.folder = tokenizer, folder
 
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Take out the answers of steps that are taken once more, behind a checkpoint."""
+        if state.is_world_process_zero:
+            cut_lines(self.folder / SAMPLES_FILE, state.global_step or None)
+
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Answer every so many steps."""
         if self.steps and state.global_step % self.steps == 0:
@@ -138,13 +146,12 @@ class Samples(TrainerCallback):
             return
         core, was_training = find_core(model), model.training
         model.eval()
-        with (self.folder / "samples.jsonl").open("a", encoding="utf-8") as file:
-            for prompt in self.prompts:
-                text, _ = core.chat(
-                    self.tokenizer, prompt, do_sample=False, max_new_tokens=SAMPLE_TOKENS
-                )
-                line = {"step": state.global_step, "prompt": prompt, "answer": text}
-                file.write(json.dumps(line, ensure_ascii=False) + "\n")
+        for prompt in self.prompts:
+            text, _ = core.chat(
+                self.tokenizer, prompt, do_sample=False, max_new_tokens=SAMPLE_TOKENS
+            )
+            line = {"step": state.global_step, "prompt": prompt, "answer": text}
+            append_line(self.folder / SAMPLES_FILE, line)
         model.train(was_training)
 
 
@@ -227,13 +234,29 @@ def build_callbacks(settings: Settings, trainer: Trainer) -> list[TrainerCallbac
         callbacks.append(FigureBar())
     if settings.sample_prompts:
         tokenizer = trainer.processing_class
-        prompts, steps = settings.sample_prompts, settings.sample_steps
-        callbacks.append(Samples(prompts, steps, tokenizer, folder))
+        steps = settings.sample_steps
+        callbacks.append(Samples(frame_prompts(settings), steps, tokenizer, folder))
+    if trainer.args.metric_for_best_model:
+        callbacks.append(EarlyStop(settings))
     return callbacks
+
+
+def frame_prompts(settings: Settings) -> list[str]:
+    """Return the sample questions behind the system text that rows without one are given."""
+    system = settings.default_system
+    return [Record("", [], query, system=system).frame()[0] for query in settings.sample_prompts]
 
 
 def _shorten(value: Any) -> str:
     return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
-__all__ = ["Curves", "FigureBar", "Meter", "Samples", "build_callbacks", "draw_curves"]
+__all__ = [
+    "Curves",
+    "FigureBar",
+    "Meter",
+    "Samples",
+    "build_callbacks",
+    "draw_curves",
+    "frame_prompts",
+]

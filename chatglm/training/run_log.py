@@ -5,8 +5,6 @@ log, `runs/` is TensorBoard's. A run that goes on after it was killed takes up t
 checkpoint was written. Does not know what is trained.
 """
 
-import json
-import os
 import sys
 import time
 from pathlib import Path
@@ -14,9 +12,10 @@ from typing import Any
 
 from tqdm.auto import tqdm
 
-from chatglm.training.progress import draw_curves, read_memory
+from chatglm.training.json_lines import append_line, cut_lines
+from chatglm.training.progress import SAMPLES_FILE, draw_curves, read_memory
 
-LOG_FILE, SAMPLES_FILE, CURVES_FILE = "log.jsonl", "samples.jsonl", "curves.png"
+LOG_FILE, CURVES_FILE = "log.jsonl", "curves.png"
 SHOWN = ("reward", "kl", "loss", "tokens/s", "GB")
 
 
@@ -34,6 +33,7 @@ class RunLog:
     Attributes:
         pending: figures of the steps that have no line yet.
         history: the lines.
+        all_tokens: that were gone over since this process began, in all processes.
     """
 
     def __init__(
@@ -56,6 +56,7 @@ class RunLog:
         is_hidden = not (self.is_main and shows_bar)
         self.bar = tqdm(total=max_steps, initial=begun or 0, disable=is_hidden, unit="step")
         self.tokens, self.since = 0, time.monotonic()
+        self.all_tokens = 0
 
     def add(self, step: int, figures: dict[str, float], tokens: int) -> bool:
         """Take the figures of a step; write a line if one is due.
@@ -70,6 +71,7 @@ class RunLog:
         """
         self.pending.append(figures)
         self.tokens += tokens
+        self.all_tokens += tokens
         is_due = step % self.logging_steps == 0 or step == self.max_steps
         if is_due:
             self.write(step, {**_average(self.pending), **self._measure()})
@@ -129,35 +131,4 @@ def _average(lines: list[dict[str, float]]) -> dict[str, float]:
     return {key: sum(values) / len(values) for key, values in columns.items()}
 
 
-def append_line(path: Path, content: dict[str, Any]) -> None:
-    """Add an object to a JSONL file, in one write."""
-    with path.open("a", encoding="utf-8") as file:
-        file.write(json.dumps(content, ensure_ascii=False) + "\n")
-
-
-def cut_lines(path: Path, begun: int | None) -> list[dict[str, Any]]:
-    """Return the lines of a JSONL file up to a step, and take the others out of it.
-
-    Args:
-        path: of the file, which need not be there.
-        begun: the last step to keep; None keeps nothing.
-    """
-    if not path.is_file():
-        return []
-    lines = []
-    for text in path.read_text(encoding="utf-8").splitlines():
-        try:
-            lines.append(json.loads(text))
-        except json.JSONDecodeError:
-            # The run was killed while it wrote this line, which is the last one.
-            break
-    kept = [line for line in lines if begun is not None and line["step"] <= begun]
-    part = path.with_name(f"part-{path.name}")
-    part.write_text(
-        "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in kept), encoding="utf-8"
-    )
-    os.replace(part, path)
-    return kept
-
-
-__all__ = ["RunLog", "append_line", "cut_lines"]
+__all__ = ["RunLog"]

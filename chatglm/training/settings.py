@@ -7,52 +7,43 @@ its children). A key of neither is refused. Does not know what a stage does with
 
 import dataclasses
 import difflib
-import types
-import typing
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeVar, get_args, get_origin, get_type_hints
+from typing import Any, NamedTuple, TypeVar, get_type_hints
 
-# The names that the fork's scripts and the official P-Tuning scripts have for keys of ours.
-ALIASES = {
-    "model_name_or_path": "model",
-    "output_dir": "output",
-    "train_file": "train_data",
-    "train_filename": "train_data",
-    "validation_file": "eval_data",
-    "eval_filename": "eval_data",
-    "test_file": "eval_data",
-    "quantization_bit": "bits",
-    "lora_train_bias": "lora_bias",
-    "num_epochs": "num_train_epochs",
-    "train_batch_size": "per_device_train_batch_size",
-    "eval_batch_size": "per_device_eval_batch_size",
-}
+from chatglm.checkpoints.durable import write_whole
+from chatglm.data.settings import DataSettings
+from chatglm.training.keys.library import LibraryKey, list_fields
+from chatglm.training.keys.names import NAMES
+from chatglm.training.keys.problems import (
+    KeyProblem,
+    collect_problems,
+    either,
+    refuse_all,
+    require,
+)
+from chatglm.training.keys.reading import read_config, read_flags, read_lines
+from chatglm.training.keys.translating import find_contradictions, merge_defaults, translate
+from chatglm.training.keys.values import check_kind, coerce, guess_number
+from chatglm.training.layers import expand_modules, expand_targets
+
 LONG_ROWS = ("error", "cut", "skip")
-BAD_ROWS = ("error", "skip")
 DTYPES = ("", "float32", "bfloat16", "float16")
 SETTINGS_FILE = "settings.yaml"
 LORA_TARGET = "query_key_value"
-
-
-class KeyProblem(ValueError):
-    """A key or a value that a stage cannot take."""
+ADAPTER_STARTS = (True, "true", "gaussian")
+LISTED = " (chatglm train STAGE --help lists them)"
 
 
 @dataclass
-class Settings:
+class Settings(DataSettings):
     """What every stage can be told.
 
     Attributes:
         model: folder of the model to start from; "" is this repository.
         verify: compare the model's files with its SHA256SUMS before anything is read.
         output: folder of everything that is written.
-        train_data: JSONL files, or folders of them.
-        eval_data: the same, held out.
-        prompt_column, response_column, history_column: what the columns of prompt/response rows are
-            called.
-        bad_rows: "error" to stop at a row that cannot be used, "skip" to count it and go on.
         long_rows: "error", "skip", or "cut": older rounds go first, then the question's beginning,
             then the answer's end (never its end token).
         max_length: tokens of prompt and answer; 0 is the model's window.
@@ -65,22 +56,26 @@ class Settings:
         lora_rank: of the adapters; 0 trains the whole model.
         lora_alpha: their scale times the rank; 0 is twice the rank.
         lora_dropout: share of an adapter's input that training leaves out.
-        lora_targets: the layers that get one.
+        lora_targets: the layers that get one; "all" is every linear layer of the blocks.
+        modules_to_save: modules that are trained whole beside the adapters, and saved with them:
+            word_embeddings, lm_head, norms.
+        use_dora: learn the length of each row of a matrix apart from its direction (DoRA).
+        use_rslora: divide by the root of the rank, and not by the rank (rsLoRA).
+        init_lora_weights: how adapters begin, as in peft: true or "gaussian".
         lora_bias: "none", "all" or "lora_only", as in peft.
-        adapter: folder of LoRA adapters to go on from.
+        adapter: folders of LoRA adapters, in order: the last one goes on being trained, or with
+            `lora_rank` a new one on top; those before it are merged into the frozen base.
+        any_base: take adapters that were trained on another base.
         sample_prompts: questions that are answered during the training, to be read.
         sample_steps: how often; 0 is with every evaluation.
+        early_stopping_patience: evaluations without a better figure (`metric_for_best_model`, the
+            loss by default) after which the training ends; 0 for none. The best model is written.
+        early_stopping_threshold: by how much a figure must be better to count as such.
     """
 
     model: str = ""
     verify: bool = False
     output: str = ""
-    train_data: list[str] = field(default_factory=list)
-    eval_data: list[str] = field(default_factory=list)
-    prompt_column: str = "prompt"
-    response_column: str = "response"
-    history_column: str = "history"
-    bad_rows: str = "error"
     long_rows: str = "error"
     max_length: int = 0
     resume: bool = False
@@ -91,10 +86,21 @@ class Settings:
     lora_alpha: float = 0.0
     lora_dropout: float = 0.0
     lora_targets: list[str] = field(default_factory=lambda: [LORA_TARGET])
+    modules_to_save: list[str] = field(default_factory=list)
+    use_dora: bool = False
+    use_rslora: bool = False
+    init_lora_weights: Any = True
     lora_bias: str = "none"
-    adapter: str = ""
+    adapter: list[str] = field(default_factory=list)
+    any_base: bool = False
     sample_prompts: list[str] = field(default_factory=list)
     sample_steps: int = 0
+    early_stopping_patience: int = 0
+    early_stopping_threshold: float = 0.0
+
+    def __post_init__(self) -> None:
+        given: Any = self.adapter  # a single one, or "" for none, as it was written before
+        self.adapter = [path for path in ([given] if isinstance(given, str) else given) if path]
 
     def check(self) -> None:
         """Refuse values that no stage can work with.
@@ -102,19 +108,57 @@ class Settings:
         Raises:
             KeyProblem: naming the key, the value, and what is possible.
         """
-        require(self.bad_rows in BAD_ROWS, "bad_rows", self.bad_rows, _either(BAD_ROWS))
-        require(self.long_rows in LONG_ROWS, "long_rows", self.long_rows, _either(LONG_ROWS))
-        require(self.dtype in DTYPES, "dtype", self.dtype, _either(DTYPES))
+        self.check_data()
+        require(self.long_rows in LONG_ROWS, "long_rows", self.long_rows, either(LONG_ROWS))
+        require(self.dtype in DTYPES, "dtype", self.dtype, either(DTYPES))
         require(self.bits in (0, 4, 8), "bits", self.bits, "0, 4 or 8")
         require(self.lora_rank >= 0, "lora_rank", self.lora_rank, "0 or more")
         require(0 <= self.lora_dropout < 1, "lora_dropout", self.lora_dropout, "in [0, 1)")
         require(self.max_length >= 0, "max_length", self.max_length, "0 or more")
+        if name_stage(self) in ("pretrain", "reward", "ppo", "dpo", "grpo"):
+            wanted = "left out: this stage does not learn the answers of dialogues one by one"
+            require(not self.learn_turns, "learn_turns", self.learn_turns, wanted)
+        if name_stage(self) == "pretrain":
+            wanted = "left out: plain texts have no system text"
+            require(not self.default_system, "default_system", self.default_system, wanted)
         require(bool(self.output), "output", self.output, "a folder to write to")
+        for key in ("early_stopping_patience", "early_stopping_threshold"):
+            require(getattr(self, key) >= 0, key, getattr(self, key), "0 or more")
+        self._check_adapters()
+
+    def _check_adapters(self) -> None:
+        """Refuse keys of adapters that contradict one another, or would do nothing."""
+        try:
+            targets = expand_targets(self.lora_targets)
+            modules = expand_modules(self.modules_to_save, targets, self.bits)
+        except ValueError as problem:
+            raise KeyProblem(str(problem)) from problem
+        wanted = {"use_dora": self.use_dora, "use_rslora": self.use_rslora}
+        for key, value in (wanted | {"modules_to_save": modules}).items():
+            if value and not self.uses_lora:
+                raise KeyProblem(f"{key} belongs to adapters: set lora_rank, or leave it out")
+        if self.use_dora and self.bits:
+            raise KeyProblem(
+                f"use_dora needs the length of each row of the weights, which bits={self.bits} "
+                "packs: set bits to 0, or leave use_dora out"
+            )
+        require(
+            self.init_lora_weights in ADAPTER_STARTS,
+            "init_lora_weights",
+            self.init_lora_weights,
+            "true or gaussian: others change the base too (pissa, olora, corda, loftq), which the "
+            "saved adapters would then need in place of it, or begin with noise",
+        )
 
     @property
     def uses_lora(self) -> bool:
         """Whether adapters are trained instead of the model."""
         return bool(self.lora_rank or self.adapter)
+
+    @property
+    def goes_on(self) -> bool:
+        """Whether the last of the adapters is trained further, and no new one."""
+        return bool(self.adapter) and not self.lora_rank
 
 
 @dataclass
@@ -131,143 +175,121 @@ class RowSettings(Settings):
 S = TypeVar("S", bound=Settings)
 
 
-def require(is_fine: bool, key: str, value: object, wanted: str) -> None:
-    """Refuse the value of a key.
-
-    Raises:
-        KeyProblem: unless `is_fine`.
-    """
-    if not is_fine:
-        raise KeyProblem(f"{key} must be {wanted}, got {value!r}")
-
-
 def read_settings(
-    settings_class: type[S], arguments_class: type, words: Sequence[str]
+    settings_class: type[S],
+    library: type | Mapping[str, LibraryKey],
+    words: Sequence[str],
+    say: Callable[[str], None] = lambda line: None,
+    find_owners: Callable[[str], Sequence[str]] = lambda key: (),
 ) -> tuple[S, dict[str, Any]]:
     """Read a stage's settings from the command line and the file that `--config` names.
 
+    Names of other programs are understood (`keys.names`).
+
     Args:
         settings_class: of the stage.
-        arguments_class: the dataclass of the library's own arguments.
+        library: the dataclass of the library's own arguments, or what its fields are.
         words: as typed: `--config FILE --learning_rate 1e-4 --train_data a.jsonl b.jsonl`; flags
             win over the file. A flag without a value is true.
+        say: is told what names of other programs were taken for.
+        find_owners: names the stages that have a key which this one has not.
 
     Returns:
         The settings, checked, and the keys that go to the library.
 
     Raises:
-        KeyProblem: for a key that there is not, or a value that it cannot have.
+        KeyProblem: for keys that there are not, and values that they cannot have; all of them.
     """
-    flags = read_flags(words)
-    config = flags.pop("config", None)
-    given = {**(read_config(Path(str(config))) if config else {}), **flags}
+    theirs = list_fields(library) if isinstance(library, type) else library
     own = get_type_hints(settings_class)
-    library = {f.name for f in dataclasses.fields(arguments_class) if f.init}
-    fields: dict[str, Any] = {}
-    arguments: dict[str, Any] = {}
-    for key, value in given.items():
-        if key in own:
-            fields[key] = coerce(key, value, own[key])
-        elif key in library:
-            arguments[key] = guess_number(value)
-        else:
-            raise KeyProblem(_unknown(key, [*own, *sorted(library)]))
+    given = _read_given(words, name_stage(settings_class), own, theirs)
+    unknown = [key for key in given.values if key not in own and key not in theirs]
+    told = [
+        _describe_unknown(k, given.places.get(k, ""), [*own, *theirs], find_owners(k))
+        for k in unknown
+    ]
+    problems = [" ".join(told).rstrip(";") + LISTED] if unknown else []
+    problems += given.problems
+    fields, arguments, wrong = _sort_values(given, own, theirs)
+    problems += wrong.values()
     settings = settings_class(**fields)
-    settings.check()
+    found: list[str] = []
+    with collect_problems(found):
+        settings.check()
+    # Of a key whose value is of no use the default was checked, which nobody asked for.
+    problems += [text for text in found if text.split(" ")[0] not in wrong]
+    refuse_all(problems)
+    for line in given.notes:
+        say(line)
     return settings, arguments
 
 
-def read_config(path: Path) -> dict[str, Any]:
-    """Read a YAML file of keys and values.
+class Given(NamedTuple):
+    """What was typed.
 
-    Raises:
-        KeyProblem: if it cannot be read as that.
+    Attributes:
+        values: of the keys.
+        places: where keys of a file stand, in words.
+        notes: what names of other programs were taken for.
+        problems: why some were not.
     """
-    import yaml
 
-    try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise KeyProblem(f"{path} is no YAML file that can be read: {error}") from error
-    if not isinstance(content, dict):
-        raise KeyProblem(f"{path} holds no keys: write lines such as 'learning_rate: 1e-4'")
-    return {name_key(str(key)): value for key, value in content.items()}
+    values: dict[str, Any]
+    places: dict[str, str]
+    notes: list[str]
+    problems: list[str]
 
 
-def read_flags(words: Sequence[str]) -> dict[str, Any]:
-    """Read `--key value`, `--key=value`, `--key a b c` and `--key` into keys and values.
-
-    Of a key that is there twice the last one counts.
-
-    Raises:
-        KeyProblem: for a word that belongs to no key.
-    """
-    import yaml
-
-    values: dict[str, list[str]] = {}
-    current: list[str] | None = None
-    for word in words:
-        if word.startswith("--") and len(word) > 2:
-            key, equals, value = word[2:].partition("=")
-            current = values[name_key(key)] = [value] if equals else []
-        elif current is None:
-            raise KeyProblem(f"{word!r} belongs to no key: write --key value")
-        else:
-            current.append(word)
-    parsed = {
-        key: [yaml.safe_load(text) if text else text for text in texts]
-        for key, texts in values.items()
+def _read_given(
+    words: Sequence[str], stage: str, own: Mapping[str, Any], library: Mapping[str, Any]
+) -> Given:
+    """Read the command line and its file; flags go before the file, whatever their names."""
+    flags = read_flags(words)
+    config = flags.pop("config", None)
+    lines = {} if config is None else read_lines(Path(str(config)))
+    filed = translate({key: value for key, (value, _) in lines.items()}, stage, own, library)
+    typed = translate(flags, stage, own, library)
+    places = {key: f" ({config}:{lines[filed.origins.get(key, key)][1]})" for key in filed.keys} | {
+        key: f" (given as {name})" if (name := typed.origins.get(key, key)) != key else ""
+        for key in typed.keys
     }
-    return {key: _simplify(items) for key, items in parsed.items()}
+    values = filed.keys | typed.keys
+    problems = [f"{said} (in {config})" for said in filed.problems] + typed.problems
+    problems += find_contradictions(values, filed.defaults | typed.defaults)
+    defaults, notes = merge_defaults(values, (filed, typed))
+    return Given(defaults | values, places, filed.notes + typed.notes + notes, problems)
 
 
-def _simplify(items: list[Any]) -> Any:
-    """One value stands for itself, none for true, several for a list."""
-    if not items:
-        return True
-    return items[0] if len(items) == 1 else items
+def _sort_values(
+    given: Given, own: Mapping[str, Any], library: Mapping[str, LibraryKey]
+) -> tuple[dict[str, Any], dict[str, Any], dict[str, str]]:
+    """Return our values and the library's, each of its type, and what is wrong with others."""
+    fields: dict[str, Any] = {}
+    arguments: dict[str, Any] = {}
+    wrong: dict[str, str] = {}
+    for key, value in given.values.items():
+        try:
+            if key in own:
+                fields[key] = coerce(key, value, own[key])
+            elif key in library:
+                arguments[key] = check_kind(key, guess_number(value), library[key].kinds)
+        except KeyProblem as problem:
+            wrong[key] = f"{problem}{given.places.get(key, '')}"
+    return fields, arguments, wrong
 
 
-def name_key(key: str) -> str:
-    """Return our name of a key, whatever its dashes and whosever its script."""
-    plain = key.strip().replace("-", "_")
-    return ALIASES.get(plain, plain)
+def _describe_unknown(key: str, place: str, known: Sequence[str], owners: Sequence[str]) -> str:
+    """Say that there is no such key, and the nearest one that there is, or who has it."""
+    if owners:
+        return f"there is no key {key}{place} here, but in {', '.join(owners)};"
+    near = difflib.get_close_matches(key, known, n=1) or difflib.get_close_matches(key, NAMES, n=1)
+    return f"there is no key {key}{place}{f'; did you mean {near[0]}?' if near else ';'}"
 
 
-def coerce(key: str, value: Any, hint: Any) -> Any:
-    """Return a value as the type of its field.
-
-    Raises:
-        KeyProblem: if it is of another type.
-    """
-    if get_origin(hint) in (typing.Union, types.UnionType):
-        if value is None:
-            return None
-        hint = next(part for part in get_args(hint) if part is not type(None))
-    if get_origin(hint) is list:
-        (part,) = get_args(hint)
-        items = value if isinstance(value, list) else [value]
-        return [coerce(key, item, part) for item in items]
-    value = guess_number(value) if hint in (int, float) else value
-    if hint is float and isinstance(value, int) and not isinstance(value, bool):
-        return float(value)
-    if hint is str and isinstance(value, (int, float)) and not isinstance(value, bool):
-        return str(value)
-    is_wrong_bool = isinstance(value, bool) and hint is not bool
-    if hint in (int, float, str, bool) and (is_wrong_bool or not isinstance(value, hint)):
-        raise KeyProblem(f"{key} must be of type {hint.__name__}, got {value!r}")
-    return value
-
-
-def guess_number(value: Any) -> Any:
-    """Read what YAML takes for text but people mean as a number, as 1e-4."""
-    if not isinstance(value, str):
-        return value
-    try:
-        number = float(value)
-    except ValueError:
-        return value
-    return int(number) if number.is_integer() and "e" not in value and "." not in value else number
+def name_stage(settings: Settings | type[Settings]) -> str:
+    """Return the name of the stage whose settings these are."""
+    kind = settings if isinstance(settings, type) else type(settings)
+    return kind.__name__.removesuffix("Settings").lower() or "train"
 
 
 def write_settings(settings: Settings, arguments: Mapping[str, Any], folder: Path) -> None:
@@ -276,27 +298,18 @@ def write_settings(settings: Settings, arguments: Mapping[str, Any], folder: Pat
 
     content = {**dataclasses.asdict(settings), **arguments}
     text = yaml.safe_dump(content, allow_unicode=True, sort_keys=False)
-    (folder / SETTINGS_FILE).write_text(text, encoding="utf-8")
+    write_whole(folder / SETTINGS_FILE, text.encode())
 
 
-def describe_settings(settings_class: type[Settings]) -> str:
-    """Return the keys of a stage, each with its default, for `--help`."""
-    lines = []
-    for item in dataclasses.fields(settings_class):
-        is_listed = item.default is dataclasses.MISSING
-        default = item.default_factory() if is_listed else item.default  # type: ignore[misc]
-        lines.append(f"  --{item.name} {default!r}")
-    return "\n".join(lines)
-
-
-def _either(values: Sequence[str]) -> str:
-    return f"{', '.join(values[:-1])} or {values[-1]}"
-
-
-def _unknown(key: str, known: Sequence[str]) -> str:
-    near = difflib.get_close_matches(key, known, n=1)
-    hint = f"; did you mean {near[0]}?" if near else ""
-    return f"there is no key {key}{hint} (docs/training.md has the list)"
-
-
-__all__ = ["KeyProblem", "RowSettings", "Settings", "read_settings", "require", "write_settings"]
+__all__ = [
+    "KeyProblem",
+    "RowSettings",
+    "Settings",
+    "coerce",
+    "name_stage",
+    "read_config",
+    "read_flags",
+    "read_settings",
+    "require",
+    "write_settings",
+]

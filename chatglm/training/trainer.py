@@ -1,10 +1,10 @@
 """Owns what the stages on transformers' Trainer share: arguments, the loop around it, its outputs.
 
-A loss that is no number ends the training; a run can be killed at any time and goes on from its
-newest whole checkpoint. What is shown meanwhile is `progress`'s. Does not know what is trained.
+A loss that is no number ends the training. What is shown meanwhile is `progress`'s, the run's
+folder `resuming`'s, and what makes a checkpoint whole is known to `checkpoints`. Does not know what
+is trained.
 """
 
-import json
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields
@@ -13,55 +13,38 @@ from typing import Any
 
 import numpy as np
 import torch
-from accelerate import PartialState
-from accelerate.utils import broadcast_object_list
 from torch import Tensor, nn
 from transformers import Trainer, TrainingArguments, set_seed
-from transformers.trainer import TRAINER_STATE_NAME
-from transformers.trainer_utils import EvalPrediction, get_last_checkpoint
+from transformers.integrations.integration_utils import get_available_reporting_integrations
+from transformers.trainer_utils import EvalPrediction
 
-from chatglm.loading import check_model_folder
+from chatglm.training.adapters import record_base
+from chatglm.training.checkpoint_callback import CheckpointCallback
+from chatglm.training.checkpoints import list_whole
 from chatglm.training.data.batches import LengthSampler, find_learned
-from chatglm.training.models import find_base, name_as_before, save_trained
+from chatglm.training.defaults import DEFAULTS
+from chatglm.training.early_stopping import plan_best
+from chatglm.training.keys.refusals import RESERVED
+from chatglm.training.models import name_as_before, save_trained, share_ties
 from chatglm.training.precision import check_launcher
+from chatglm.training.processes import check_parts, keep_to_one_gpu
 from chatglm.training.progress import Meter, build_callbacks
-from chatglm.training.settings import SETTINGS_FILE, KeyProblem, RowSettings, Settings, read_config
-from chatglm.training.settings import write_settings as write_settings_file
+from chatglm.training.settings import KeyProblem, RowSettings, Settings
+from chatglm.training.telling import RunTold, Teller
 
-# Every stage starts from these values; the configuration file and the flags go before them.
-DEFAULTS: dict[str, Any] = {
-    "learning_rate": 1e-4,
-    "lr_scheduler_type": "cosine",
-    "logging_steps": 10,
-    "save_steps": 500,
-    "save_total_limit": 3,
-    "eval_steps": 500,
-    "remove_unused_columns": False,
-    "logging_nan_inf_filter": False,
-    # There are no unused parameters, and the search for them takes time.
-    "ddp_find_unused_parameters": False,
-    "report_to": ["tensorboard"],
-    "seed": 42,
-}
-# These keys of the library are refused, since they follow from the keys of ours beside them.
-RESERVED = {"output_dir": "output", "resume_from_checkpoint": "resume", "do_train": "STAGE"}
-RESERVED |= {"train_sampling_strategy": "group_by_length"}
 # Newer releases of transformers have other names for these keys, and warn about the old ones.
 RENAMED = {
     "gradient_checkpointing": "activation_checkpointing",
     "gradient_checkpointing_kwargs": "activation_checkpointing_kwargs",
 }
-# These keys may differ when a run goes on: they change how long it is and what is shown, not what a
-# step does.
-FREE_ON_RESUME = ("resume", "verify", "logging_steps", "report_to", "disable_tqdm")
-FREE_ON_RESUME += ("sample_prompts", "sample_steps", "save_total_limit", "eval_steps", "max_steps")
-FREE_ON_RESUME += ("save_steps",)
 
 
 def build_arguments(
     arguments_class: type, settings: Settings, given: Mapping[str, Any], **defaults: Any
 ) -> Any:
     """Return the library's arguments of a stage; from here on random numbers follow its seed.
+
+    Of several GPUs without a launcher they take one.
 
     Args:
         arguments_class: `TrainingArguments` or a child.
@@ -76,11 +59,12 @@ def build_arguments(
         if key in given:
             raise KeyProblem(f"{key} is not for the configuration: it follows from {ours}")
     values = {**DEFAULTS, **defaults}
-    if settings.eval_data:
+    if settings.held_out_data:
         values["eval_strategy"] = "steps"
     if not (torch.cuda.is_available() or torch.backends.mps.is_available()):
         values["use_cpu"] = True
     values |= given
+    plan_best(settings, given, values)
     if values.get("gradient_checkpointing"):
         # The other way, the default until transformers 5, gives adapters no gradient.
         values.setdefault("gradient_checkpointing_kwargs", {"use_reentrant": False})
@@ -93,8 +77,25 @@ def build_arguments(
         arguments = arguments_class(output_dir=settings.output, **values)
     except (TypeError, ValueError, ImportError) as error:
         raise KeyProblem(f"the configuration cannot be used: {error}") from error
+    check_reporters(arguments.report_to)
+    keep_to_one_gpu(arguments)
     set_seed(arguments.seed)
     return arguments
+
+
+def check_reporters(names: Sequence[str]) -> None:
+    """Refuse a tracker of figures that is not installed, which would be told when it is asked.
+
+    Raises:
+        KeyProblem: naming it, and what is installed.
+    """
+    installed = [str(name) for name in get_available_reporting_integrations()]
+    for name in names:
+        if name not in installed:
+            raise KeyProblem(
+                f"report_to names {name}, which is not installed: install it, or name none or one "
+                f"of {', '.join(installed) or 'none'}"
+            )
 
 
 def restore_on_cpu(storage: Any, location: str) -> Any:
@@ -108,75 +109,6 @@ def restore_on_cpu(storage: Any, location: str) -> Any:
 
 # The number is where torch looks for another place of a tensor: behind its own, from 10 on.
 torch.serialization.register_package(100, lambda storage: None, restore_on_cpu)
-
-
-def prepare_output(settings: Settings, given: Mapping[str, Any]) -> Path | None:
-    """Verify the model if asked, open the output folder, and return the checkpoint to go on from.
-
-    Of several processes the first one looks, and all do as it found.
-
-    Raises:
-        ValueError: if the model's files are not as their hashes say; if the folder holds anything
-            and the run is not a resumed one, or if it is and its settings are not those of the
-            first run.
-    """
-    found: list[Any] = [None, None]
-    if PartialState().is_main_process:
-        try:
-            if settings.verify:
-                check_model_folder(find_base(settings), verify=True)
-            found = [_open_output(settings, given), None]
-        except ValueError as problem:
-            found = [None, problem]
-    checkpoint, problem = broadcast_object_list(found)
-    if problem is not None:
-        raise problem
-    return checkpoint
-
-
-def _open_output(settings: Settings, given: Mapping[str, Any]) -> Path | None:
-    folder = Path(settings.output)
-    # The settings alone are left of a run that was refused, by its data say, before it began.
-    begun = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
-    if begun <= {SETTINGS_FILE}:
-        folder.mkdir(parents=True, exist_ok=True)
-        write_settings_file(settings, given, folder)
-        return None
-    if not settings.resume:
-        raise ValueError(
-            f"the output folder {folder} is not empty: name another one, or set resume: true to "
-            "go on with what was begun there"
-        )
-    _check_same_run(settings, given, folder)
-    return find_checkpoint(folder)
-
-
-def _check_same_run(settings: Settings, given: Mapping[str, Any], folder: Path) -> None:
-    """Refuse to go on with other settings, which would be another run."""
-    if not (folder / SETTINGS_FILE).is_file():
-        raise ValueError(f"{folder} was not begun by chatglm train: it has no {SETTINGS_FILE}")
-    before = read_config(folder / SETTINGS_FILE)
-    now = {**vars(settings), **given}
-    for key in sorted({*before, *now} - set(FREE_ON_RESUME)):
-        if before.get(key) != now.get(key):
-            raise ValueError(
-                f"{key} was {before.get(key)!r} when {folder} was begun and is {now.get(key)!r} "
-                "now: resume with the same settings, or begin anew in another folder"
-            )
-
-
-def find_checkpoint(folder: Path) -> Path | None:
-    """Return the newest checkpoint that is whole: a killed run may leave half of one."""
-    broken = []
-    while (last := get_last_checkpoint(str(folder))) is not None:
-        state = Path(last) / TRAINER_STATE_NAME
-        try:
-            json.loads(state.read_text(encoding="utf-8"))
-            break
-        except (OSError, json.JSONDecodeError):
-            # Out of the library's sight, for good: it would write into it.
-            broken.append(Path(last).rename(Path(last).with_name(f"broken-{Path(last).name}")))
-    return None if last is None else Path(last)
 
 
 def count_token_losses(logits: Any, labels: Tensor) -> Tensor:
@@ -226,6 +158,8 @@ class CheckedSteps:
     args: Any
     state: Any
     model: Any
+    accelerator: Any
+    is_fsdp_enabled: bool
     train_dataset: Any
     groups_rows = False
     meter: Meter | None = None
@@ -256,6 +190,16 @@ class CheckedSteps:
         check_loss(loss, self.state.global_step, Path(self.args.output_dir))
         return loss
 
+    def get_batch_samples(self, *args: Any, **kwargs: Any) -> Any:
+        """Return the batches of a step; none when all steps are done.
+
+        A run that goes on from its last step would take another one before the library looks.
+        """
+        if self.state.global_step >= self.state.max_steps:
+            return [], None
+        trainer: Any = super()
+        return trainer.get_batch_samples(*args, **kwargs)
+
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
         trainer: Any = super()
         if not self.groups_rows:
@@ -265,10 +209,14 @@ class CheckedSteps:
         size = self.args.train_batch_size * self.args.world_size
         return LengthSampler(find_lengths(rows), size, self.args.seed)
 
-    def _save(self, *args: Any, **kwargs: Any) -> None:
+    def _save(self, output_dir: Any = None, state_dict: Any = None) -> None:
         name_as_before(self.model)
+        if state_dict is not None and self.is_fsdp_enabled:  # gathered: tied weights came apart
+            state_dict = share_ties(self.model, state_dict)
         trainer: Any = super()
-        trainer._save(*args, **kwargs)
+        trainer._save(output_dir, state_dict=state_dict)
+        folder = Path(output_dir or self.args.output_dir)
+        record_base(self.accelerator.unwrap_model(self.model), folder)
 
 
 def find_lengths(rows: Any) -> Sequence[int]:
@@ -337,8 +285,10 @@ def check_loss(loss: Tensor, step: int, folder: Path) -> None:
     """
     if bool(torch.isfinite(loss).all()):
         return
-    last = find_checkpoint(folder)
-    kept = f"{last} is the last good checkpoint" if last else "no checkpoint was written before"
+    whole = list_whole(folder)
+    kept = (
+        f"{whole[-1]} is the last good checkpoint" if whole else "no checkpoint was written before"
+    )
     raise ValueError(
         f"the loss was {loss.item()} in step {step + 1}; {kept}. Lower learning_rate, look at the "
         "rows of this step, or compute in bf16 or float32 instead of fp16"
@@ -346,20 +296,44 @@ def check_loss(loss: Tensor, step: int, folder: Path) -> None:
 
 
 def train_and_evaluate(
-    trainer: Any, settings: Settings, checkpoint: Path | None
+    trainer: Any, settings: Settings, checkpoint: Path | None, teller: Teller
 ) -> dict[str, float]:
-    """Train, and return the figures of the held-out rows.
+    """Train, and return the last figures, those of the held-out rows if there are any.
 
     Args:
         trainer: with everything it needs.
         settings: of the stage.
         checkpoint: to go on from.
+        teller: of the run; it writes its summary.
+
+    Raises:
+        ValueError: if FSDP was asked for and cannot be had.
     """
+    check_parts(trainer)
+    told = RunTold(teller)
+    trainer.add_callback(told)
+    limit = trainer.args.save_total_limit
+    # The library counts what is there instead of what is whole, so it is to delete nothing.
+    trainer.args.save_total_limit = None
+    trainer.add_callback(CheckpointCallback(Path(settings.output), limit, checkpoint))
     for callback in build_callbacks(settings, trainer):
         trainer.add_callback(callback)
     trainer.groups_rows = isinstance(settings, RowSettings) and settings.group_by_length
     trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-    return trainer.evaluate() if settings.eval_data else {}
+    figures = _evaluate(trainer, told) if settings.held_out_data else {}
+    state, tokens = trainer.state, trainer.tokens_seen * trainer.args.world_size
+    return teller.write_summary(state.log_history, figures, state.global_step, tokens)
+
+
+def _evaluate(trainer: Any, told: RunTold) -> dict[str, float]:
+    """Return the figures of held-out rows by the model as it is at the end.
+
+    The last step may have been evaluated already, of the same weights.
+    """
+    step, figures = told.evaluated or (-1, {})
+    if step == trainer.state.global_step and not trainer.args.load_best_model_at_end:
+        return figures
+    return trainer.evaluate()
 
 
 def write_outputs(trainer: Trainer, settings: Settings) -> None:
@@ -376,7 +350,6 @@ def write_outputs(trainer: Trainer, settings: Settings) -> None:
 __all__ = [
     "ChatTrainer",
     "build_arguments",
-    "prepare_output",
     "train_and_evaluate",
     "write_outputs",
 ]

@@ -10,6 +10,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from chatglm.data.dialects import read_answers
+from chatglm.data.files import RecordFiles
 from chatglm.training.data.batches import (
     Examples,
     LengthSampler,
@@ -19,7 +21,6 @@ from chatglm.training.data.batches import (
     find_learned,
     pack_lengths,
 )
-from chatglm.training.data.records import RecordFiles, read_answers
 from chatglm.training.data.rendering import IGNORED_LABEL, Example, Renderer
 from chatglm.training.trainer import count_token_losses
 

@@ -1,8 +1,8 @@
 """Two processes on the CPU (gloo): DDP, FSDP2, ZeRO; a kill -9 and what goes on from it.
 
-What a CPU cannot show: accelerate's launcher starts two processes with configs/accelerate/ddp.yaml
-here, but with fsdp2.yaml the trainer falls back to DDP without a word. So FSDP2 is tested through
-torch's own `fully_shard`, and of the file that it asks accelerate for the right thing.
+accelerate's launcher starts two processes with configs/accelerate/ddp.yaml here. With fsdp2.yaml it
+takes DDP on CPUs, which is refused; so FSDP2 is tested through torch's own `fully_shard`, and
+by the trainer with accelerate told that parts can be sent around.
 """
 
 import importlib.util
@@ -16,10 +16,12 @@ from typing import Any
 
 import pytest
 import torch
+from aligning import forget_accelerator, make_pairs, train, words, write_rows
 from conftest import ROOT
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
+from chatglm.training.processes import check_parts
 from chatglm.training.progress import build_callbacks
 from chatglm.training.settings import KeyProblem, Settings, read_settings
 from chatglm.training.stages import sft
@@ -66,13 +68,15 @@ def two(quick_python: str, keys: list[str], tmp_path_factory: pytest.TempPathFac
     """Train in two processes."""
     output = tmp_path_factory.mktemp("two") / "sft"
     done = run(quick_python, [*TORCHRUN, *TRAIN_SFT, *keys, *ROWS, "--output", str(output)])
-    assert done.stdout.count("{}") == 1  # one process speaks
+    assert done.stdout.count('{"steps": ') == 1  # one process speaks
     return output
 
 
 def run(python: str, words: list[str], is_killed: bool = False) -> subprocess.CompletedProcess[str]:
     """Run a module of a Python, which a launcher starts its processes with too."""
-    variables = {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "DS_ACCELERATOR": "cpu"}
+    # A deepspeed in a folder of its own (pip install --target) is found by the launcher's too.
+    paths = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
+    variables = {"OMP_NUM_THREADS": "1", "PYTHONPATH": paths, "DS_ACCELERATOR": "cpu"}
     variables |= {"PYTHON_EXEC": python}
     done = subprocess.run(
         [python, "-m", *words],
@@ -101,6 +105,18 @@ def largest_difference(first: Path, second: Path) -> float:
     weights, others = read_weights(first), read_weights(second)
     assert weights.keys() == others.keys()
     return max((weights[name] - others[name]).abs().max().item() for name in weights)
+
+
+def share_of_the_way(start: Path, first: Path, second: Path) -> float:
+    """Return how far two trained models are apart, as a share of how far one has come.
+
+    AdamW makes a whole step of a gradient that is nothing but last digits, in a few weights.
+    """
+    begun, weights, others = map(read_weights, (start, first, second))
+    assert weights.keys() == others.keys() >= begun.keys()
+    apart = sum(float((weights[n] - others[n]).double().square().sum()) for n in weights)
+    moved = sum(float((weights[n] - begun[n]).double().square().sum()) for n in begun)
+    return (apart / moved) ** 0.5
 
 
 @pytest.mark.slow
@@ -181,6 +197,46 @@ def test_a_full_folder_stops_all_processes_for_one_reason(
 
 
 @pytest.mark.slow
+def test_fsdp2_by_the_trainer_trains_as_one_process_and_goes_on(
+    quick_python: str, one: Path, keys: list[str], tmp_path: Path
+) -> None:
+    """Weights, gradients and optimizer in parts; checkpoints of whole weights; a run cut short."""
+    output, config = tmp_path / "sft", str(CONFIGS / "accelerate" / "fsdp2.yaml")
+    words = [*keys, *ROWS, "--output", str(output)]
+    jobs = ["cut", config, *words, "then", "forget", str(output), "2"]
+    jobs += ["then", "cut", config, *words, "--resume"]
+    run(quick_python, [*TORCHRUN, str(WORKER), *jobs])
+    first = tmp_path / "sft.first"
+    assert read_losses(first) == pytest.approx(read_losses(one), abs=TOLERANCE)
+    assert largest_difference(one, first) < TOLERANCE
+    assert largest_difference(one / "checkpoint-4", first / "checkpoint-4") < TOLERANCE
+    assert largest_difference(first, output) == 0
+    assert read_losses(output) == read_losses(first)
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is dep:FutureWarning")
+def test_preferences_in_two_processes_train_as_one(
+    quick_python: str, tiny_repo: Path, tmp_path: Path
+) -> None:
+    """A reward model and DPO, whose pairs are shared out; both in the same two processes."""
+    pytest.importorskip("trl")
+    data, jobs = write_rows(tmp_path / "pairs.jsonl", make_pairs(range(16))), []
+    for stage in ("reward", "dpo"):
+        short = {"max_steps": STEPS, "save_steps": STEPS, "learning_rate": 1e-3}
+        train(stage, tiny_repo, data, tmp_path / f"{stage}1", **short)
+        forget_accelerator()
+        short |= {"per_device_train_batch_size": 2}
+        jobs += [*words(stage, tiny_repo, data, tmp_path / f"{stage}2", **short), "then"]
+    run(quick_python, [*TORCHRUN, str(WORKER), *jobs[:-1]])
+    for stage in ("reward", "dpo"):
+        alone, together = (tmp_path / f"{stage}{count}" for count in (1, 2))
+        assert read_losses(together) == pytest.approx(read_losses(alone), abs=TOLERANCE)
+        assert share_of_the_way(tiny_repo, alone, together) < 5e-3
+        assert len(set(read_losses(alone))) == STEPS
+
+
+@pytest.mark.slow
 @pytest.mark.skipif(
     importlib.util.find_spec("deepspeed") is None,
     reason="deepspeed is not installed (DS_BUILD_OPS=0 DS_ACCELERATOR=cpu pip install deepspeed)",
@@ -236,8 +292,27 @@ def test_the_launcher_asks_for_fsdp2(monkeypatch: pytest.MonkeyPatch, tiny_repo:
     assert plugin.auto_wrap_policy.keywords["transformer_layer_cls"] == blocks
 
 
+@pytest.mark.parametrize("by", ["launcher", "key"])
+def test_parts_that_would_be_whole_are_refused(by: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On CPUs accelerate copies the model to each process where FSDP was asked for."""
+    arguments = SimpleNamespace(world_size=2, fsdp=by == "key")
+    trainer: Any = SimpleNamespace(is_fsdp_enabled=False, args=arguments)
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true" if by == "launcher" else "false")
+    with pytest.raises(ValueError, match="FSDP is asked for, and accelerate would train 2 whole"):
+        check_parts(trainer)
+    for change in ({"world_size": 1}, {"world_size": 2, "fsdp": []}):
+        vars(arguments).update(change)
+        if "fsdp" in change:
+            monkeypatch.delenv("ACCELERATE_USE_FSDP")
+        check_parts(trainer)
+    vars(arguments).update(fsdp=True)
+    trainer.is_fsdp_enabled = True
+    check_parts(trainer)
+
+
 def test_parts_of_a_model_answer_no_samples(tmp_path: Path) -> None:
-    trainer: Any = SimpleNamespace(is_fsdp_enabled=True, args=SimpleNamespace(disable_tqdm=True))
+    args = SimpleNamespace(disable_tqdm=True, metric_for_best_model=None)
+    trainer: Any = SimpleNamespace(is_fsdp_enabled=True, args=args)
     settings = Settings(output=str(tmp_path), sample_prompts=["hello"])
     with pytest.raises(KeyProblem, match="has but a part of the weights under FSDP and ZeRO-3"):
         build_callbacks(settings, trainer)

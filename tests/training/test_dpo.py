@@ -23,8 +23,10 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+pytest.importorskip("trl", reason="trl has no release for Python 3.10")
+
 from chatglm.cli import main
-from chatglm.training.models import load_policy, load_tokenizer
+from chatglm.training.models import load_policy, load_tokenizer, read_format
 from chatglm.training.settings import KeyProblem
 from chatglm.training.stages.dpo import STAGE, AnswerTrainer, DpoSettings, build_dpo_trainer
 from chatglm.training.stages.trl_stages import build_trl_arguments
@@ -49,7 +51,8 @@ def build(repo: Path, folder: Path, fields: Any = None, **given: Any) -> AnswerT
     arguments = build_trl_arguments(STAGE.arguments, settings, given, max_length=None)
     torch.manual_seed(0)
     model, tokenizer = load_policy(settings), load_tokenizer(settings)
-    return build_dpo_trainer(model, tokenizer, settings, arguments)
+    rows = STAGE.read_data(read_format(settings), tokenizer, settings, arguments)
+    return build_dpo_trainer(model, tokenizer, settings, arguments, rows)
 
 
 def disturb(model: Any, spread: float = 0.2) -> None:

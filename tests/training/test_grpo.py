@@ -20,8 +20,10 @@ from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
+pytest.importorskip("trl", reason="trl has no release for Python 3.10")
+
 from chatglm.cli import main
-from chatglm.training.models import load_policy, load_tokenizer
+from chatglm.training.models import load_policy, load_tokenizer, read_format
 from chatglm.training.settings import KeyProblem
 from chatglm.training.stages.grpo import STAGE, GroupTrainer, GrpoSettings, build_grpo_trainer
 from chatglm.training.stages.trl_stages import REFUSED, build_trl_arguments
@@ -88,7 +90,8 @@ def build(repo: Path, data: Path, fields: dict[str, Any], **given: Any) -> Group
     )
     torch.manual_seed(0)
     model, tokenizer = load_policy(settings), load_tokenizer(settings)
-    return build_grpo_trainer(model, tokenizer, settings, arguments)
+    rows = STAGE.read_data(read_format(settings), tokenizer, settings, arguments)
+    return build_grpo_trainer(model, tokenizer, settings, arguments, rows)
 
 
 def disturb(model: Any) -> None:

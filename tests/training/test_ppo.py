@@ -14,7 +14,7 @@ import pytest
 import torch
 from aligning import forget_accelerator
 from conftest import ROOT
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import (
     AutoModelForCausalLM,
@@ -24,6 +24,8 @@ from transformers import (
 )
 
 from chatglm.training import run_log
+from chatglm.training.data.batches import pick_rows
+from chatglm.training.json_lines import cut_lines
 from chatglm.training.ppo import trainer as ppo
 from chatglm.training.ppo.math import clip_policy_loss, clip_value_loss, compute_ratios
 from chatglm.training.ppo.rollouts import (
@@ -33,10 +35,8 @@ from chatglm.training.ppo.rollouts import (
     evaluate_answers,
     find_ended,
     list_answers,
-    pick_rows,
 )
 from chatglm.training.ppo.value_head import ActorCritic, list_trained
-from chatglm.training.run_log import cut_lines
 from chatglm.training.settings import KeyProblem, read_settings
 
 # peft asks for transformers' old names.
@@ -708,6 +708,11 @@ def test_a_reward_model_of_another_vocabulary_is_refused(tiny_repo: Path, folder
     config = json.loads((other / "config.json").read_text()) | {"vocab_size": 130528}
     config |= {"architectures": ["ChatGLMForSequenceClassification"], "id2label": {"0": "score"}}
     (other / "config.json").write_text(json.dumps(config))
+    weights = load_file(other / "model.safetensors")
+    columns = weights["transformer.word_embeddings.weight"].shape[1]
+    weights["transformer.word_embeddings.weight"] = torch.zeros(130528, columns)
+    weights["score.weight"] = torch.zeros(1, columns)
+    save_file(weights, other / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(ValueError, match="its vocab_size is 130528, the policy's 8192"):
         run(tiny_repo, folder, reward_function="", reward_model=other)
 
@@ -744,7 +749,7 @@ from accelerate.utils import gather_object
 from chatglm.training.ppo import trainer as ppo
 from chatglm.training.ppo.experience import Experience
 from chatglm.training.settings import read_settings
-from chatglm.training.trainer import prepare_output
+from chatglm.training.resuming import open_output
 from chatglm.training.ppo.value_head import Answers, list_trained
 from chatglm.training.processes import leave
 
@@ -752,7 +757,8 @@ place, words = Path(sys.argv[1]), sys.argv[2:]
 settings, given = read_settings(ppo.PpoSettings, ppo.PpoArguments, words)
 arguments = ppo.read_arguments(given)
 accelerator = ppo.build_accelerator(settings, arguments)
-trainer = ppo.PpoTrainer(settings, arguments, accelerator, prepare_output(settings, given))
+with open_output(settings, given, arguments) as begun:
+    trainer = ppo.PpoTrainer(settings, arguments, accelerator, begun.checkpoint)
 mine = slice(accelerator.process_index, None, 2)
 parts = [part[mine] for part in torch.load(place / "experience.pt")]
 experience = Experience(Answers(*parts[:4]), *parts[4:])

@@ -9,10 +9,11 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from chatglm.cli import main
-from chatglm.training.data.records import RecordFiles, read_texts
+from chatglm.data.dialects import read_texts
+from chatglm.data.files import RecordFiles
 from chatglm.training.data.rendering import Renderer
 from chatglm.training.settings import KeyProblem
-from chatglm.training.stages.pretrain import Blanks, PretrainSettings
+from chatglm.training.stages.pretrain import BlankMaker, Blanks, PretrainSettings
 
 TEXT = "The sun rises in the east and sets in the west. 太阳从东边升起，从西边落下。" * 3
 LIMIT = 40
@@ -31,13 +32,16 @@ def build_blanks(model: Any, repo: Path, folder: Path, seed: int = 0, **fields: 
     special_ids = (config.mask_token_id, config.gmask_token_id, config.bos_token_id)
     records = RecordFiles([str(path)], read_texts)
     settings = PretrainSettings(output="out", **fields)
-    return Blanks(records, Renderer(model, tokenizer, LIMIT), settings, special_ids, seed)
+    maker = BlankMaker(Renderer(model, tokenizer, LIMIT), settings, special_ids)
+    return Blanks(records, maker, seed)
 
 
 def restore(blanks: Blanks, prompt_ids: list[int], answer_ids: list[int]) -> list[int]:
     """Put what was taken out back into its blank."""
-    assert prompt_ids[-1] == blanks.bos_id and answer_ids[-1] == blanks.renderer.end_id
-    (place,) = [i for i, t in enumerate(prompt_ids) if t in (blanks.mask_id, blanks.gmask_id)]
+    assert prompt_ids[-1] == blanks.maker.bos_id and answer_ids[-1] == blanks.maker.renderer.end_id
+    (place,) = [
+        i for i, t in enumerate(prompt_ids) if t in (blanks.maker.mask_id, blanks.maker.gmask_id)
+    ]
     return [*prompt_ids[:place], *answer_ids[:-1], *prompt_ids[place + 1 : -1]]
 
 
@@ -49,11 +53,14 @@ def test_nothing_of_a_text_is_lost(
     restored = [restore(blanks, *blanks[i]) for i in range(len(blanks))]
     whole = [i for piece in restored[:-1] for i in piece]
     # A last piece of one token has nothing to take out and is left.
-    length = len(blanks.renderer.encode_text(TEXT))
-    assert whole == blanks.renderer.encode_text(TEXT)[: length - (length % blanks.room == 1)]
-    assert restored[-1] == blanks.renderer.encode_text("sun moon")
+    length = len(blanks.maker.renderer.encode_text(TEXT))
+    assert (
+        whole
+        == blanks.maker.renderer.encode_text(TEXT)[: length - (length % blanks.maker.room == 1)]
+    )
+    assert restored[-1] == blanks.maker.renderer.encode_text("sun moon")
     assert all(len(blanks[i].input_ids) <= LIMIT for i in range(len(blanks)))
-    kinds = [blanks.mask_id in blanks[i].prompt_ids for i in range(len(blanks))]
+    kinds = [blanks.maker.mask_id in blanks[i].prompt_ids for i in range(len(blanks))]
     assert mask_share == 0.5 or set(kinds) == {bool(mask_share)}
 
 
@@ -81,7 +88,7 @@ def test_spans_and_ends_have_the_lengths_that_are_asked_for(
     for epoch in range(200):
         spans.epoch = ends.epoch = epoch
         for name, blanks in (("spans", spans), ("ends", ends)):
-            shares[name].append((len(blanks[0].answer_ids) - 1) / blanks.room)
+            shares[name].append((len(blanks[0].answer_ids) - 1) / blanks.maker.room)
     assert 0.15 < sum(shares["spans"]) / 200 < 0.25
     assert max(shares["spans"]) <= 0.41
     assert min(shares["ends"]) >= 0.58 and max(shares["ends"]) < 1

@@ -7,8 +7,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from chatglm.data.records import Record, RowProblem
 from chatglm.training.data.batches import pad_rows
-from chatglm.training.data.records import Record, RowProblem
 from chatglm.training.data.rendering import IGNORED_LABEL, Renderer
 
 HISTORY = [("你好", "你好！很高兴见到你。"), ("who are you?", "A small model.")]

@@ -24,17 +24,17 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
+pytest.importorskip("trl", reason="trl has no release for Python 3.10")
+
 from chatglm.cli import main
-from chatglm.training.models import load_scorer, load_tokenizer
+from chatglm.evaluating.pairs import share_of_wins, summarize_pairs
+from chatglm.training.models import load_scorer, load_tokenizer, read_format
 from chatglm.training.ppo.rewards import load_reward_model
-from chatglm.training.settings import KeyProblem
 from chatglm.training.stages.reward import (
     STAGE,
     PairTrainer,
     RewardSettings,
     build_reward_trainer,
-    share_of_wins,
-    summarize_pairs,
 )
 from chatglm.training.stages.trl_stages import build_trl_arguments
 
@@ -61,8 +61,9 @@ def build(repo: Path, folder: Path, pairs: list[dict[str, Any]]) -> PairTrainer:
         STAGE.arguments, settings, {"report_to": "none"}, max_length=None
     )
     torch.manual_seed(0)
-    model = load_scorer(settings)
-    return build_reward_trainer(model, load_tokenizer(settings), settings, arguments)
+    model, tokenizer = load_scorer(settings), load_tokenizer(settings)
+    rows = STAGE.read_data(read_format(settings), tokenizer, settings, arguments)
+    return build_reward_trainer(model, tokenizer, settings, arguments, rows)
 
 
 def score(model: Any, ids: list[int]) -> Tensor:
@@ -154,7 +155,7 @@ def test_preferences_are_learned_reported_and_loaded_again(
     model = load_reward_model(str(output), language_model.config, tokenizer)
     if bits:
         # The base of adapters is as it was packed.
-        settings = RewardSettings(model=str(tiny_repo), adapter=str(output), bits=bits)
+        settings = RewardSettings(model=str(tiny_repo), adapter=[str(output)], bits=bits)
         model = load_scorer(settings).eval()
     elif not lora_rank:
         model = AutoModelForSequenceClassification.from_pretrained(output, trust_remote_code=True)
@@ -171,9 +172,12 @@ def test_an_untrained_model_is_right_half_of_the_time() -> None:
     assert summary["accuracy"] == (0 + 1 + 0.5 + 1) / 4
     assert summary["mean_margin"] == (-1 + 1 + 0 + 3) / 4
     assert summary["longer_wins"] == (1 + 0.5 + 0 + 1) / 4
+    assert (summary["ties"], summary["mean_chosen"], summary["mean_rejected"]) == (1, 2.0, 1.25)
+    lone = {"pairs": 1, "accuracy": 0.0, "ties": 0, "mean_margin": -1.0, "longer_wins": 1.0}
+    two = {"pairs": 2, "accuracy": 0.75, "ties": 1, "mean_margin": 0.5, "longer_wins": 0.25}
     assert summary["kinds"] == {
-        "a": {"pairs": 1, "accuracy": 0.0, "mean_margin": -1.0, "longer_wins": 1.0},
-        "b": {"pairs": 2, "accuracy": 0.75, "mean_margin": 0.5, "longer_wins": 0.25},
+        "a": {**lone, "mean_chosen": 1.0, "mean_rejected": 2.0},
+        "b": {**two, "mean_chosen": 3.5, "mean_rejected": 3.0},
     }
     assert share_of_wins(lengths[:1]) == 1.0
 
@@ -225,8 +229,8 @@ def test_keys_that_would_be_wrong_are_refused(
 
 def test_adapters_of_another_head_are_refused(tiny_repo: Path, tmp_path: Path) -> None:
     (tmp_path / "adapter_config.json").write_text('{"task_type": "CAUSAL_LM"}')
-    settings = RewardSettings(model=str(tiny_repo), adapter=str(tmp_path))
-    with pytest.raises(KeyProblem, match="was trained for CAUSAL_LM and SEQ_CLS is wanted"):
+    settings = RewardSettings(model=str(tiny_repo), adapter=[str(tmp_path)])
+    with pytest.raises(ValueError, match="was trained for CAUSAL_LM and SEQ_CLS is wanted"):
         load_scorer(settings)
 
 

@@ -9,6 +9,7 @@ import pytest
 import torch
 from conftest import build_model
 from peft import LoraConfig, get_peft_model
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
 from chatglm.training.ppo.rewards import (
@@ -187,6 +188,13 @@ def change_config(source: Path, target: Path, **fields: Any) -> Path:
     return target
 
 
+def resize(folder: Path, name: str, rows: int) -> None:
+    """Give a stored matrix another number of rows."""
+    weights = load_file(folder / "model.safetensors")
+    weights[name] = torch.zeros(rows, weights[name].shape[1])
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+
+
 @pytest.mark.parametrize(
     ("key", "value"), (("vocab_size", 130528), ("eos_token_id", 8005), ("pad_token_id", 5003))
 )
@@ -195,6 +203,8 @@ def test_a_reward_model_of_another_vocabulary_is_refused(
 ) -> None:
     policy, tokenizer = load_policy(tiny_repo)
     folder = change_config(scorer_folder, tmp_path / "other", **{key: value})
+    if key == "vocab_size":
+        resize(folder, "transformer.word_embeddings.weight", value)
     ours = getattr(policy.config, key)
     message = f"another vocabulary than the policy: its {key} is {value}, the policy's {ours}"
     with pytest.raises(ValueError, match=message):
@@ -224,19 +234,21 @@ def test_what_is_no_reward_model_is_refused(
     classifier = change_config(
         scorer_folder, tmp_path / "classifier", id2label={"0": "a", "1": "b", "2": "c"}
     )
+    resize(classifier, "score.weight", 3)
     adapters = tmp_path / "adapters"
     get_peft_model(
         policy, LoraConfig(r=2, target_modules=["query_key_value"], task_type="CAUSAL_LM")
     ).save_pretrained(adapters)
     homeless = tmp_path / "homeless"
     homeless.mkdir()
-    lost = {"task_type": "SEQ_CLS", "base_model_name_or_path": str(tmp_path / "gone")}
+    lost = {"peft_type": "LORA", "task_type": "SEQ_CLS"}
+    lost |= {"base_model_name_or_path": str(tmp_path / "gone")}
     (homeless / "adapter_config.json").write_text(json.dumps(lost))
     for folder, message in (
         (tiny_repo, "is no reward model but ChatGLMForConditionalGeneration"),
         (classifier, "is no reward model but a classifier with 3 scores a row"),
         (adapters, "is no reward model but adapters for CAUSAL_LM"),
-        (homeless, "gone, which is no folder here"),
+        (homeless, "gone, is not there any more: name the model's folder, or put its place"),
         (tmp_path / "absent", "is no folder"),
     ):
         with pytest.raises(ValueError, match=message):

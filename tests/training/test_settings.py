@@ -6,9 +6,9 @@ from typing import Any
 import pytest
 from transformers import TrainingArguments
 
+from chatglm.training.command import describe_stage
 from chatglm.training.settings import (
     KeyProblem,
-    describe_settings,
     read_config,
     read_settings,
     write_settings,
@@ -79,6 +79,6 @@ def test_settings_are_kept_as_a_file_that_reads_back(tmp_path: Path) -> None:
 
 
 def test_the_help_names_every_key_and_its_default() -> None:
-    text = describe_settings(SftSettings)
+    text = describe_stage("sft")
     assert "--packing False" in text
     assert "--lora_targets ['query_key_value']" in text

@@ -16,14 +16,27 @@ from accelerate import Accelerator
 from aligning import forget_accelerator, make_pairs, read_log, train, write_rows
 from conftest import build_model, count_calls
 from tqdm.auto import tqdm
-from transformers import PrinterCallback, ProgressCallback, Trainer, TrainingArguments
+from transformers import (
+    PrinterCallback,
+    ProgressCallback,
+    Trainer,
+    TrainerState,
+    TrainingArguments,
+    get_scheduler,
+)
+from transformers.trainer import TRAINER_STATE_NAME
 
 from chatglm.training import progress, stage
 from chatglm.training import trainer as core
+from chatglm.training.checkpoint_callback import follow_schedule
+from chatglm.training.checkpoints import STATE_FILE, find_checkpoint
 from chatglm.training.data.batches import LengthSampler, PaddingCollator
+from chatglm.training.defaults import DEFAULTS
+from chatglm.training.keys.refusals import RESERVED
 from chatglm.training.models import name_as_before
 from chatglm.training.precision import LAUNCHER
-from chatglm.training.trainer import DEFAULTS, RESERVED, CheckedSteps, find_checkpoint
+from chatglm.training.processes import keep_to_one_gpu
+from chatglm.training.trainer import CheckedSteps
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*gradient_checkpointing.* is dep:FutureWarning")
 
@@ -81,7 +94,7 @@ def finished(tiny_repo: Path, tmp_path_factory: pytest.TempPathFactory) -> Any:
         trainers = keep_trainer(monkeypatch)
         monkeypatch.setattr(PaddingCollator, "__call__", note_batch)
         monkeypatch.setattr(progress, "tqdm", Bar)
-        for name in ("_save", "training_step", "log"):
+        for name in ("_save", "training_step", "log", "get_batch_samples"):
             count_calls(monkeypatch, CheckedSteps, name, calls)
         train("sft", tiny_repo, data, folder / "out", **keys)
     found = {"trainer": trainers[0], "output": folder / "out", "batches": batches}
@@ -113,11 +126,13 @@ def test_every_epoch_has_an_order_of_its_own(hook: str, finished: Any) -> None:
     assert expected in epochs[STEPS:], f"{hook} does not reach the sampler"
 
 
-@pytest.mark.parametrize("hook", ["Trainer._save", "Trainer.training_step", "Trainer.log"])
+@pytest.mark.parametrize(
+    "hook",
+    ["Trainer._save", "Trainer.training_step", "Trainer.log", "Trainer.get_batch_samples"],
+)
 def test_the_trainer_goes_through_our_steps(hook: str, finished: Any) -> None:
-    least = {"_save": 1, "training_step": EPOCHS * STEPS, "log": EPOCHS * STEPS}
-    name = hook.split(".")[1]
-    assert finished.calls[name] >= least[name], f"{hook} is not called"
+    least = 1 if hook == "Trainer._save" else EPOCHS * STEPS
+    assert finished.calls[hook.split(".")[1]] >= least, f"{hook} is not called"
 
 
 @pytest.mark.parametrize("hook", ["Trainer.compute_loss"])
@@ -142,7 +157,26 @@ def test_there_is_one_bar_and_it_shows_figures(hook: str, finished: Any) -> None
 @pytest.mark.parametrize("hook", ["trainer.TRAINER_STATE_NAME"])
 def test_a_whole_checkpoint_is_found(hook: str, finished: Any) -> None:
     newest = finished.output / f"checkpoint-{EPOCHS * STEPS}"
-    assert find_checkpoint(finished.output) == newest, f"{hook} is not the name of its state"
+    assert STATE_FILE == TRAINER_STATE_NAME, f"{hook} has another name"
+    assert find_checkpoint(finished.output) == newest, f"{hook} is not written"
+
+
+@pytest.mark.parametrize("hook", ["TrainerState.best_global_step"])
+def test_the_best_checkpoint_is_known_by_its_step(hook: str) -> None:
+    names = {field.name for field in dataclasses.fields(TrainerState)}
+    assert {"best_global_step", "best_model_checkpoint", "best_metric"} <= names, hook
+
+
+@pytest.mark.parametrize("hook", ["LambdaLR.lr_lambdas"])
+def test_a_schedule_follows_its_own_length(hook: str) -> None:
+    """As where a run goes on that is longer than it was to be."""
+    optimizer = torch.optim.SGD([torch.ones(1, requires_grad=True)], lr=1.0)
+    scheduler = get_scheduler("linear", optimizer, 0, 10)
+    optimizer.step()
+    optimizer.param_groups[0]["lr"] = 0.0
+    state = SimpleNamespace(global_step=0, max_steps=10)
+    follow_schedule(optimizer, scheduler, 5, state)
+    assert optimizer.param_groups[0]["lr"] == scheduler.get_last_lr()[0] == 1.0, hook
 
 
 @pytest.mark.parametrize("hook", ["Trainer.model_accepts_loss_kwargs"])
@@ -161,6 +195,7 @@ def test_accumulated_losses_are_of_all_their_tokens(hook: str, finished: Any) ->
         "Trainer.processing_class",
         "Trainer._prepare_inputs",
         "Trainer.compute_loss_context_manager",
+        "Trainer.current_gradient_accumulation_steps",
     ],
 )
 def test_a_trainer_has(hook: str, finished: Any) -> None:
@@ -169,7 +204,7 @@ def test_a_trainer_has(hook: str, finished: Any) -> None:
 
 @pytest.mark.parametrize("hook", ["PretrainedConfig.keys_to_ignore_at_inference"])
 def test_an_evaluation_gathers_no_caches(hook: str, tmp_path: Path) -> None:
-    ids = torch.tensor([[5, 6, 7, 8]])
+    ids = torch.tensor([[301, 304, 7, 8]])
     arguments = TrainingArguments(str(tmp_path), use_cpu=True, report_to="none")
     trainer = Trainer(build_model(use_cache=True), arguments)
     _, logits, _ = trainer.prediction_step(trainer.model, {"input_ids": ids, "labels": ids}, False)
@@ -211,6 +246,26 @@ def test_a_model_in_parts_gets_its_class_s_name_back(hook: str) -> None:
         assert (type(model).__name__, type(model).__module__) == (name, module), hook
     finally:
         torch.distributed.destroy_process_group()
+
+
+@pytest.mark.parametrize("hook", ["TrainingArguments._n_gpu"])
+def test_a_process_keeps_to_one_gpu(
+    tmp_path: Path, hook: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Where several are seen without a launcher, which a CPU can be made to believe."""
+    forget_accelerator()
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    options = {"per_device_train_batch_size": 3, "report_to": [], "use_cpu": False}
+    arguments = TrainingArguments(str(tmp_path), **options)
+    model = torch.nn.Linear(2, 2)
+    spread = Trainer(model, arguments)._wrap_model(model)
+    assert type(spread) is torch.nn.DataParallel, f"{hook}: transformers spreads no more"
+    arguments = TrainingArguments(str(tmp_path), **options)
+    keep_to_one_gpu(arguments)
+    assert (arguments.n_gpu, arguments.train_batch_size, arguments.eval_batch_size) == (1, 3, 8)
+    assert Trainer(model, arguments)._wrap_model(model) is model, hook
+    assert capsys.readouterr().err.startswith("chatglm: 4 GPUs are seen and cpu alone is used")
+    forget_accelerator()
 
 
 # The stages on trl
@@ -318,6 +373,17 @@ def test_the_copy_of_a_folder_s_adapters_is_not_saved(
     train("dpo", tiny_repo, pairs, tmp_path / "out", **keys)
     saved = list((tmp_path / "out" / "checkpoint-1").rglob("adapter_model.safetensors"))
     assert len(saved) == 1, f"{hook} is not read: {saved}"
+
+
+@pytest.mark.parametrize(
+    "hook", ["DPOTrainer.loss_is_scaled_for_ga", "GRPOTrainer.loss_is_scaled_for_ga"]
+)
+def test_it_is_known_who_takes_the_mean_over_passes(hook: str) -> None:
+    """What is learned beside is divided by them as the trainer's own loss is."""
+    trl = pytest.importorskip("trl", reason="trl has no release for Python 3.10")
+    trainer, name = hook.split(".")
+    found = getattr(getattr(trl, trainer), name, None)
+    assert found is (trainer == "GRPOTrainer"), f"{hook} is {found}"
 
 
 @pytest.mark.parametrize("hook", ["GRPOConfig.use_vllm"])

@@ -6,6 +6,7 @@ and their mask come from the model, which owns them. Does not know formats of fi
 Shapes: `B` batch, `S` columns.
 """
 
+from array import array
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -14,19 +15,17 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset, Sampler
 
-from chatglm.training.data.records import (
-    Record,
-    RecordFiles,
-    RowProblem,
-    open_records,
-    read_answers,
-)
+from chatglm.data.dialects import read_answers
+from chatglm.data.files import RecordFiles, open_records
+from chatglm.data.records import Record, RowProblem
 from chatglm.training.data.rendering import IGNORED_LABEL, Example, Renderer
 from chatglm.training.settings import Settings
 
 Row = dict[str, list[int]]
 # So many batches are sorted at once: enough to waste little on padding, few enough to mix rows.
 POOL_BATCHES = 50
+# So many bad rows are named, and the others counted.
+SHOWN_PROBLEMS = 3
 
 
 class Examples(Dataset):
@@ -38,24 +37,47 @@ class Examples(Dataset):
 
     Attributes:
         lengths: tokens of each row.
+        num_learned: tokens that are learned, of all rows.
+        num_rows: rows of the files that these are of.
         num_skipped: records that were left out for their length.
 
     Raises:
-        ValueError: for a record that cannot be rendered, or if none is left.
+        ValueError: for records that cannot be rendered, the first ones and how many there are, or
+            if none is left.
     """
 
     def __init__(self, records: RecordFiles, render: Callable[[Record], Any]) -> None:
         self.records, self.render = records, render
-        self.kept: list[int] = []
-        self.lengths: list[int] = []
+        # Arrays, of which a million examples take 16 MB.
+        self.kept, self.lengths = array("q"), array("q")
+        self.num_learned = self.num_rows = 0
+        self._last_source = ""
+        self._problems: list[str] = []
+        before = records.num_skipped
         for index in range(len(records)):
             length = self._measure(index)
             if length:
                 self.kept.append(index)
                 self.lengths.append(length)
-        self.num_skipped = len(records) - len(self.kept)
-        if not self.kept:
-            raise ValueError("no row is short enough: raise max_length, or set long_rows to cut")
+        if self._problems:
+            raise ValueError(_tell_first(self._problems))
+        wrong = records.num_skipped - before
+        self.num_skipped = records.report.too_long = len(records) - len(self.kept) - wrong
+        self._check_share()
+
+    def _check_share(self) -> None:
+        """Refuse a set of which little is short enough, or nothing.
+
+        Raises:
+            ValueError: naming the counts and the remedies.
+        """
+        count, total = self.num_skipped, len(self.records)
+        share = self.records.options.max_long_share
+        if not self.kept or count > share * total:
+            raise ValueError(
+                f"{count} of {total} examples are too long, more than max_long_share ({share:g}): "
+                "raise max_length, or set long_rows to cut"
+            )
 
     def __len__(self) -> int:
         return len(self.kept)
@@ -66,13 +88,34 @@ class Examples(Dataset):
 
     def _measure(self, index: int) -> int:
         try:
-            made = self.render(self.records[index])
+            record = self.records[index]
+            made = self.render(record)
         except RowProblem as problem:
             if not self.records.skips:
-                raise
-            self.records.problems.append(str(problem))
+                self._problems.append(str(problem))
+            else:
+                source, _, reason = str(problem).partition(": ")
+                self.records.report.skip(source, reason)
             return 0
-        return 0 if made is None else _count_tokens(made)
+        if made is None:
+            return 0
+        self.num_learned += count_learned(made)
+        self.num_rows += record.source != self._last_source
+        self._last_source = record.source
+        return _count_tokens(made)
+
+
+def _tell_first(problems: Sequence[str]) -> str:
+    """Return the first problems of rows, and how many more there are."""
+    more = len(problems) - SHOWN_PROBLEMS
+    return "; ".join(problems[:SHOWN_PROBLEMS]) + (f"; and {more:,} more" if more > 0 else "")
+
+
+def count_learned(made: Any) -> int:
+    """Return the tokens of a row that are learned: its answer, or both of a pair."""
+    if isinstance(made, Example):
+        return len(made.answer_ids)
+    return sum(map(count_learned, made)) if isinstance(made[0], Example) else 0
 
 
 def _count_tokens(made: Any) -> int:
@@ -172,6 +215,25 @@ class LengthSampler(Sampler[int]):
         yield from (*mixed.ravel().tolist(), *rows[whole:].tolist())
 
 
+def pick_rows(num_rows: int, seed: int, start: int, count: int) -> list[int]:
+    """Return some of the rows of an endless walk that passes over all, each time in a new order.
+
+    What they are follows from the arguments alone, so a run that goes on needs no memory of it.
+
+    Args:
+        num_rows: of a pass.
+        seed: of the orders.
+        start: how many rows of the walk come before.
+        count: rows to return.
+    """
+    rows: list[int] = []
+    while len(rows) < count:
+        number, place = divmod(start + len(rows), num_rows)
+        order = np.random.default_rng((seed, number)).permutation(num_rows)
+        rows += order[place : place + count - len(rows)].tolist()
+    return rows
+
+
 class PaddingCollator:
     """Pads examples on the right to the longest of a batch.
 
@@ -256,5 +318,6 @@ __all__ = [
     "find_learned",
     "pack_lengths",
     "pad_rows",
+    "pick_rows",
     "read_examples",
 ]

@@ -14,6 +14,7 @@ from typing import NamedTuple
 
 import torch
 
+from chatglm.training.layers import NORMS, TABLES, expand_targets, split_names
 from chatglm.training.models import choose_weights
 from chatglm.training.settings import LORA_TARGET, Settings
 
@@ -117,6 +118,8 @@ class Job:
     group_size: int = 0
     lora_rank: int = 0
     lora_targets: list[str] = field(default_factory=lambda: [LORA_TARGET])
+    modules_to_save: list[str] = field(default_factory=list)
+    use_dora: bool = False
     pre_seq_len: int = 0
     prefix_projection: bool = False
     optim: str = "adamw_torch_fused"
@@ -125,6 +128,12 @@ class Job:
     offload: list[str] = field(default_factory=list)
     live_weights: int = LIVE_WEIGHTS
     bucket_weights: int = BUCKET_WEIGHTS
+
+    @property
+    def adapted(self) -> list[str]:
+        """The matrices of a block that get adapters."""
+        names = expand_targets(self.lora_targets) if self.lora_rank else []
+        return [name.rpartition(".")[2] for name in names]
 
     @property
     def trains_all(self) -> bool:
@@ -152,7 +161,8 @@ class Job:
         compute_dtype = torch.bfloat16 if self.bf16 else torch.float16 if self.fp16 else None
         if self.has_engine and compute_dtype is not None:
             return compute_dtype
-        return choose_weights(Settings(dtype=self.dtype), compute_dtype, not self.trains_all)
+        is_frozen = not (self.trains_all or self.modules_to_save)
+        return choose_weights(Settings(dtype=self.dtype), compute_dtype, is_frozen)
 
     @property
     def weight_bytes(self) -> int:
@@ -231,12 +241,23 @@ def count_trained(shape: Shape, job: Job) -> int:
     """Return how many parameters are trained."""
     if job.trains_all:
         return shape.parameters
-    adapted = sum(sum(shape.matrices[name]) for name in job.lora_targets)
-    adapters = shape.num_layers * job.lora_rank * adapted
+    adapted = sum(sum(shape.matrices[name]) for name in job.adapted)
+    adapters = shape.num_layers * job.lora_rank * adapted + count_whole(shape, job)
+    if job.use_dora:
+        adapters += shape.num_layers * sum(shape.matrices[name][0] for name in job.adapted)
     hidden, states = shape.hidden_size, 2 * shape.num_layers * shape.hidden_size
     if not job.prefix_projection:
         return adapters + job.pre_seq_len * states
     return adapters + (job.pre_seq_len + hidden + 1) * hidden + (hidden + 1) * states
+
+
+def count_whole(shape: Shape, job: Job) -> int:
+    """Return how many parameters are trained whole beside adapters; the model keeps its own too."""
+    sizes = {name: shape.num_layers * (math.prod(m) + m[0]) for name, m in shape.matrices.items()}
+    sizes |= dict.fromkeys(TABLES, shape.vocab_size * shape.hidden_size)
+    sizes |= dict.fromkeys(NORMS[:2], 2 * shape.num_layers * shape.hidden_size)
+    sizes[NORMS[2]] = 2 * shape.hidden_size
+    return sum(sizes[name.rpartition(".")[2]] for name in split_names(job.modules_to_save))
 
 
 def count_weights(shape: Shape, job: Job) -> int:
@@ -289,13 +310,15 @@ def _count_inputs(shape: Shape, job: Job) -> int:
 
     The input of `dense` is what attention gave, which that keeps itself.
     """
-    names = shape.matrices if job.trains_all else job.lora_targets if job.lora_rank else ()
+    names = shape.matrices if job.trains_all else job.adapted
     width = job.product_bytes
     if job.lora_rank:
         width = width if job.uses_autocast else job.trained_bytes
     shared = {"dense"} if width == job.product_bytes else set()
     inputs = sum(shape.matrices[name][1] for name in names if name not in shared)
-    return (inputs + len(names) * job.lora_rank) * width
+    # DoRA scales what the layer gives, and what its adapter gives.
+    scaled = sum(2 * shape.matrices[name][0] for name in names) if job.use_dora else 0
+    return (inputs + len(names) * job.lora_rank) * width + scaled * job.product_bytes
 
 
 def count_activations(shape: Shape, job: Job) -> int:
@@ -377,6 +400,7 @@ def list_moments(shape: Shape, job: Job, gradients: int) -> dict[str, int]:
         casts = casts if job.trains_all else head_casts
     widest = tokens * shape.inner_hidden_size * job.product_bytes * (1 if job.trains_all else 2)
     work = widest + block_casts + _count_unpacked(shape, job)
+    work += _count_norms(shape, job)
     is_whole = job.trains_all and job.sharding == "ddp"
     table = shape.vocab_size * shape.hidden_size * job.trained_bytes if is_whole else 0
     again = block if job.gradient_checkpointing else 0
@@ -388,6 +412,19 @@ def list_moments(shape: Shape, job: Job, gradients: int) -> dict[str, int]:
     if job.gradient_accumulation_steps > 1:
         moments = {name: size + gradients for name, size in moments.items()}
     return moments | {"last block": gradients + block + work}
+
+
+def _count_norms(shape: Shape, job: Job) -> int:
+    """Return the bytes that DoRA takes for the length of the rows of one matrix, at most.
+
+    peft multiplies an identity by both factors, and adds the product to the weight.
+    """
+    if not job.use_dora:
+        return 0
+    sizes = [shape.matrices[name] for name in job.adapted]
+    values = max(i * i + i * job.lora_rank + 3 * o * i for o, i in sizes)
+    casts = max(i * i + 2 * o * i for o, i in sizes) if job.uses_autocast else 0
+    return values * FLOAT32_BYTES + casts * FLOAT16_BYTES
 
 
 def _count_unpacked(shape: Shape, job: Job) -> int:
@@ -436,11 +473,11 @@ def count_work(shape: Shape, job: Job) -> Work:
     attention = 4.0 * shape.num_layers * keys * shape.hidden_size
     blocks = 2.0 * shape.block_parameters
     head = 2.0 * shape.vocab_size * shape.hidden_size
-    adapted = sum(sum(shape.matrices[name]) for name in job.lora_targets)
+    adapted = sum(sum(shape.matrices[name]) for name in job.adapted)
     adapters = 2.0 * shape.num_layers * job.lora_rank * adapted
     again = blocks + adapters + attention
     # Nothing's gradient needs the last product of a block, unless an adapter follows it.
-    is_adapted = job.lora_rank and "dense_4h_to_h" in job.lora_targets
+    is_adapted = "dense_4h_to_h" in job.adapted
     last = 0 if is_adapted else 2.0 * shape.num_layers * math.prod(shape.matrices["dense_4h_to_h"])
     backward = (2 if job.trains_all else 1) * (blocks + head) + 2 * adapters
     return Work(

@@ -27,6 +27,8 @@ from chatglm.training.estimate.memory import (
     count_work,
     plan_memory,
 )
+from chatglm.training.keys.translating import rename
+from chatglm.training.layers import expand_modules, expand_targets, split_names
 from chatglm.training.settings import KeyProblem, coerce, read_config, read_flags, require
 
 ENGINE_SIZES = {
@@ -86,8 +88,7 @@ def _check(job: Job, shape: Shape) -> None:
     require(job.gpus > 0, "gpus", job.gpus, "1 or more")
     known = [*OPTIMIZER_STATES, *OPTIMIZER_BYTES]
     require(job.optim in known, "optim", job.optim, " or ".join(known))
-    strange = set(job.lora_targets) - set(shape.matrices)
-    require(not strange, "lora_targets", sorted(strange), f"of {', '.join(shape.matrices)}")
+    expand_modules(job.modules_to_save, expand_targets(job.lora_targets), job.bits)
     if job.bits and job.trains_all:
         raise KeyProblem(f"bits={job.bits} cannot be trained: set lora_rank or pre_seq_len")
     if job.bits and job.sharding in ("zero3", "fsdp2"):
@@ -140,7 +141,9 @@ def describe_method(job: Job) -> str:
     """Return how a job trains, in words."""
     packed = f" over {job.bits}-bit weights" if job.bits else ""
     if job.lora_rank:
-        return f"LoRA of rank {job.lora_rank}{packed}"
+        beside = split_names(job.modules_to_save)
+        whole = f" and {', '.join(beside)} whole" if beside else ""
+        return f"{'DoRA' if job.use_dora else 'LoRA'} of rank {job.lora_rank}{packed}{whole}"
     return f"prefix of {job.pre_seq_len}{packed}" if job.pre_seq_len else "all"
 
 
@@ -194,14 +197,14 @@ def print_plan(args: argparse.Namespace, words: Sequence[str]) -> int:
     Raises:
         ValueError: for a folder, a file or a key that cannot be used.
     """
-    flags = read_flags(words)
+    flags = rename(read_flags(words))
     unknown = sorted(flags.keys() - get_type_hints(Job).keys() - {"deepspeed"})
     if unknown:
         known = ", ".join(get_type_hints(Job))
         raise KeyProblem(f"{unknown[0]} does not matter for memory; the keys that do are {known}")
     folder = Path(args.model or default_model_folder())
     shape = read_shape(folder)
-    keys = (read_config(Path(args.config)) if args.config else {}) | flags
+    keys = rename(read_config(Path(args.config)) if args.config else {}) | flags
     job = read_job(keys, shape)
     if args.json:
         memory, work = plan_memory(shape, job)._asdict(), count_work(shape, job)._asdict()

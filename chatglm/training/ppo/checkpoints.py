@@ -5,13 +5,13 @@
         value_head.safetensors
         optimizer.pt                                   optimizer, loss scale, learning rate
         trainer_state.json                             steps, KL coefficient, figures not yet logged
+        manifest.json                                  what makes it whole (`checkpoints`)
 
 There is no state of random numbers: every step begins from a seed of its own. Does not know what a
 step does.
 """
 
 import json
-import re
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -20,12 +20,14 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from chatglm.training.models import load_policy, save_trained
+from chatglm.checkpoints.durable import flush
+from chatglm.training.adapters import find_below
+from chatglm.training.checkpoints import PART, STATE_FILE, rotate, seal
+from chatglm.training.models import find_base, load_policy, save_trained
 from chatglm.training.ppo.value_head import ActorCritic, copy_trained
 from chatglm.training.settings import Settings
 
-OPTIMIZER_FILE, STATE_FILE = "optimizer.pt", "trainer_state.json"
-NAME = re.compile(r"checkpoint-(\d+)")
+OPTIMIZER_FILE = "optimizer.pt"
 
 
 class RunState(NamedTuple):
@@ -36,12 +38,14 @@ class RunState(NamedTuple):
         kl_coefficient: as the last step left it.
         num_processes: that train together; another number would be other batches.
         pending: figures of steps that have no line in the log yet.
+        max_steps: of the whole run, which the learning rate follows; 0 where it is not known.
     """
 
     global_step: int
     kl_coefficient: float
     num_processes: int
     pending: list[dict[str, float]]
+    max_steps: int = 0
 
 
 def write_checkpoint(
@@ -52,7 +56,7 @@ def write_checkpoint(
     state: RunState,
     limit: int | None,
 ) -> None:
-    """Write a checkpoint under another name, and rename it when all of it is there.
+    """Write a checkpoint under another name, and rename it when all of it is on the disk.
 
     Args:
         output: folder of the run.
@@ -63,30 +67,31 @@ def write_checkpoint(
         limit: how many checkpoints to keep; None or 0 for all.
     """
     name = f"checkpoint-{state.global_step}"
-    part = output / f"part-{name}"
+    part = output / f"{PART}{name}"
     shutil.rmtree(part, ignore_errors=True)
     save_trained(model.policy, settings, part)
     model.save_head(part)
     torch.save({key: item.state_dict() for key, item in stateful.items()}, part / OPTIMIZER_FILE)
     (part / STATE_FILE).write_text(json.dumps(state._asdict()), encoding="utf-8")
+    seal(part)
     part.rename(output / name)
-    for old in list_checkpoints(output)[: -limit if limit else 0]:
-        shutil.rmtree(old)
-
-
-def list_checkpoints(output: Path) -> list[Path]:
-    """Return the checkpoints of a run, the oldest first."""
-    found = [(NAME.fullmatch(path.name), path) for path in output.iterdir()]
-    return [path for _, path in sorted((int(match[1]), path) for match, path in found if match)]
+    flush(output)
+    rotate(output, limit)
 
 
 def read_state(checkpoint: Path, num_processes: int) -> RunState:
     """Return the small things of a checkpoint.
 
     Raises:
-        ValueError: if another number of processes wrote it.
+        ValueError: if another number of processes wrote it, or it is none of PPO's.
     """
-    state = RunState(**json.loads((checkpoint / STATE_FILE).read_text(encoding="utf-8")))
+    try:
+        state = RunState(**json.loads((checkpoint / STATE_FILE).read_text(encoding="utf-8")))
+    except TypeError as error:
+        raise ValueError(
+            f"{checkpoint / STATE_FILE} is none that PPO has written ({error}): bring it back, or "
+            f"move {checkpoint.name} away to go on from the one before"
+        ) from error
     if state.num_processes != num_processes:
         raise ValueError(
             f"{checkpoint} was written by {state.num_processes} processes and {num_processes} are "
@@ -119,16 +124,26 @@ def load_policies(
     Returns:
         The policy, and copies, or None for new adapters, which say nothing in the beginning.
     """
-    is_silent = settings.uses_lora and not settings.adapter and settings.lora_bias == "none"
+    is_silent = settings.uses_lora and not settings.goes_on and settings.lora_bias == "none"
     policy = None
     beginning = None
     if checkpoint is None or not is_silent:
         policy = load_policy(settings, compute_dtype)
         beginning = None if is_silent else copy_trained(policy, device)
     if checkpoint is not None:
-        place = {"adapter" if settings.uses_lora else "model": str(checkpoint)}
-        policy = load_policy(replace(settings, **place), compute_dtype)
+        policy = load_policy(_go_on_from(settings, checkpoint), compute_dtype)
+        for config in getattr(policy, "peft_config", {}).values():
+            # A checkpoint names the base where that was when it was written.
+            config.base_model_name_or_path = str(find_base(settings))
     return policy, beginning
+
+
+def _go_on_from(settings: Settings, checkpoint: Path) -> Settings:
+    """Return the settings under which what is trained is that of a checkpoint."""
+    if not settings.uses_lora:
+        return replace(settings, model=str(checkpoint))
+    adapters = [*find_below(settings), str(checkpoint)]
+    return replace(settings, model=str(find_base(settings)), adapter=adapters, lora_rank=0)
 
 
 __all__ = ["RunState", "load_policies", "read_optimizer", "read_state", "write_checkpoint"]

@@ -20,8 +20,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from chatglm.training.ppo.settings import KL_ESTIMATORS
+
 WHITENING_EPSILON = 1e-8
-KL_ESTIMATORS = ("k1", "k2", "k3")
 # The adaptive controller takes no error of the KL for a larger share of the target than this one
 # (Ziegler, section 2.2).
 LARGEST_KL_ERROR = 0.2
@@ -291,7 +292,6 @@ class KlController:
 
 
 __all__ = [
-    "KL_ESTIMATORS",
     "KlController",
     "clip_policy_loss",
     "clip_scores",

@@ -18,17 +18,19 @@ from types import ModuleType
 from typing import Any, NamedTuple
 
 import torch
+from accelerate import PartialState
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
 
 from chatglm import door
+from chatglm.adapters.bases import check_base, find_base
+from chatglm.adapters.kinds import SCORER_TASK, read_kind
+from chatglm.checkpoints.reading import open_shards
+from chatglm.checkpoints.recognize import ADAPTER_FILE, ADAPTER_WEIGHTS, SCORER
 from chatglm.loading import check_model_folder
 from chatglm.training.data.batches import pad_rows
-from chatglm.training.models import ADAPTER_FILE
 
-# The names of classes with scores end so; peft has a name of its own for what they do.
-SCORER = "ForSequenceClassification"
-SCORER_TASK = "SEQ_CLS"
+SCORE_ENDING = "score.weight"  # how the name of the head's tensor ends
 SPECIAL_IDS = ("pad_token_id", "mask_token_id", "gmask_token_id", "bos_token_id", "eos_token_id")
 TextReward = Callable[[list[str], list[str], list[str]], Sequence[float]]
 
@@ -176,8 +178,67 @@ def _import_file(path: Path) -> ModuleType:
     return module
 
 
+class RewardFolder(NamedTuple):
+    """Where a reward model is.
+
+    Attributes:
+        base: the model folder.
+        adapter: its adapters with the score head; None if the model is a whole one.
+    """
+
+    base: Path
+    adapter: Path | None = None
+
+
+def find_reward_model(folder: str, adapter: str = "", any_base: bool = False) -> RewardFolder:
+    """Return where the reward model of a folder is.
+
+    Args:
+        folder: of a whole model, of adapters that name their base, or of the base of `adapter`.
+        adapter: of adapters with a score head.
+        any_base: whether adapters are taken whose base is another one by now.
+
+    Raises:
+        ValueError: if it is no reward model, not whole, or of another base.
+    """
+    path = Path(adapter or folder).expanduser()
+    if (path / ADAPTER_FILE).is_file():
+        path = read_kind(path).folder
+        base = _find_adapter_base(path, folder if adapter else "", any_base)
+        _check_score_weights(path)
+        return RewardFolder(base, path)
+    if adapter:
+        raise ValueError(f"adapter {path} has no {ADAPTER_FILE}: name a folder of train reward")
+    base = check_model_folder(path)
+    _check_head(base)
+    return RewardFolder(base)
+
+
+def load_found(found: RewardFolder, dtype: torch.dtype | None = None, **options: Any) -> Any:
+    """Return a reward model, frozen.
+
+    Args:
+        found: where it is.
+        dtype: of its weights; None for float32.
+        options: of `from_pretrained`.
+    """
+    # The head of a whole reward model is its own; below adapters there is none yet.
+    options |= {"num_labels": 1} if found.adapter else {}
+    options["dtype"] = dtype or torch.float32
+    scorer: Any = door.load_from(found.base, AutoModelForSequenceClassification, **options)
+    if found.adapter:
+        from peft import PeftModel
+
+        scorer = PeftModel.from_pretrained(scorer, str(found.adapter))
+    return scorer.eval().requires_grad_(False)
+
+
 def load_reward_model(
-    folder: str, policy_config: Any, tokenizer: Any, compute_dtype: torch.dtype | None = None
+    folder: str,
+    policy_config: Any,
+    tokenizer: Any,
+    compute_dtype: torch.dtype | None = None,
+    any_base: bool = False,
 ) -> Any:
     """Return the model of a folder of the `reward` stage, a whole one or adapters, frozen.
 
@@ -186,44 +247,48 @@ def load_reward_model(
         policy_config: of the model that is to be rewarded.
         tokenizer: of that model.
         compute_dtype: of the weights; None for float32.
+        any_base: whether adapters are taken whose base is another one by now.
 
     Raises:
-        ValueError: if it is no reward model, or its vocabulary is not the policy's.
+        ValueError: if it is no reward model, its adapters are of another base, or its vocabulary is
+            not the policy's.
     """
-    path = Path(folder).expanduser()
-    adapter = path if (path / ADAPTER_FILE).is_file() else None
-    base = check_model_folder(_find_adapter_base(path) if adapter else path)
-    if not adapter:
-        _check_head(base)
-    check_vocabulary(base, policy_config, tokenizer)
-    # The head of a whole reward model is its own; below adapters there is none yet.
-    options = {"num_labels": 1} if adapter else {}
-    scorer: Any = door.load_from(
-        base, AutoModelForSequenceClassification, dtype=compute_dtype or torch.float32, **options
-    )
-    if adapter:
-        from peft import PeftModel
-
-        scorer = PeftModel.from_pretrained(scorer, str(adapter))
-    return scorer.eval().requires_grad_(False)
+    found = find_reward_model(folder, any_base=any_base)
+    check_vocabulary(found.base, policy_config, tokenizer)
+    return load_found(found, compute_dtype)
 
 
-def _find_adapter_base(folder: Path) -> Path:
+def _find_adapter_base(folder: Path, named: str, any_base: bool) -> Path:
     """Return the folder of the model that a reward model's adapters were trained on.
 
+    Args:
+        folder: of the adapters.
+        named: the base that somebody names instead of them; "" if nobody does.
+
     Raises:
-        ValueError: if they belong to another head, or the folder is not there any more.
+        ValueError: if they belong to another head, the folder is not there any more, or it holds
+            other weights now.
     """
-    config = json.loads((folder / ADAPTER_FILE).read_text(encoding="utf-8"))
-    if config.get("task_type") != SCORER_TASK:
-        _refuse_head(folder, f"adapters for {config.get('task_type')}")
-    base = Path(config.get("base_model_name_or_path") or "")
-    if not base.is_dir():
-        raise ValueError(
-            f"the reward model {folder} is adapters of {base}, which is no folder here: put its "
-            f"place under base_model_name_or_path in {folder / ADAPTER_FILE}"
-        )
+    kind = read_kind(folder)
+    if kind.task != SCORER_TASK:
+        _refuse_head(folder, f"adapters for {kind.task or 'no task'}")
+    try:
+        base = check_model_folder(named or find_base(folder))
+    except ValueError as error:
+        raise ValueError(f"the reward model {folder} is adapters: {error}") from error
+    note = check_base(folder, base, any_base=any_base)
+    if note and PartialState().is_main_process:
+        sys.stderr.write(f"chatglm: {note}\n")
     return base
+
+
+def _check_score_weights(folder: Path) -> None:
+    """Refuse adapters without the head that they were trained with: it would be drawn at random."""
+    files = [folder / name for name in ADAPTER_WEIGHTS if (folder / name).is_file()]
+    if not files:
+        raise ValueError(f"{folder} has no weights: put {' or '.join(ADAPTER_WEIGHTS)} there")
+    if not any(name.endswith(SCORE_ENDING) for name in open_shards(files[:1])):
+        _refuse_head(folder, f"adapters without a tensor {SCORE_ENDING}")
 
 
 def _check_head(folder: Path) -> None:
@@ -275,9 +340,12 @@ def _refuse_vocabulary(folder: Path, difference: str) -> None:
 
 __all__ = [
     "Reward",
+    "RewardFolder",
     "RewardFunction",
     "RewardModel",
     "Sampled",
+    "find_reward_model",
+    "load_found",
     "load_function",
     "load_reward_model",
 ]

@@ -9,13 +9,14 @@ Shapes: `B` rows, `P` prompt columns, `A` answer columns.
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor
 from transformers import GenerationConfig
 
+from chatglm.data.dialects import read_prompts
+from chatglm.data.files import open_records
+from chatglm.data.records import Record
 from chatglm.training.data.batches import Examples, pad_rows
-from chatglm.training.data.records import Record, open_records, read_prompts
 from chatglm.training.data.rendering import Renderer
 from chatglm.training.ppo.rewards import Sampled
 from chatglm.training.ppo.value_head import ActorCritic, Answers, PolicyOutput
@@ -61,30 +62,11 @@ class Prompts:
 
     def __getitem__(self, index: int) -> Prompt:
         record = self.rows.records[self.rows.kept[index]]
-        text = self.renderer.build_prompt(record.query, record.history)
+        text = self.renderer.build_prompt(*record.frame())
         return Prompt(self.rows[index], text, record.answer)
 
     def _render(self, record: Record) -> list[int] | None:
         return self.renderer.render_prompt(record, self.answer_room)
-
-
-def pick_rows(num_rows: int, seed: int, start: int, count: int) -> list[int]:
-    """Return some of the rows of an endless walk that passes over all, each time in a new order.
-
-    What they are follows from the arguments alone, so a run that goes on needs no memory of it.
-
-    Args:
-        num_rows: of a pass.
-        seed: of the orders.
-        start: how many rows of the walk come before.
-        count: rows to return.
-    """
-    rows: list[int] = []
-    while len(rows) < count:
-        number, place = divmod(start + len(rows), num_rows)
-        order = np.random.default_rng((seed, number)).permutation(num_rows)
-        rows += order[place : place + count - len(rows)].tolist()
-    return rows
 
 
 class Sampler:
@@ -251,5 +233,4 @@ __all__ = [
     "describe_references",
     "evaluate_answers",
     "find_ended",
-    "pick_rows",
 ]

@@ -17,6 +17,7 @@ from transformers import set_seed
 
 from chatglm.training.ppo.settings import PpoArguments, PpoSettings
 from chatglm.training.precision import check_launcher, name_format
+from chatglm.training.processes import tell_of_gpus
 from chatglm.training.settings import KeyProblem, require
 from chatglm.training.trainer import check_loss
 
@@ -108,6 +109,10 @@ def build_accelerator(settings: PpoSettings, arguments: PpoArguments) -> Acceler
         raise KeyProblem(f"the configuration cannot be used: {error}") from error
     kind = accelerator.distributed_type.value
     require(kind in WHOLE_MODELS, "the distributed type", kind, "one with a whole model a process")
+    if accelerator.num_processes == 1 and accelerator.device.type == "cuda":
+        count = torch.cuda.device_count()
+        if count > 1:
+            tell_of_gpus(count, str(accelerator.device))
     return accelerator
 
 

@@ -6,12 +6,15 @@ Does not know what is done with them.
 from dataclasses import dataclass, field, fields
 from typing import Any, get_type_hints
 
-from chatglm.training.ppo.math import KL_ESTIMATORS
-from chatglm.training.settings import Settings, coerce, require
+from chatglm.training.settings import KeyProblem, coerce, require
+from chatglm.training.stage_settings import BesideSettings
+
+# `math.estimate_kl` has their equations.
+KL_ESTIMATORS = ("k1", "k2", "k3")
 
 
 @dataclass
-class PpoSettings(Settings):
+class PpoSettings(BesideSettings):
     """What PPO can be told beside what every stage can.
 
     Attributes:
@@ -45,7 +48,8 @@ class PpoSettings(Settings):
         subtract_reference: take the score of the data's own answer from each, so that no question
             is worth more than another.
         missing_end_penalty: taken from the score of an answer without `<eop>`.
-        ptx_data: files of answers that are learned beside, as in `sft`, against forgetting.
+        ptx_data: files of answers that are learned beside, as many as are sampled; `sft_data` with
+            `sft_share` is the same in another measure.
         ptx_coefficient: weight of their loss.
     """
 
@@ -100,6 +104,13 @@ class PpoSettings(Settings):
         is_estimator = self.kl_estimator in KL_ESTIMATORS
         require(is_estimator, "kl_estimator", self.kl_estimator, f"one of {KL_ESTIMATORS}")
         require(self.top_p > 0, "top_p", self.top_p, "more than 0")
+        if self.ptx_data and self.sft_data:
+            raise KeyProblem("ptx_data and sft_data are learned in the same place: set one of them")
+        if self.early_stopping_patience:
+            raise KeyProblem(
+                "early_stopping_patience is not for ppo, which writes its last policy: look at "
+                "eval_reward and eval_kl in log.jsonl, and take the checkpoint of the best step"
+            )
         is_quiet = self.lora_dropout == 0
         require(is_quiet, "lora_dropout", self.lora_dropout, "0: ratios would begin off 1")
 
@@ -180,4 +191,4 @@ def read_arguments(given: dict[str, Any]) -> PpoArguments:
     return arguments
 
 
-__all__ = ["PpoArguments", "PpoSettings", "read_arguments"]
+__all__ = ["KL_ESTIMATORS", "PpoArguments", "PpoSettings", "read_arguments"]

@@ -23,9 +23,22 @@ from accelerate import Accelerator
 from torch import nn
 from transformers import enable_full_determinism, get_scheduler, set_seed
 
-from chatglm.training.data.batches import Examples, read_examples
+from chatglm.training.checkpoint_callback import check_length, follow_schedule
+from chatglm.training.checkpoints import telling_full_disk
+from chatglm.training.data.batches import Examples, pick_rows, read_examples
+from chatglm.training.data.reading import read_both
 from chatglm.training.data.rendering import Renderer
-from chatglm.training.models import enable_checkpointing, find_core, load_tokenizer, save_trained
+from chatglm.training.models import (
+    check_adapters,
+    check_weights,
+    enable_checkpointing,
+    find_core,
+    keeps_weights,
+    load_tokenizer,
+    read_format,
+    save_trained,
+)
+from chatglm.training.paths import check_paths
 from chatglm.training.ppo.checkpoints import (
     RunState,
     load_policies,
@@ -36,16 +49,17 @@ from chatglm.training.ppo.checkpoints import (
 from chatglm.training.ppo.experience import ExperienceMaker
 from chatglm.training.ppo.math import KlController
 from chatglm.training.ppo.rewards import Reward, RewardModel, load_function, load_reward_model
-from chatglm.training.ppo.rollouts import Prompt, Prompts, Sampler, pick_rows
+from chatglm.training.ppo.rollouts import Prompt, Prompts, Sampler
 from chatglm.training.ppo.run import Run, build_accelerator
 from chatglm.training.ppo.settings import PpoArguments, PpoSettings, read_arguments
 from chatglm.training.ppo.update import PolicyUpdater
 from chatglm.training.ppo.value_head import ActorCritic, Reference
 from chatglm.training.precision import get_compute_dtype
-from chatglm.training.progress import Samples
+from chatglm.training.progress import Samples, frame_prompts
+from chatglm.training.resuming import note_finished, open_output
 from chatglm.training.run_log import RunLog
 from chatglm.training.stage import Stage
-from chatglm.training.trainer import prepare_output
+from chatglm.training.telling import Teller
 
 # Evaluations draw from the seed with this number; the steps have the numbers from 0 on.
 EVALUATION_SEED = 2**32 - 1
@@ -63,28 +77,37 @@ def main(settings: PpoSettings, given: dict[str, Any]) -> dict[str, Any]:
             number.
     """
     arguments = read_arguments(given)
+    check_weights(settings, keeps_weights(settings))
+    check_paths(settings)
+    check_adapters(settings)
     accelerator = build_accelerator(settings, arguments)
-    checkpoint = prepare_output(settings, given)
-    if arguments.full_determinism:
-        enable_full_determinism(arguments.seed)
-    # New adapters are drawn at random.
-    set_seed(arguments.seed)
-    trainer = PpoTrainer(settings, arguments, accelerator, checkpoint)
-    return trainer.train()
+    with (
+        open_output(settings, given, arguments) as begun,
+        telling_full_disk(Path(settings.output)),
+    ):
+        if begun.figures is not None:
+            return begun.figures
+        if arguments.full_determinism:
+            enable_full_determinism(arguments.seed)
+        # New adapters are drawn at random.
+        set_seed(arguments.seed)
+        trainer = PpoTrainer(settings, arguments, accelerator, begun.checkpoint)
+        figures = trainer.train()
+        note_finished(settings, arguments, trainer.run.step, figures)
+        return figures
 
 
 def load_reward(
     settings: PpoSettings, arguments: PpoArguments, core: Any, tokenizer: Any, device: torch.device
 ) -> Reward:
-    """Return what scores answers.
+    """Return the model that scores answers.
 
     Raises:
-        ValueError: for a function or a model that cannot be used.
+        ValueError: for a model that cannot be used.
     """
-    if settings.reward_function:
-        return load_function(settings.reward_function)
     compute_dtype = get_compute_dtype(arguments)
-    scorer = load_reward_model(settings.reward_model, core.config, tokenizer, compute_dtype)
+    what = (settings.reward_model, core.config, tokenizer, compute_dtype, settings.any_base)
+    scorer = load_reward_model(*what)
     return RewardModel(scorer.to(device), arguments.per_device_train_batch_size)
 
 
@@ -101,7 +124,7 @@ class Data(NamedTuple):
     Attributes:
         prompts: to be answered.
         held_out: to be answered in evaluations; None if there are none.
-        texts: answers of `ptx_data`, which are learned beside; None if there are none.
+        texts: answers of `sft_data` or `ptx_data`, learned beside; None if there are none.
     """
 
     prompts: Prompts
@@ -115,15 +138,10 @@ def read_data(settings: PpoSettings, renderer: Renderer) -> Data:
     Raises:
         ValueError: for files or rows that cannot be used.
     """
-    files = (settings.train_data, settings, renderer, settings.max_new_tokens)
-    prompts = Prompts(*files)
-    held_out = (settings.eval_data, *files[1:])
-    texts = (settings.ptx_data, settings, renderer)
-    return Data(
-        prompts,
-        Prompts(*held_out) if settings.eval_data else None,
-        read_examples(*texts) if settings.ptx_data else None,
-    )
+    room = settings.max_new_tokens
+    prompts, held_out = read_both(settings, lambda paths: Prompts(paths, settings, renderer, room))
+    beside = settings.sft_data or settings.ptx_data
+    return Data(prompts, held_out, read_examples(beside, settings, renderer) if beside else None)
 
 
 def count_steps(run: Run, num_prompts: int) -> int:
@@ -163,12 +181,17 @@ class PpoTrainer:
     ) -> None:
         self.run = Run(settings, arguments, accelerator)
         self.tokenizer = load_tokenizer(settings)
+        # Rows and a function that rewards are looked at before a model is loaded.
+        source, limit = read_format(settings), settings.max_length
+        renderer = Renderer(source, self.tokenizer, limit, settings.long_rows)
+        self.data = read_data(settings, renderer)
+        self.teller = Teller("ppo", settings)
+        self.teller.tell_rows(renderer, self.data.prompts, self.data.held_out)
+        function = load_function(settings.reward_function) if settings.reward_function else None
         compute_dtype = get_compute_dtype(arguments)
         policy, beginning = load_policies(settings, compute_dtype, checkpoint, self.run.device)
         core = find_core(policy)
-        reward = load_reward(settings, arguments, core, self.tokenizer, self.run.device)
-        renderer = Renderer(core, self.tokenizer, settings.max_length, settings.long_rows)
-        self.data = read_data(settings, renderer)
+        reward = function or load_reward(settings, arguments, core, self.tokenizer, self.run.device)
         self.max_steps = count_steps(self.run, len(self.data.prompts))
         self._prepare_model(policy)
         self._prepare_run(checkpoint)
@@ -214,6 +237,8 @@ class PpoTrainer:
         )
         self.model, self.optimizer = accelerator.prepare(actor, optimizer)
         self.actor: ActorCritic = accelerator.unwrap_model(self.model)
+        rows = self.run.batch_size * accelerator.num_processes
+        self.teller.tell_run(self.actor, arguments, self.max_steps, rows)
         self.stateful = {"optimizer": self.optimizer, "scheduler": self.scheduler}
         if accelerator.scaler is not None:
             self.stateful["scaler"] = accelerator.scaler
@@ -222,12 +247,17 @@ class PpoTrainer:
         """Set what counts on from step to step, to where a checkpoint has it."""
         run, accelerator = self.run, self.run.accelerator
         settings, arguments = run.settings, run.arguments
-        state = RunState(0, settings.kl_coefficient, accelerator.num_processes, [])
+        size = accelerator.num_processes
+        state = RunState(0, settings.kl_coefficient, size, [], self.max_steps)
         if checkpoint is not None:
-            state = read_state(checkpoint, accelerator.num_processes)
+            state = read_state(checkpoint, size)
+            check_length(checkpoint, state.global_step, self.max_steps)
             read_optimizer(checkpoint, self.stateful)
             self.actor.load_head(checkpoint)
         run.step = state.global_step
+        if run.step < self.max_steps != state.max_steps > 0:
+            place = SimpleNamespace(global_step=run.step, max_steps=self.max_steps)
+            follow_schedule(self.optimizer, self.scheduler, state.max_steps, place)
         self.kl = KlController(state.kl_coefficient, settings.kl_target, settings.kl_gain)
         purge = {"tensorboard": {"purge_step": run.step + 1}} if checkpoint else {}
         accelerator.init_trackers("ppo", init_kwargs=purge)
@@ -255,7 +285,8 @@ class PpoTrainer:
             self.write_outputs()
         finally:
             self.log.close()
-        return self.log.find_latest()
+        history, figures = self.log.history, self.log.find_latest()
+        return self.teller.write_summary(history, figures, run.step, self.log.all_tokens)
 
     def is_due(self, steps: int) -> bool:
         """Tell whether something that is done every so many steps, and at the end, is due."""
@@ -289,7 +320,7 @@ class PpoTrainer:
         run, held_out = self.run, self.data.held_out
         settings, steps = run.settings, run.arguments.eval_steps
         if settings.sample_prompts and self.is_due(settings.sample_steps or steps):
-            samples = Samples(settings.sample_prompts, 0, self.tokenizer, run.folder)
+            samples = Samples(frame_prompts(settings), 0, self.tokenizer, run.folder)
             main = run.accelerator.is_main_process
             state = SimpleNamespace(is_world_process_zero=main, global_step=run.step)
             samples.answer(self.actor.policy, state)
@@ -314,7 +345,8 @@ class PpoTrainer:
         run = self.run
         if run.accelerator.is_main_process:
             size = run.accelerator.num_processes
-            state = RunState(run.step, self.kl.coefficient, size, self.log.pending)
+            done = (run.step, self.kl.coefficient, size, self.log.pending)
+            state = RunState(*done, self.max_steps)
             limit = run.arguments.save_total_limit
             parts = (self.actor, run.settings, self.stateful, state, limit)
             write_checkpoint(run.folder, *parts)

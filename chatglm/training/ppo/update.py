@@ -15,15 +15,13 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from chatglm.training.data.batches import Examples
+from chatglm.training.beside import SEED_SHIFT, count_beside, weigh_beside
+from chatglm.training.data.batches import Examples, pick_rows
 from chatglm.training.ppo.experience import Experience
 from chatglm.training.ppo.math import clip_policy_loss, clip_value_loss, compute_ratios, estimate_kl
-from chatglm.training.ppo.rollouts import build_answers, pick_rows
+from chatglm.training.ppo.rollouts import build_answers
 from chatglm.training.ppo.run import Run
 from chatglm.training.ppo.value_head import ActorCritic, Answers, list_trained
-
-# The order of the texts of `ptx_data` has the seed of the prompts' order plus this number.
-TEXTS_SEED_SHIFT = 1
 
 
 @dataclass
@@ -35,7 +33,7 @@ class PolicyUpdater:
         model: the policy with its value head, as the processes share it.
         actor: the same as it is in this process.
         optimizer: of the trained parameters.
-        texts: answers of `ptx_data`, which are learned beside; None if there are none.
+        texts: answers that are learned beside; None if there are none.
         pad_id: the pad token.
         num_texts: how many of the texts were learned in this step.
     """
@@ -116,33 +114,38 @@ class PolicyUpdater:
         return torch.stack([x.sum().float() for x in (policy, value, clipped, update_kl)]).detach()
 
     def add_texts(self) -> dict[str, float]:
-        """Add the gradients of as many answers of `ptx_data`, if there is any; returns their loss.
+        """Add the gradients of answers that are learned beside, if any; returns their loss.
 
         They are held back, and go to other processes with those of the rollouts.
         """
         if self.texts is None:
             return {}
         run = self.run
-        texts = self.draw_texts(self.texts)
+        share, coefficient, name = run.settings.sft_share, run.settings.ptx_coefficient, "ptx_loss"
+        num_rows = run.mini_batch_size
+        if share:
+            num_rows, coefficient = count_beside(num_rows, share), weigh_beside(share)
+            name = "sft_loss"
+        texts = self.draw_texts(self.texts, num_rows)
         num_tokens = run.total(texts.answer_mask.sum())
         losses: list[Tensor] = []
-        rows = torch.arange(run.mini_batch_size, device=run.device)
+        rows = torch.arange(num_rows, device=run.device)
         for part in texts.split(rows, run.arguments.per_device_train_batch_size):
             picked = texts.pick(part)
             with self.hold_gradients(True):
                 log_probs = self.model(*picked).log_probs.masked_fill(~picked.answer_mask, 0)
                 losses.append(-log_probs.sum() / num_tokens)
-                self.add_gradients(run.settings.ptx_coefficient * losses[-1])
-        return {"ptx_loss": run.total(torch.stack(losses).detach().sum()).item()}
+                self.add_gradients(coefficient * losses[-1])
+        return {name: run.total(torch.stack(losses).detach().sum()).item()}
 
-    def draw_texts(self, texts: Examples) -> Answers:
-        """Return the next answers of `ptx_data` for a mini-batch of this process."""
+    def draw_texts(self, texts: Examples, num_rows: int) -> Answers:
+        """Return the next answers that are learned beside a mini-batch of this process."""
         run = self.run
-        in_step = run.batch_size * run.settings.num_ppo_epochs
+        in_step = num_rows * run.settings.num_mini_batches * run.settings.num_ppo_epochs
         start = run.batches_before * in_step + self.num_texts
-        self.num_texts += run.mini_batch_size
-        seed = run.arguments.seed + TEXTS_SEED_SHIFT
-        examples = [texts[i] for i in pick_rows(len(texts), seed, start, run.mini_batch_size)]
+        self.num_texts += num_rows
+        seed = run.arguments.seed + SEED_SHIFT
+        examples = [texts[i] for i in pick_rows(len(texts), seed, start, num_rows)]
         pairs = ([e.prompt_ids for e in examples], [e.answer_ids for e in examples])
         return build_answers(*pairs, self.pad_id, run.device)
 

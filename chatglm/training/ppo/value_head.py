@@ -24,10 +24,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from chatglm.checkpoints.recognize import VALUE_HEAD_FILE
 from chatglm.training.models import find_core
 from chatglm.training.ppo.math import measure_entropy, select_log_probs
-
-HEAD_FILE = "value_head.safetensors"
 
 
 class Answers(NamedTuple):
@@ -143,11 +142,11 @@ class ActorCritic(nn.Module):
 
     def save_head(self, folder: Path) -> None:
         """Write the value head into a folder, beside the policy."""
-        save_file(self.value_head.state_dict(), folder / HEAD_FILE)
+        save_file(self.value_head.state_dict(), folder / VALUE_HEAD_FILE)
 
     def load_head(self, folder: Path) -> None:
         """Read the value head of a folder."""
-        self.value_head.load_state_dict(load_file(folder / HEAD_FILE))
+        self.value_head.load_state_dict(load_file(folder / VALUE_HEAD_FILE))
 
 
 class Reference:

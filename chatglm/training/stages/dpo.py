@@ -9,17 +9,19 @@ reference gives them. With LoRA that is the model without its new adapters, othe
 frozen model; `loss_type` has the variants.
 """
 
-from dataclasses import dataclass
 from typing import Any
 
+from chatglm.training.beside import BesideTrainer
 from chatglm.training.data.batches import Examples
-from chatglm.training.data.rendering import Renderer
+from chatglm.training.data.reading import Data
+from chatglm.training.defaults import LORA_DEFAULTS, STAGE_DEFAULTS
 from chatglm.training.models import find_core, load_policy
 from chatglm.training.precision import get_compute_dtype
-from chatglm.training.settings import RowSettings
 from chatglm.training.stage import TrainerStage
+from chatglm.training.stage_settings import DpoSettings
 from chatglm.training.stages.trl_stages import (
     AlignmentTrainer,
+    add_beside,
     build_trainer,
     build_trl_arguments,
     check_head,
@@ -31,39 +33,28 @@ from chatglm.training.stages.trl_stages import (
 with importing_trl():
     from trl import DPOConfig, DPOTrainer  # pyright: ignore[reportPrivateImportUsage]
 
-FULL_RATE, LORA_RATE = 1e-6, 1e-5
 
-
-@dataclass
-class DpoSettings(RowSettings):
-    """What preference optimization can be told beside the keys of `DPOConfig`, as `beta`."""
-
-
-class AnswerTrainer(AlignmentTrainer, DPOTrainer):
+class AnswerTrainer(BesideTrainer, AlignmentTrainer, DPOTrainer):
     """trl's trainer of direct preference optimization on rendered rows."""
 
 
 def build_dpo_trainer(
-    model: Any, tokenizer: Any, settings: DpoSettings, arguments: DPOConfig
+    model: Any, tokenizer: Any, settings: DpoSettings, arguments: DPOConfig, data: Data
 ) -> AnswerTrainer:
-    """Return the trainer of a model on the pairs of the settings' files."""
-    core = find_core(model)
-    check_head(core)
-    renderer = Renderer(core, tokenizer, settings.max_length, settings.long_rows)
-    train = read_pair_rows(settings.train_data, settings, renderer)
-    held_out = (
-        read_pair_rows(settings.eval_data, settings, renderer) if settings.eval_data else None
-    )
-    return build_trainer(
+    """Return the trainer of a model on pairs that were read."""
+    check_head(find_core(model))
+    held_out = data.held_out
+    trainer = build_trainer(
         AnswerTrainer,
         model,
         settings,
         ref_model=load_reference(settings, arguments),
         args=arguments,
-        train_dataset=write_pair_rows(train, "train", arguments),
+        train_dataset=write_pair_rows(data.train, "train", arguments),
         eval_dataset=write_pair_rows(held_out, "eval", arguments) if held_out else None,
         processing_class=tokenizer,
     )
+    return add_beside(trainer, settings, data)
 
 
 def write_pair_rows(pairs: Examples, name: str, arguments: DPOConfig) -> Any:
@@ -91,8 +82,10 @@ STAGE = TrainerStage(
     "dpo",
     DpoSettings,
     DPOConfig,
+    read_pair_rows,
     build_dpo_trainer,
     build_arguments=build_trl_arguments,
-    defaults={"max_length": None, "learning_rate": FULL_RATE},
-    lora_defaults={"learning_rate": LORA_RATE},
+    defaults=STAGE_DEFAULTS["dpo"],
+    lora_defaults=LORA_DEFAULTS["dpo"],
+    figures=("loss", "rewards/*", "logps/*", "logits/*", "entropy", "mean_token_accuracy"),
 )

@@ -10,13 +10,15 @@ began. Answers are drawn by the model's own `generate`.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor
 
+from chatglm.training.beside import BesideTrainer
+from chatglm.training.data.reading import Data, read_both
 from chatglm.training.data.rendering import SHORTEST_PROMPT, Renderer
-from chatglm.training.models import find_core
+from chatglm.training.defaults import LORA_DEFAULTS, STAGE_DEFAULTS
+from chatglm.training.models import PromptFormat, find_core
 from chatglm.training.ppo.rewards import (
     Reward,
     RewardModel,
@@ -26,46 +28,24 @@ from chatglm.training.ppo.rewards import (
 )
 from chatglm.training.ppo.rollouts import Prompts
 from chatglm.training.precision import get_compute_dtype
-from chatglm.training.settings import KeyProblem, Settings
+from chatglm.training.settings import KeyProblem
 from chatglm.training.stage import TrainerStage
+from chatglm.training.stage_settings import GrpoSettings
 from chatglm.training.stages.trl_stages import (
     AlignmentTrainer,
+    add_beside,
     build_trainer,
     build_trl_arguments,
     check_head,
     importing_trl,
+    read_beside,
     write_rows,
 )
 
 with importing_trl():
     from trl import GRPOConfig, GRPOTrainer  # pyright: ignore[reportPrivateImportUsage]
 
-FULL_RATE, LORA_RATE = 1e-6, 1e-5
 PAGED = "paged"
-
-
-@dataclass
-class GrpoSettings(Settings):
-    """What group relative optimization can be told beside the keys of `GRPOConfig`.
-
-    Attributes:
-        reward_model: folder that `chatglm train reward` wrote.
-        reward_function: functions, "module:function" or "file.py:function", called with prompts,
-            answers and references, three lists of texts.
-    """
-
-    reward_model: str = ""
-    reward_function: list[str] = field(default_factory=list)
-
-    def check(self) -> None:
-        """Refuse settings without a reward too.
-
-        Raises:
-            KeyProblem: as every stage's, or if nothing rewards.
-        """
-        super().check()
-        if not (self.reward_model or self.reward_function):
-            raise KeyProblem("nothing rewards an answer: set reward_model or reward_function")
 
 
 def build_grpo_arguments(
@@ -77,31 +57,40 @@ def build_grpo_arguments(
     return build_trl_arguments(arguments_class, settings, given, **defaults)
 
 
-def build_grpo_trainer(
-    model: Any, tokenizer: Any, settings: GrpoSettings, arguments: GRPOConfig
-) -> "GroupTrainer":
-    """Return the trainer of a model on the questions of the settings' files."""
-    core = find_core(model)
-    check_head(core)
-    if arguments.cast_lm_head_to_fp32 and core.config.tie_word_embeddings:
+def read_questions(
+    source: PromptFormat, tokenizer: Any, settings: GrpoSettings, arguments: GRPOConfig
+) -> Data:
+    """Return the rendered questions of the settings' files.
+
+    Raises:
+        ValueError: for keys that do not go together, and files and rows that cannot be used.
+    """
+    if arguments.cast_lm_head_to_fp32 and source.config.tie_word_embeddings:
         raise KeyProblem("cast_lm_head_to_fp32 needs a head that is not tied to the embeddings")
-    renderer = Renderer(core, tokenizer, settings.max_length, settings.long_rows)
+    renderer = Renderer(source, tokenizer, settings.max_length, settings.long_rows)
     room = _find_room(arguments, renderer)
-    train = Prompts(settings.train_data, settings, renderer, room)
-    held_out = None
-    if settings.eval_data:
-        held_out = Prompts(settings.eval_data, settings, renderer, room)
-    _check_groups(train, arguments)
-    return build_trainer(
+    read = read_both(settings, lambda paths: Prompts(paths, settings, renderer, room))
+    _check_groups(read[0], arguments)
+    return Data(renderer, *read, read_beside(settings, renderer))
+
+
+def build_grpo_trainer(
+    model: Any, tokenizer: Any, settings: GrpoSettings, arguments: GRPOConfig, data: Data
+) -> "GroupTrainer":
+    """Return the trainer of a model on questions that were read."""
+    core, held_out = find_core(model), data.held_out
+    check_head(core)
+    trainer = build_trainer(
         GroupTrainer,
         model,
         settings,
         reward_funcs=load_rewards(settings, arguments, core.config, tokenizer),
         args=arguments,
-        train_dataset=write_prompt_rows(train, "train", arguments),
+        train_dataset=write_prompt_rows(data.train, "train", arguments),
         eval_dataset=write_prompt_rows(held_out, "eval", arguments) if held_out else None,
         processing_class=tokenizer,
     )
+    return add_beside(trainer, settings, data)
 
 
 def _find_room(arguments: GRPOConfig, renderer: Renderer) -> int:
@@ -152,7 +141,8 @@ def load_rewards(
     rewards = []
     if settings.reward_model:
         compute_dtype = get_compute_dtype(arguments)
-        scorer = load_reward_model(settings.reward_model, policy_config, tokenizer, compute_dtype)
+        what = (settings.reward_model, policy_config, tokenizer, compute_dtype, settings.any_base)
+        scorer = load_reward_model(*what)
         rows = arguments.per_device_train_batch_size
         rewards.append(TrlReward(RewardModel(scorer.to(arguments.device), rows), "reward_model"))
     for entry_point in settings.reward_function:
@@ -187,7 +177,7 @@ class TrlReward:
         return self.reward(sampled).tolist()
 
 
-class GroupTrainer(AlignmentTrainer, GRPOTrainer):
+class GroupTrainer(BesideTrainer, AlignmentTrainer, GRPOTrainer):
     """trl's trainer of group relative optimization on rendered questions."""
 
     def count_tokens(self, inputs: dict[str, Any]) -> int:
@@ -218,8 +208,10 @@ STAGE = TrainerStage(
     "grpo",
     GrpoSettings,
     GRPOConfig,
+    read_questions,
     build_grpo_trainer,
     build_arguments=build_grpo_arguments,
-    defaults={"learning_rate": FULL_RATE},
-    lora_defaults={"learning_rate": LORA_RATE},
+    defaults=STAGE_DEFAULTS["grpo"],
+    lora_defaults=LORA_DEFAULTS["grpo"],
+    figures=("reward", "rewards/*", "reward_std", "completions/*", "kl", "entropy", "loss"),
 )

@@ -9,18 +9,23 @@ the seed. Source: https://arxiv.org/abs/2103.10360, section 2.
 """
 
 import random
-from dataclasses import dataclass
+from collections.abc import Sequence
 from typing import Any
 
 from torch.utils.data import Dataset
 from transformers import TrainerCallback, TrainingArguments
 
+from chatglm.data.dialects import read_texts
+from chatglm.data.files import RecordFiles, open_records
+from chatglm.data.records import Record
+from chatglm.data.streaming import RecordStream
 from chatglm.training.data.batches import PaddingCollator
-from chatglm.training.data.records import RecordFiles, open_records, read_texts
+from chatglm.training.data.reading import Data, read_both
 from chatglm.training.data.rendering import Example, Renderer
-from chatglm.training.models import find_core
-from chatglm.training.settings import RowSettings, require
+from chatglm.training.data.streams import StreamedExamples, check_streaming
+from chatglm.training.models import PromptFormat
 from chatglm.training.stage import TrainerStage
+from chatglm.training.stage_settings import PretrainSettings
 from chatglm.training.trainer import ChatTrainer, build_chat_trainer
 
 # A piece shares the window with three tokens: its blank, <sop> and <eop>.
@@ -29,37 +34,12 @@ MARKERS = 3
 SHORTEST_TEXT = 2
 
 
-@dataclass
-class PretrainSettings(RowSettings):
-    """What pre-training can be told beside what every stage can.
-
-    Attributes:
-        mask_share: share of the pieces that lose a span inside; the others lose their end.
-        span_ratio: the span's share of its piece, on average.
-        suffix_ratio: the least share of its piece that is taken as its end; the most is all but
-            one token.
-    """
-
-    mask_share: float = 0.5
-    span_ratio: float = 0.15
-    suffix_ratio: float = 0.5
-
-    def check(self) -> None:
-        """Refuse shares that are none."""
-        super().check()
-        require(0 <= self.mask_share <= 1, "mask_share", self.mask_share, "in [0, 1]")
-        require(0 < self.span_ratio <= 0.5, "span_ratio", self.span_ratio, "in (0, 0.5]")
-        require(0 < self.suffix_ratio <= 1, "suffix_ratio", self.suffix_ratio, "in (0, 1]")
-
-
 class Blanks(Dataset):
     """Pieces of texts with blanks in them.
 
     Args:
         records: the texts.
-        renderer: of the ids, and the length of a piece.
-        settings: how blanks are drawn.
-        special_ids: of `[MASK]`, `[gMASK]` and `<sop>`.
+        maker: cuts and blanks them.
         seed: of the draws.
 
     Attributes:
@@ -67,25 +47,15 @@ class Blanks(Dataset):
         lengths: tokens of each piece.
     """
 
-    def __init__(
-        self,
-        records: RecordFiles,
-        renderer: Renderer,
-        settings: PretrainSettings,
-        special_ids: tuple[int, int, int],
-        seed: int,
-    ) -> None:
-        self.records, self.renderer, self.settings = records, renderer, settings
-        self.mask_id, self.gmask_id, self.bos_id = special_ids
+    def __init__(self, records: RecordFiles, maker: "BlankMaker", seed: int) -> None:
+        self.records, self.maker = records, maker
         self.seed, self.epoch = seed, 0
-        self.room = renderer.max_length - MARKERS
         self.places: list[tuple[int, int]] = []
         self.lengths: list[int] = []
         for number in range(len(records)):
-            length = len(renderer.encode_text(records[number].query))
-            starts = range(0, max(0, length - SHORTEST_TEXT + 1), self.room)
-            self.places += [(number, start) for start in starts]
-            self.lengths += [min(self.room, length - start) for start in starts]
+            for start, piece in maker.cut(records[number]):
+                self.places.append((number, start))
+                self.lengths.append(len(piece))
         if not self.places:
             raise ValueError(f"no text has {SHORTEST_TEXT} tokens or more: give longer ones")
 
@@ -95,8 +65,38 @@ class Blanks(Dataset):
     def __getitem__(self, index: int) -> Example:
         """Return a piece with its blank, and what was there."""
         number, start = self.places[index]
-        piece = self.renderer.encode_text(self.records[number].query)[start : start + self.room]
-        rng = random.Random(f"{self.seed}/{self.epoch}/{index}")
+        piece = dict(self.maker.cut(self.records[number]))[start]
+        return self.maker.blank(piece, random.Random(f"{self.seed}/{self.epoch}/{index}"))
+
+
+class BlankMaker:
+    """Cuts texts into pieces, and makes blanks in them.
+
+    Args:
+        renderer: of the ids, and the length of a piece.
+        settings: how blanks are drawn.
+        special_ids: of `[MASK]`, `[gMASK]` and `<sop>`.
+    """
+
+    def __init__(
+        self, renderer: Renderer, settings: PretrainSettings, special_ids: tuple[int, int, int]
+    ) -> None:
+        self.renderer, self.settings = renderer, settings
+        self.mask_id, self.gmask_id, self.bos_id = special_ids
+        self.room = renderer.max_length - MARKERS
+
+    def __call__(self, record: Record, rng: random.Random) -> list[Example]:
+        """Return the pieces of a record of a stream, each with a blank."""
+        return [self.blank(piece, rng) for _, piece in self.cut(record)]
+
+    def cut(self, record: Record) -> list[tuple[int, list[int]]]:
+        """Return the pieces of a text, each with its place; none of a text that is too short."""
+        ids = self.renderer.encode_text(record.query)
+        starts = range(0, max(0, len(ids) - SHORTEST_TEXT + 1), self.room)
+        return [(start, ids[start : start + self.room]) for start in starts]
+
+    def blank(self, piece: list[int], rng: random.Random) -> Example:
+        """Return a piece with something left out, and what that was."""
         if rng.random() < self.settings.mask_share:
             return self._blank_inside(piece, rng)
         return self._blank_end(piece, rng)
@@ -132,32 +132,45 @@ class EpochNoter(TrainerCallback):
         self.blanks.epoch = int(state.epoch or 0)
 
 
+def list_special_ids(source: PromptFormat) -> tuple[int, int, int]:
+    """Return the ids of `[MASK]`, `[gMASK]` and `<sop>`."""
+    config = source.config
+    return config.mask_token_id, config.gmask_token_id, config.bos_token_id
+
+
+def read_data(
+    source: PromptFormat, tokenizer: Any, settings: PretrainSettings, arguments: TrainingArguments
+) -> Data:
+    """Return the texts of the settings' files, in pieces.
+
+    Raises:
+        ValueError: for files and texts that cannot be used.
+    """
+    renderer = Renderer(source, tokenizer, settings.max_length)
+    maker = BlankMaker(renderer, settings, list_special_ids(source))
+    if settings.streaming:
+        check_streaming(arguments.max_steps)
+
+    def read(paths: Sequence[Any]) -> Any:
+        if settings.streaming and paths == settings.train_data:
+            stream = RecordStream(paths, read_texts, settings)
+            head = Blanks(stream.head, maker, arguments.seed)
+            return StreamedExamples(stream, maker, arguments.seed, head)
+        return Blanks(open_records(paths, read_texts, settings), maker, arguments.seed)
+
+    return Data(renderer, *read_both(settings, read))
+
+
 def build_trainer(
-    model: Any, tokenizer: Any, settings: PretrainSettings, arguments: TrainingArguments
+    model: Any, tokenizer: Any, settings: PretrainSettings, arguments: TrainingArguments, data: Data
 ) -> ChatTrainer:
-    """Return the trainer of a model on the texts of the settings' files."""
-    core = find_core(model)
-    renderer = Renderer(core, tokenizer, settings.max_length)
-    config = core.config
-    special_ids = (config.mask_token_id, config.gmask_token_id, config.bos_token_id)
-    train, held_out = (
-        Blanks(
-            open_records(paths, read_texts, settings),
-            renderer,
-            settings,
-            special_ids,
-            arguments.seed,
-        )
-        if paths
-        else None
-        for paths in (settings.train_data, settings.eval_data)
-    )
-    trainer = build_chat_trainer(
-        model, tokenizer, arguments, (train, held_out), PaddingCollator(renderer.pad_id)
-    )
-    if train is not None:
-        trainer.add_callback(EpochNoter(train))
+    """Return the trainer of a model on texts that were read."""
+    collator = PaddingCollator(data.renderer.pad_id)
+    rows = (data.train, data.held_out)
+    trainer = build_chat_trainer(model, tokenizer, arguments, rows, collator)
+    if not settings.streaming:
+        trainer.add_callback(EpochNoter(data.train))
     return trainer
 
 
-STAGE = TrainerStage("pretrain", PretrainSettings, TrainingArguments, build_trainer)
+STAGE = TrainerStage("pretrain", PretrainSettings, TrainingArguments, read_data, build_trainer)

@@ -1,61 +1,71 @@
 """Owns P-Tuning v2: a prefix of keys and values is learned, the model stays as it is.
 
     chatglm train ptuning --train_data data.jsonl --output out --bits 4
+    chatglm train ptuning --adapter checkpoint-3000 --train_data more.jsonl --output further
 
 Writes two layouts of the same prefix: the official one (`pytorch_model.bin` with the encoder's
 weights alone, beside a config.json that says `pre_seq_len`), and peft's in the folder `peft`.
 Source: https://arxiv.org/abs/2110.07602.
 """
 
-import json
-from dataclasses import dataclass
+import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
-from torch import Tensor
+from accelerate import PartialState
 from transformers import TrainingArguments
 
+from chatglm.adapters.bases import check_base, describe_foundations, write_record
 from chatglm.cards import copy_licenses, read_own_card, write_card
+from chatglm.checkpoints.prefixes import (
+    PEFT_FOLDER,
+    compute_states,
+    format_for_peft,
+)
+from chatglm.checkpoints.reading import StoredTensor
+from chatglm.checkpoints.recognize import PREFIX_TENSORS
+from chatglm.training.defaults import STAGE_DEFAULTS
 from chatglm.training.describing import describe_training
 from chatglm.training.models import find_base, load_policy
-from chatglm.training.settings import KeyProblem, require
+from chatglm.training.prefix_start import choose_fields, open_start
 from chatglm.training.stage import TrainerStage
-from chatglm.training.stages.sft import SftSettings
+from chatglm.training.stage_settings import PtuningSettings
 from chatglm.training.stages.sft import build_trainer as build_sft_trainer
-
-# The official script starts from this rate.
-LEARNING_RATE = 2e-2
-PREFIX_NAME = "transformer.prefix_encoder."
-PEFT_FOLDER = "peft"
+from chatglm.training.stages.sft import read_data
 
 
-@dataclass
-class PtuningSettings(SftSettings):
-    """What P-Tuning can be told beside what supervised fine-tuning can.
+def choose_prefix(settings: PtuningSettings) -> tuple[dict[str, Any], dict[str, StoredTensor]]:
+    """Return the sizes of the prefix to train, and the tensors that it begins with, if any.
 
-    Attributes:
-        pre_seq_len: columns of the prefix.
-        prefix_projection: learn it through a two-layer network, which is thrown away afterwards.
+    Raises:
+        ValueError: for a folder without a prefix, or one that does not fit keys or model.
     """
-
-    pre_seq_len: int = 128
-    prefix_projection: bool = False
-
-    def check(self) -> None:
-        """Refuse values that a prefix cannot have, and adapters beside it."""
-        super().check()
-        require(self.pre_seq_len > 0, "pre_seq_len", self.pre_seq_len, "1 or more")
-        if self.uses_lora:
-            raise KeyProblem("lora_rank and adapter do not go with a prefix: use the stage sft")
+    asked = {
+        "pre_seq_len": settings.pre_seq_len or None,
+        "prefix_projection": settings.prefix_projection,
+    }
+    start = open_start(Path(settings.adapter[0]).expanduser()) if settings.adapter else {}
+    return choose_fields(asked, start, find_base(settings), "".join(settings.adapter)), start
 
 
 def load_prefixed(settings: PtuningSettings, compute_dtype: torch.dtype | None) -> Any:
-    """Return the model with a new prefix in float32, the only thing that is trained."""
-    fields = {name: getattr(settings, name) for name in ("pre_seq_len", "prefix_projection")}
-    model = load_policy(settings, compute_dtype, **fields)
-    model.transformer.prefix_encoder.float()
+    """Return the model with its prefix in float32, the only thing that is trained.
+
+    Raises:
+        ValueError: for a folder without a prefix, or one that does not fit keys or model.
+    """
+    fields, start = choose_prefix(settings)
+    for folder in settings.adapter:
+        place = Path(folder).expanduser().resolve()
+        note = check_base(place, find_base(settings), any_base=settings.any_base)
+        if note and PartialState().is_main_process:
+            sys.stderr.write(f"chatglm: {note}\n")
+    model = load_policy(replace(settings, adapter=[]), compute_dtype, **fields)
+    encoder = model.transformer.prefix_encoder.float()
+    if start:
+        encoder.load_state_dict({name: tensor.read() for name, tensor in start.items()})
     return model
 
 
@@ -75,7 +85,7 @@ def save_prefix(model: Any, settings: PtuningSettings) -> None:
     weights = {
         name: tensor.detach().cpu().contiguous()
         for name, tensor in model.state_dict().items()
-        if name.startswith(PREFIX_NAME)
+        if name.startswith(PREFIX_TENSORS)
     }
     torch.save(weights, folder / "pytorch_model.bin")
     model.config.save_pretrained(folder)
@@ -83,44 +93,30 @@ def save_prefix(model: Any, settings: PtuningSettings) -> None:
     own_card = read_own_card(folder)
     card = own_card or describe_training(settings, find_base(settings), weights, "prefix")
     write_card(folder, card)
+    bases = describe_foundations(find_base(settings))
+    for place in (folder, folder / PEFT_FOLDER):
+        place.mkdir(exist_ok=True)
+        write_record(place, bases)
     save_for_peft(model, settings, folder / PEFT_FOLDER)
 
 
 def save_for_peft(model: Any, settings: PtuningSettings, folder: Path) -> None:
     """Write the prefix as adapters of peft's prefix tuning, its network already gone through."""
     folder.mkdir(exist_ok=True)
-    save_file({"prompt_embeddings": compute_states(model)}, folder / "adapter_model.safetensors")
-    config = model.config
-    fields = {
-        "peft_type": "PREFIX_TUNING",
-        "task_type": "CAUSAL_LM",
-        "base_model_name_or_path": str(find_base(settings)),
-        "inference_mode": True,
-        "num_virtual_tokens": settings.pre_seq_len,
-        "token_dim": config.hidden_size,
-        "num_transformer_submodules": 1,
-        "num_attention_heads": config.num_attention_heads,
-        "num_layers": config.num_layers,
-        "encoder_hidden_size": config.hidden_size,
-        "prefix_projection": settings.prefix_projection,
-    }
-    (folder / "adapter_config.json").write_text(json.dumps(fields, indent=2), encoding="utf-8")
-
-
-@torch.no_grad()
-def compute_states(model: Any) -> Tensor:
-    """Return the prefix's keys and values, `(pre_seq_len, L * 2 * H)`, without dropout."""
-    encoder = model.transformer.prefix_encoder
-    states = encoder.embedding.weight
-    return (encoder.trans(states) if encoder.prefix_projection else states).float().cpu()
+    states = compute_states(model.transformer.prefix_encoder)
+    files = format_for_peft(states, model.config.to_dict(), str(find_base(settings)))
+    for name, content in files.items():
+        (folder / name).write_bytes(content)
 
 
 STAGE = TrainerStage(
     "ptuning",
     PtuningSettings,
     TrainingArguments,
+    read_data,
     build_sft_trainer,
-    defaults={"learning_rate": LEARNING_RATE},
+    defaults=STAGE_DEFAULTS["ptuning"],
+    check_start=choose_prefix,
     load_model=load_prefixed,
     write=write_prefix,
 )

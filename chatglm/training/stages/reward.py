@@ -8,11 +8,8 @@ answer's `<eop>`. Held-out pairs are reported by what is wrong with the worse an
 rule that the longer answer wins, which costs nothing: `pairs.json`.
 """
 
-import json
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -20,11 +17,13 @@ import torch
 from torch import Tensor
 from transformers.trainer_utils import EvalPrediction
 
+from chatglm.evaluating.pairs import summarize_pairs, write_pairs
 from chatglm.training.data.batches import Examples, pad_rows
-from chatglm.training.data.rendering import Renderer
-from chatglm.training.models import find_prompt_format, load_scorer
-from chatglm.training.settings import KeyProblem, RowSettings
+from chatglm.training.data.reading import Data
+from chatglm.training.defaults import LORA_DEFAULTS, STAGE_DEFAULTS
+from chatglm.training.models import load_scorer
 from chatglm.training.stage import TrainerStage
+from chatglm.training.stage_settings import RewardSettings
 from chatglm.training.stages.trl_stages import (
     AlignmentTrainer,
     build_trainer,
@@ -38,47 +37,22 @@ from chatglm.training.trainer import write_outputs
 with importing_trl():
     from trl import RewardConfig, RewardTrainer  # pyright: ignore[reportPrivateImportUsage]
 
-PAIRS_FILE = "pairs.json"
 # The key under which a batch has the index of each of its pairs in the data.
 INDICES = "rows"
-FULL_RATE, LORA_RATE = 1e-5, 1e-4
-
-
-@dataclass
-class RewardSettings(RowSettings):
-    """What the training of a reward model can be told: nothing but what every stage can."""
-
-    def check(self) -> None:
-        """Refuse questions to a model that gives scores.
-
-        Raises:
-            KeyProblem: as every stage's, or for `sample_prompts`.
-        """
-        super().check()
-        if self.sample_prompts:
-            raise KeyProblem(
-                "sample_prompts cannot be answered by a reward model: leave the key out"
-            )
 
 
 def build_reward_trainer(
-    model: Any, tokenizer: Any, settings: RewardSettings, arguments: RewardConfig
+    model: Any, tokenizer: Any, settings: RewardSettings, arguments: RewardConfig, data: Data
 ) -> "PairTrainer":
-    """Return the trainer of a model on the pairs of the settings' files."""
-    # A scorer has no prompt format of its own.
-    source = SimpleNamespace(build_prompt=find_prompt_format(settings), config=model.config)
-    renderer = Renderer(source, tokenizer, settings.max_length, settings.long_rows)
-    train = read_pair_rows(settings.train_data, settings, renderer)
-    held_out = (
-        read_pair_rows(settings.eval_data, settings, renderer) if settings.eval_data else None
-    )
+    """Return the trainer of a model on pairs that were read."""
+    held_out = data.held_out
     return build_trainer(
         PairTrainer,
         model,
         settings,
         args=arguments,
-        data_collator=PairCollator(renderer.pad_id, arguments.pad_to_multiple_of),
-        train_dataset=write_pair_rows(train, "train", arguments),
+        data_collator=PairCollator(data.renderer.pad_id, arguments.pad_to_multiple_of),
+        train_dataset=write_pair_rows(data.train, "train", arguments),
         eval_dataset=write_pair_rows(held_out, "eval", arguments) if held_out else None,
         processing_class=tokenizer,
         compute_metrics=PairFigures(held_out) if held_out else None,
@@ -142,8 +116,7 @@ class PairTrainer(AlignmentTrainer, RewardTrainer):
         """Write what the last look at the held-out pairs showed, if there was one."""
         figures: Any = self.compute_metrics
         if figures is not None and figures.summary is not None:
-            text = json.dumps(figures.summary, ensure_ascii=False, indent=2)
-            (folder / PAIRS_FILE).write_text(text + "\n", encoding="utf-8")
+            write_pairs(figures.summary, folder)
 
 
 class PairFigures:
@@ -178,40 +151,6 @@ class PairFigures:
         }
 
 
-def summarize_pairs(
-    scores: np.ndarray, lengths: np.ndarray, kinds: Sequence[str]
-) -> dict[str, Any]:
-    """Return how often the better answer wins, by how much, and how often the longer one is it.
-
-    Args:
-        scores: `(N, 2)`, better first.
-        lengths: `(N, 2)`, tokens of the answers.
-        kinds: what is wrong with each worse answer; pairs with "" are in the whole only.
-
-    Returns:
-        `pairs`, `accuracy`, `mean_margin` and `longer_wins`, and the same of each of `kinds`.
-    """
-
-    def summarize(chosen: np.ndarray) -> dict[str, Any]:
-        return {
-            "pairs": int(chosen.sum()),
-            "accuracy": share_of_wins(scores[chosen]),
-            "mean_margin": float((scores[chosen, 0] - scores[chosen, 1]).mean()),
-            "longer_wins": share_of_wins(lengths[chosen]),
-        }
-
-    names = np.array(kinds)
-    whole = summarize(np.ones(len(scores), dtype=bool))
-    parts = {kind: summarize(names == kind) for kind in sorted(set(kinds) - {""})}
-    return {**whole, "kinds": parts}
-
-
-def share_of_wins(values: np.ndarray) -> float:
-    """Return how often the first of two values `(N, 2)` is the greater one; a tie is half a win."""
-    first, second = values[:, 0], values[:, 1]
-    return float(((first > second) + 0.5 * (first == second)).mean())
-
-
 def write_scorer(trainer: Any, settings: RewardSettings) -> None:
     """Write the reward model, and the figures of held-out pairs beside it."""
     write_outputs(trainer, settings)
@@ -223,10 +162,12 @@ STAGE = TrainerStage(
     "reward",
     RewardSettings,
     RewardConfig,
+    read_pair_rows,
     build_reward_trainer,
     build_arguments=build_trl_arguments,
-    defaults={"max_length": None, "learning_rate": FULL_RATE},
-    lora_defaults={"learning_rate": LORA_RATE},
+    defaults=STAGE_DEFAULTS["reward"],
+    lora_defaults=LORA_DEFAULTS["reward"],
+    figures=("loss", "accuracy", "margin", "*_reward", "pair_*", "longer_wins"),
     load_model=load_scorer,
     write=write_scorer,
 )

@@ -4,76 +4,31 @@ trl tokenizes, pads, packs and loads on its own where it is let; here rows come 
 loaded, and what is wrong for a prefix language model is refused. Does not know losses or rewards.
 """
 
-import contextlib
 import functools
 import os
 import platform
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import MISSING, fields
 from pathlib import Path
 from typing import Any
 
 from transformers import TrainingArguments
 
-from chatglm.training.data.batches import Examples
-from chatglm.training.data.records import open_records, read_pairs
+from chatglm.data.dialects import read_pairs
+from chatglm.data.files import open_records
+from chatglm.training.data.batches import Examples, read_examples
+from chatglm.training.data.reading import Data, read_both
 from chatglm.training.data.rendering import Renderer
+from chatglm.training.defaults import DEFAULTS
+from chatglm.training.keys.refusals import REFUSED, REFUSED_BEGINNING
+from chatglm.training.models import PromptFormat
+from chatglm.training.resuming import ROWS_FOLDER
 from chatglm.training.settings import KeyProblem, Settings
-from chatglm.training.trainer import DEFAULTS, CheckedSteps, build_arguments
+from chatglm.training.stage_settings import BesideSettings
+from chatglm.training.trainer import CheckedSteps, build_arguments
+from chatglm.training.trl_import import importing_trl
 
-ROWS_FOLDER = "rows"
 ROWS_AT_ONCE = 1000
-
-_CAUSAL = (
-    "it reads every token causally, but the tokens of ChatGLM's question see one another in both "
-    "directions: the answers and their probabilities would be others"
-)
-_RENDERED = "rows are rendered exactly as chat() renders them, <eop> included"
-_LOADED = "the model is loaded here: use model, bits and dtype"
-_NO_KERNELS = "there are no Liger kernels for ChatGLM, and their fused losses are causal ones"
-_NO_EXPERTS = "ChatGLM has no experts to balance"
-# Why a key of trl's arguments is refused. A value that holds without the key may be written down.
-REFUSED = {
-    "model_init_kwargs": _LOADED,
-    "trust_remote_code": "--trust-folder-code says whose code runs",
-    "chat_template_path": _RENDERED,
-    "chat_template_kwargs": _RENDERED,
-    "eos_token": _RENDERED,
-    "pad_token": _RENDERED,
-    "dataset_num_proc": _RENDERED + ", once, before the training",
-    "truncation_mode": "long_rows says what happens to long rows",
-    "remove_unused_columns": "rewards and figures look at the other columns",
-    "padding_free": "rows put behind one another would share one prefix; pad them",
-    "parallelism_config": "it splits the columns of a row, each of which sees the whole question",
-    "use_liger_kernel": _NO_KERNELS,
-    "liger_kernel_config": _NO_KERNELS,
-    "router_aux_loss_coef": _NO_EXPERTS,
-    "label_smoothing_factor": "these losses have no labels; dpo has label_smoothing",
-    "batch_eval_metrics": "the figures are taken over all held-out rows at once",
-    "max_tool_calling_iterations": "ChatGLM calls no tools",
-    "use_vllm": "vLLM: " + _CAUSAL,
-    "use_transformers_paged": "continuous batching: " + _CAUSAL,
-    "use_transformers_continuous_batching": "continuous batching: " + _CAUSAL,
-    "transformers_continuous_batching_config": "continuous batching: " + _CAUSAL,
-}
-REFUSED_BEGINNING = "vllm_"
-
-
-@contextlib.contextmanager
-def importing_trl() -> Iterator[None]:
-    """Turn a failed import of trl into one line that says how to get it.
-
-    Raises:
-        ImportError: if trl, or what it needs, is not there.
-    """
-    try:
-        yield
-    except (ImportError, RuntimeError) as error:
-        # trl wraps a failed import of its own into a RuntimeError.
-        raise ImportError(
-            "this stage is built on trl, for Python 3.11 and newer: "
-            f'pip install --editable ".[train]" in the folder of this repository ({error})'
-        ) from error
 
 
 def refuse_keys(given: Mapping[str, Any], defaults: Mapping[str, Any]) -> None:
@@ -188,7 +143,25 @@ def build_trainer(trainer_class: Any, model: Any, settings: Settings, **parts: A
         trainer = trainer_class(model=model, **parts)
     except NotImplementedError as error:
         raise KeyProblem(f"the configuration cannot be used: {error}") from error
-    _settle_reference(model, own, is_new=not settings.adapter)
+    _settle_reference(model, own, is_new=not settings.goes_on)
+    return trainer
+
+
+def read_beside(settings: Settings, renderer: Renderer) -> Examples | None:
+    """Return the answers of `sft_data`; None if a stage learns none beside.
+
+    Raises:
+        ValueError: for files and rows that cannot be used.
+    """
+    if not isinstance(settings, BesideSettings) or not settings.sft_data:
+        return None
+    return read_examples(settings.sft_data, settings, renderer)
+
+
+def add_beside(trainer: Any, settings: BesideSettings, data: Data) -> Any:
+    """Have a trainer learn plain answers beside, if there are any, and return it."""
+    if data.beside is not None:
+        trainer.set_beside(data.beside, settings.sft_share, data.renderer.pad_id)
     return trainer
 
 
@@ -217,14 +190,20 @@ def _settle_reference(model: Any, own: list[str], is_new: bool) -> None:
         model.save_pretrained = save
 
 
-def read_pair_rows(paths: Sequence[str], settings: Settings, renderer: Renderer) -> Examples:
-    """Return the rendered pairs of some files.
+def read_pair_rows(
+    source: PromptFormat, tokenizer: Any, settings: Settings, arguments: TrainingArguments
+) -> Data:
+    """Return the rendered pairs of the settings' files.
 
     Raises:
         ValueError: for files and rows that cannot be used.
     """
-    records = open_records(paths, read_pairs, settings)
-    return Examples(records, renderer.render_pair)
+    renderer = Renderer(source, tokenizer, settings.max_length, settings.long_rows)
+
+    def read(paths: Sequence[Any]) -> Examples:
+        return Examples(open_records(paths, read_pairs, settings), renderer.render_pair)
+
+    return Data(renderer, *read_both(settings, read), read_beside(settings, renderer))
 
 
 def write_rows(
@@ -285,10 +264,12 @@ def _build_schema(columns: dict[str, Any]) -> Any:
 
 __all__ = [
     "AlignmentTrainer",
+    "add_beside",
     "build_trainer",
     "build_trl_arguments",
     "check_head",
     "importing_trl",
+    "read_beside",
     "read_pair_rows",
     "refuse_keys",
     "write_rows",
