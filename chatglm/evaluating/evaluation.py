@@ -10,7 +10,7 @@ The model may be a whole folder, packed (`bits`), with LoRA adapters or with a P
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -18,98 +18,30 @@ import numpy as np
 from transformers import set_seed
 from transformers.trainer_utils import EvalPrediction
 
+from chatglm import door
+from chatglm.checking.quick import require_text
+from chatglm.data.dialects import read_answers
+from chatglm.data.files import RecordFiles, open_records
 from chatglm.evaluating import metrics
 from chatglm.evaluating.multiple_choice import (
-    SPLITS,
-    WORDINGS,
     mark_subject,
     mark_test,
     read_subjects,
 )
-from chatglm.evaluating.ranking import ANSWERS, ChoiceRanker
+from chatglm.evaluating.ranking import ChoiceRanker
 from chatglm.evaluating.scoring import BatchedModel
+from chatglm.evaluating.settings import EvalSettings
 from chatglm.loading import choose_device, choose_dtype
 from chatglm.training.data.batches import Examples
-from chatglm.training.data.records import RecordFiles, open_records, read_answers
 from chatglm.training.data.rendering import Renderer
-from chatglm.training.models import ADAPTER_FILE, find_core, load_policy, load_tokenizer
-from chatglm.training.prefixes import load_with_prefix
-from chatglm.training.settings import Settings, require
-from chatglm.training.stage import Stage
-from chatglm.training.trainer import prepare_output, summarize_losses
+from chatglm.training.json_lines import write_lines
+from chatglm.training.models import find_base, load_policy, load_tokenizer, read_format
+from chatglm.training.resuming import open_output
+from chatglm.training.trainer import summarize_losses
 
 RESULT_FILE = "eval.json"
 PREDICTIONS_FILE = "generated_predictions.txt"
 SUBMISSION_FILE = "submission.json"
-
-
-@dataclass
-class EvalSettings(Settings):
-    """What an evaluation can be told beside what every stage can.
-
-    Attributes:
-        task: "perplexity" of the answers of rows, "choices" of a multiple-choice test, or
-            "generation" of answers that are compared with those of rows.
-        adapter: folder of LoRA adapters, or of a P-Tuning prefix in the official layout or peft's.
-        per_device_eval_batch_size: rows of a pass.
-        device: as "cpu" or "cuda:1"; "" is the best one of this machine.
-        seed: of what is drawn.
-        split: of a test: "dev", "val" or "test". `eval_data` names the folder they are in.
-        shots: answered questions before each question.
-        subjects: of the test; all if none is named.
-        language: of the words around questions, "zh" or "en"; "" is that of the questions.
-        answer_by: "letter": the likeliest of the letters of the listed options; "text": the
-            likeliest of the options' texts as a whole answer; "text_mean": the same by the mean
-            over its tokens.
-        max_new_tokens: of a generated answer.
-        do_sample: draw answers, with `top_p` and `temperature`, instead of taking the likeliest
-            tokens.
-        num_beams: of a beam search.
-    """
-
-    task: str = "perplexity"
-    per_device_eval_batch_size: int = 8
-    device: str = ""
-    seed: int = 42
-    split: str = "val"
-    shots: int = 0
-    subjects: list[str] = field(default_factory=list)
-    language: str = ""
-    answer_by: str = "letter"
-    max_new_tokens: int = 128
-    do_sample: bool = False
-    top_p: float = 0.7
-    temperature: float = 0.95
-    num_beams: int = 1
-
-    def check(self) -> None:
-        """Refuse values that no task can work with, and those of a training.
-
-        Raises:
-            KeyProblem: as in `Settings`.
-        """
-        super().check()
-        require(self.task in TASKS, "task", self.task, " or ".join(TASKS))
-        require(self.split in SPLITS, "split", self.split, " or ".join(SPLITS))
-        require(self.answer_by in ANSWERS, "answer_by", self.answer_by, " or ".join(ANSWERS))
-        languages = ("", *WORDINGS)
-        require(self.language in languages, "language", self.language, " or ".join(WORDINGS))
-        for key in ("per_device_eval_batch_size", "max_new_tokens", "num_beams"):
-            require(getattr(self, key) > 0, key, getattr(self, key), "1 or more")
-        require(self.shots >= 0, "shots", self.shots, "0 or more")
-        is_own_shot = self.shots and self.split == "dev"
-        require(not is_own_shot, "shots", self.shots, "0 for the split dev, which has the shots")
-        require(0 < self.top_p <= 1, "top_p", self.top_p, "in (0, 1]")
-        require(self.temperature > 0, "temperature", self.temperature, "more than 0")
-        for key in ("lora_rank", "resume", "train_data"):
-            value = getattr(self, key)
-            require(not value, key, value, "left out: an evaluation trains nothing")
-        require(bool(self.eval_data), "eval_data", self.eval_data, "files, or a test's folder")
-
-
-@dataclass
-class EvalArguments:
-    """No keys of a library: all are in `EvalSettings`."""
 
 
 class EvaluatedModel:
@@ -119,17 +51,25 @@ class EvaluatedModel:
         settings: which model, and how it is asked.
 
     Raises:
-        ValueError: if it cannot be loaded so.
+        ValueError: for a folder that is not whole, or a length that it does not have.
     """
 
     def __init__(self, settings: EvalSettings) -> None:
+        self.settings = settings
         self.tokenizer = load_tokenizer(settings)
-        model = load_evaluated(settings)
         self.renderer = Renderer(
-            find_core(model), self.tokenizer, settings.max_length, settings.long_rows
+            read_format(settings), self.tokenizer, settings.max_length, settings.long_rows
         )
-        batch_size = settings.per_device_eval_batch_size
-        self.model = BatchedModel(model, self.renderer.pad_id, batch_size)
+
+    @cached_property
+    def model(self) -> BatchedModel:
+        """The model itself, loaded when it is first asked: rows are rendered before.
+
+        Raises:
+            ValueError: if it cannot be loaded as the settings say.
+        """
+        batch_size = self.settings.per_device_eval_batch_size
+        return BatchedModel(load_evaluated(self.settings), self.renderer.pad_id, batch_size)
 
 
 class Perplexity:
@@ -145,7 +85,7 @@ class Perplexity:
     def __init__(self, settings: EvalSettings) -> None:
         self.records = read_records(settings)
 
-    def measure(self, evaluated: EvaluatedModel) -> dict[str, Any]:
+    def measure(self, evaluated: EvaluatedModel, folder: Path) -> dict[str, Any]:
         """Return loss, perplexity and accuracy over all tokens of answers, and for each file.
 
         Raises:
@@ -178,7 +118,7 @@ class Generation:
         self.settings = settings
         self.records = read_records(settings)
 
-    def measure(self, evaluated: EvaluatedModel) -> dict[str, Any]:
+    def measure(self, evaluated: EvaluatedModel, folder: Path) -> dict[str, Any]:
         """Write the answers beside those of the rows, and return their scores.
 
         Raises:
@@ -191,18 +131,11 @@ class Generation:
         answers = evaluated.model.generate([prompts[i] for i in range(len(prompts))], options)
         labels = [renderer.encode_text(self.records[i].answer) for i in prompts.kept]
         pairs = list(zip(_decode(evaluated, answers), _decode(evaluated, labels)))
-        self._write(pairs)
+        write_predictions(pairs, folder / PREDICTIONS_FILE)
         empty = sum(not prediction for prediction, _ in pairs)
         skipped = self.records.num_skipped + prompts.num_skipped
         counts = {"rows": len(pairs), "empty": empty, "skipped": skipped}
         return {**metrics.average_scores(pairs), **counts}
-
-    def _write(self, pairs: Sequence[tuple[str, str]]) -> None:
-        """Write the lines of the official scripts."""
-        path = Path(self.settings.output) / PREDICTIONS_FILE
-        lines = [{"labels": label, "predict": prediction} for prediction, label in pairs]
-        text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
-        path.write_text(text, encoding="utf-8")
 
 
 class Choices:
@@ -216,8 +149,7 @@ class Choices:
     """
 
     def __init__(self, settings: EvalSettings) -> None:
-        count, folder = len(settings.eval_data), settings.eval_data[0]
-        require(count == 1, "eval_data", settings.eval_data, "the one folder of a test")
+        folder = settings.eval_data[0]
         self.settings = settings
         self.subjects, self.problems = read_subjects(
             Path(folder),
@@ -227,7 +159,7 @@ class Choices:
             settings.bad_rows == "skip",
         )
 
-    def measure(self, evaluated: EvaluatedModel) -> dict[str, Any]:
+    def measure(self, evaluated: EvaluatedModel, folder: Path) -> dict[str, Any]:
         """Write the picked letters, and return the marks of all, of categories and of subjects.
 
         Raises:
@@ -246,15 +178,15 @@ class Choices:
             submission[subject.name] = {q.key: letter for q, letter in pairs if letter}
             counts = {"shots": shots, "skipped": picked.count("")}
             marks[subject.name] = mark_subject(subject.questions, picked) | counts
-        _write_json(submission, Path(settings.output) / SUBMISSION_FILE)
+        write_json(submission, folder / SUBMISSION_FILE)
         return {**mark_test(marks), "bad_rows": len(self.problems), "subjects": marks}
 
 
-TASKS = {"perplexity": Perplexity, "choices": Choices, "generation": Generation}
+MEASURES = {"perplexity": Perplexity, "choices": Choices, "generation": Generation}
 
 
-def main(settings: EvalSettings, given: dict[str, Any]) -> dict[str, Any]:
-    """Measure, write `eval.json`, and return what is in it.
+def measure_one(settings: EvalSettings, given: dict[str, Any]) -> dict[str, Any]:
+    """Measure one model, write `eval.json`, and return what is in it.
 
     Args:
         settings: ours.
@@ -264,11 +196,12 @@ def main(settings: EvalSettings, given: dict[str, Any]) -> dict[str, Any]:
         ValueError: for settings, data, a model or a folder that cannot be used.
         ImportError: if a package that compares texts is missing.
     """
-    task = TASKS[settings.task](settings)
-    prepare_output(settings, given)
-    figures = {"task": settings.task, **task.measure(EvaluatedModel(settings))}
-    _write_json(figures, Path(settings.output) / RESULT_FILE)
-    return figures
+    task = MEASURES[settings.task](settings)
+    with open_output(settings, given):
+        folder = Path(settings.output)
+        figures = {"task": settings.task, **task.measure(EvaluatedModel(settings), folder)}
+        write_json(figures, folder / RESULT_FILE)
+        return figures
 
 
 def read_records(settings: EvalSettings) -> RecordFiles:
@@ -292,13 +225,19 @@ def build_options(settings: EvalSettings, pad_id: int) -> dict[str, Any]:
     return {name: getattr(settings, name) for name in names} | drawing | {"pad_token_id": pad_id}
 
 
+def write_predictions(pairs: Sequence[tuple[str, str]], path: Path) -> None:
+    """Write the lines of the official scripts, of predictions and labels."""
+    write_lines(({"labels": label, "predict": prediction} for prediction, label in pairs), path)
+
+
 def _decode(evaluated: EvaluatedModel, rows: Sequence[list[int]]) -> list[str]:
     """Return texts as the official scripts write them: labels go through ids as well."""
     decode = evaluated.tokenizer.decode
     return [decode(row, skip_special_tokens=True).strip() for row in rows]
 
 
-def _write_json(fields: dict[str, Any], path: Path) -> None:
+def write_json(fields: dict[str, Any], path: Path) -> None:
+    """Write a JSON object to be read by people too."""
     path.write_text(json.dumps(fields, ensure_ascii=False, indent=2) + "\n", encoding="utf-8")
 
 
@@ -310,14 +249,16 @@ def load_evaluated(settings: EvalSettings) -> Any:
     """
     device = choose_device(settings.device or None)
     dtype = choose_dtype(settings.dtype or None, device)
-    if settings.adapter and not (Path(settings.adapter) / ADAPTER_FILE).is_file():
-        model = load_with_prefix(settings, dtype)
-    else:
-        model = load_policy(settings, dtype, is_trained=False)
-    return model.to(device).eval()
+    if not door.runs_folder_code():
+        require_text(find_base(settings))
+    return load_policy(settings, dtype, is_trained=False).to(device).eval()
 
 
-STAGE = Stage("eval", EvalSettings, EvalArguments, main)
-
-
-__all__ = ["STAGE", "EvalArguments", "EvalSettings", "load_evaluated", "main"]
+__all__ = [
+    "MEASURES",
+    "RESULT_FILE",
+    "EvaluatedModel",
+    "load_evaluated",
+    "measure_one",
+    "write_json",
+]

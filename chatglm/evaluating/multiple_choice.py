@@ -14,10 +14,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from chatglm.data.records import Record
+from chatglm.evaluating.settings import SPLITS
 from chatglm.evaluating.subjects import CATEGORIES, CHINESE_NAMES
-from chatglm.training.data.records import Record
 
-SPLITS = ("dev", "val", "test")
 SHOTS_SPLIT = "dev"
 LETTERS = string.ascii_uppercase
 HANZI = re.compile("[\u4e00-\u9fff]")

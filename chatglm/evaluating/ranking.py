@@ -11,8 +11,6 @@ from chatglm.evaluating.multiple_choice import LETTERS, PromptTemplate, Question
 from chatglm.evaluating.scoring import BatchedModel
 from chatglm.training.data.rendering import Example, Renderer
 
-ANSWERS = ("letter", "text", "text_mean")
-
 
 class LetterIds(NamedTuple):
     """The tokens of the letters A, B, C ... as an answer.
@@ -107,7 +105,7 @@ class ChoiceRanker:
         room = 1 + max(map(len, options))
         for shots in range(len(template.subject.shots), 0, -1):
             record = template.build_record(question, shots)
-            prompt_ids = self.renderer.encode_prompt(record.query, record.history)
+            prompt_ids = self.renderer.encode_prompt(*record.frame())
             if len(prompt_ids) + room <= self.renderer.max_length:
                 return Prompt(prompt_ids, shots, options)
         prompt_ids = self.renderer.render_prompt(template.build_record(question, 0), room)
@@ -131,4 +129,4 @@ class ChoiceRanker:
         return [int(part.argmin()) for part in parts]
 
 
-__all__ = ["ANSWERS", "ChoiceRanker", "encode_letters"]
+__all__ = ["ChoiceRanker", "encode_letters"]

@@ -1,21 +1,25 @@
 """Owns what a model is asked without being trained: passes over rows in batches, no gradients.
 
-Rows are padded on the left, so that their answers end in the same column and only the last columns
-need logits. A row's figures are those it has alone. Does not know where rows come from.
+Rows are padded on the left, and a row's figures are those it has alone. How likely an answer is the
+model itself knows (`scoring_chatglm.score_rows`). Does not know where rows come from.
 
 Shapes: `B` batch, `S` columns, `N` rows in all.
 """
 
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
 from chatglm.training.data.batches import Examples, pad_rows
-from chatglm.training.data.rendering import IGNORED_LABEL, Example
-from chatglm.training.trainer import count_token_losses
+from chatglm.training.data.rendering import Example
+
+if TYPE_CHECKING:  # a type checker does not know chatglm.model: see there
+    from scoring_chatglm import check_scores, score_rows
+else:
+    from chatglm.model.scoring_chatglm import check_scores, score_rows
 
 
 class BatchedModel:
@@ -30,7 +34,6 @@ class BatchedModel:
     def __init__(self, model: Any, pad_id: int, batch_size: int) -> None:
         self.model, self.pad_id, self.batch_size = model, pad_id, batch_size
 
-    @torch.no_grad()
     def measure_answers(
         self, examples: Sequence[Example] | Examples, lengths: Sequence[int]
     ) -> Tensor:
@@ -44,14 +47,9 @@ class BatchedModel:
             ValueError: if a loss is no number.
         """
         measured = torch.zeros(len(lengths), 3, dtype=torch.float64)
-        for batch in self._iter_batches(lengths, "rows"):
-            rows = [examples[i] for i in batch]
-            labels, _ = pad_rows([row.labels for row in rows], IGNORED_LABEL, side="left")
-            width = max(len(row.answer_ids) for row in rows) + 1
-            logits = self._forward([row.input_ids for row in rows], width)
-            labels = labels[:, -width:].to(logits.device)
-            measured[batch] = count_token_losses(logits, labels).double().cpu()
-        return self._check(measured)
+        for batch in iter_batches(lengths, self.batch_size, "rows"):
+            measured[batch] = score_rows(self.model, [examples[i] for i in batch])
+        return measured * torch.tensor([-1.0, 1.0, 1.0])  # losses of log probabilities
 
     @torch.no_grad()
     def score_next(self, prompts: Sequence[list[int]], token_ids: Sequence[int]) -> Tensor:
@@ -61,11 +59,14 @@ class BatchedModel:
             ValueError: if one is no number.
         """
         scores = torch.zeros(len(prompts), len(token_ids), dtype=torch.float64)
-        for batch in self._iter_batches([len(prompt) for prompt in prompts], "questions"):
-            logits = self._forward([prompts[i] for i in batch], 1)[:, -1]
+        lengths = [len(prompt) for prompt in prompts]
+        for batch in iter_batches(lengths, self.batch_size, "questions"):
+            input_ids, mask = self._pad([prompts[i] for i in batch])
+            options = {"use_cache": False, "logits_to_keep": 1}
+            logits = self.model(input_ids=input_ids, attention_mask=mask, **options).logits[:, -1]
             chosen = logits.float().log_softmax(dim=-1)[:, list(token_ids)]
             scores[batch] = chosen.double().cpu()
-        return self._check(scores)
+        return check_scores(scores, self.model.dtype)
 
     @torch.no_grad()
     def generate(self, prompts: Sequence[list[int]], options: dict[str, Any]) -> list[list[int]]:
@@ -76,41 +77,34 @@ class BatchedModel:
             options: of the model's `generate`.
         """
         answers: list[list[int]] = [[] for _ in prompts]
-        for batch in self._iter_batches([len(prompt) for prompt in prompts], "answers"):
+        lengths = [len(prompt) for prompt in prompts]
+        for batch in iter_batches(lengths, self.batch_size, "answers"):
             input_ids, mask = self._pad([prompts[i] for i in batch])
             outputs = self.model.generate(input_ids=input_ids, attention_mask=mask, **options)
             for i, row in zip(batch, outputs[:, input_ids.shape[1] :].tolist()):
                 answers[i] = row
         return answers
 
-    def _forward(self, rows: Sequence[list[int]], columns: int) -> Tensor:
-        """Return the logits of the last columns, `(B, columns, V)`."""
-        input_ids, mask = self._pad(rows)
-        return self.model(
-            input_ids=input_ids, attention_mask=mask, use_cache=False, logits_to_keep=columns
-        ).logits
-
     def _pad(self, rows: Sequence[list[int]]) -> tuple[Tensor, Tensor]:
         """Return ids and mask, each `(B, S)`, on the model's device."""
         input_ids, mask = pad_rows(rows, self.pad_id, side="left")
         return input_ids.to(self.model.device), mask.to(self.model.device)
 
-    def _iter_batches(self, lengths: Sequence[int], unit: str) -> Iterator[list[int]]:
-        """Yield the numbers of rows of like length, the longest first, and show how far it is."""
-        order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
-        with tqdm(total=len(order), unit=f" {unit}", disable=None, leave=False) as progress:
-            for start in range(0, len(order), self.batch_size):
-                batch = order[start : start + self.batch_size]
-                yield batch
-                progress.update(len(batch))
 
-    def _check(self, figures: Tensor) -> Tensor:
-        if not bool(figures.isfinite().all()):
-            raise ValueError(
-                f"the model's scores are no numbers in {self.model.dtype}: set dtype to float32 or "
-                "bfloat16"
-            )
-        return figures
+def iter_batches(lengths: Sequence[int], batch_size: int, unit: str) -> Iterator[list[int]]:
+    """Yield the numbers of rows of like length, the longest first, and show how far it is.
+
+    Args:
+        lengths: of the rows.
+        batch_size: rows of a pass.
+        unit: what the bar counts.
+    """
+    order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
+    with tqdm(total=len(order), unit=f" {unit}", disable=None, leave=False) as progress:
+        for start in range(0, len(order), batch_size):
+            batch = order[start : start + batch_size]
+            yield batch
+            progress.update(len(batch))
 
 
-__all__ = ["BatchedModel"]
+__all__ = ["BatchedModel", "iter_batches"]
