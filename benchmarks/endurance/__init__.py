@@ -1,0 +1,1 @@
+"""What is repeated very often to find what fails rarely: `python -m benchmarks.endurance`."""
