@@ -19,7 +19,7 @@ ifeq (1,$(CPU))
 export PIP_EXTRA_INDEX_URL := $(PIP_EXTRA_INDEX_URL) https://download.pytorch.org/whl/cpu
 endif
 
-.PHONY: help setup chat test parity compat alone lint fmt types check bench-formats bench-memory bench-generate bench-kernels bench-tokenizer bench-train bench-report train-mini vocabulary-mini clean
+.PHONY: help setup chat test parity compat alone lint fmt types check bench-formats bench-memory bench-generate bench-kernels bench-tokenizer bench-train bench-report endurance train-mini vocabulary-mini clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/make \1  -  \2/p' Makefile
@@ -74,6 +74,10 @@ bench-train: $(WORKING) ## measure a training step of 6B blocks, beside plain to
 
 bench-report: $(WORKING) ## write docs/benchmarks.md and its plots from benchmarks/results.csv
 	$(BIN)/python -m benchmarks.report
+
+endurance: $(WORKING) ## try everything very often (hours; ARGS="calls --minutes 5" for a part)
+	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.endurance $(ARGS)
+	$(BIN)/python -m benchmarks.endurance.page
 
 train-mini: $(WORKING) ## train the small model of this folder again (hours)
 	$(BIN)/python -m recipes.mini.sources --out $(MINI)/data

@@ -37,7 +37,7 @@ for _variable in ("CHATGLM_KERNELS", "CHATGLM_CPU_KERNELS"):
 _spec = ModuleSpec("chatglm_6b", None, is_package=True)
 _spec.submodule_search_locations = [str(ROOT)]
 sys.modules.setdefault("chatglm_6b", importlib.util.module_from_spec(_spec))
-sys.path.append(str(ROOT / "tests" / "parity"))
+sys.path += [str(ROOT / "tests" / name) for name in ("parity", "package", "training")]
 
 # The sizes and ids of the golden models.
 TINY = {
@@ -73,6 +73,8 @@ LONGEST_FIRST = (
     "benchmarks/test_bench_generate.py",
     "training/test_dpo.py",
     "training/test_grpo.py",
+    "wild/test_adopt_folders.py",
+    "wild/test_c08_command_line.py",
     "unit/test_fewer_passes.py",
     "e2e/test_quantize_command.py",
     "cpu/test_linear.py",

@@ -34,8 +34,9 @@ HEAD = """\
 
 Written by `python tools/compatibility.py` from what `make compat` noted; a test checks it. All
 tests were run with each release of transformers that is supported, and with the newest release of
-everything at once ("newest", the canary), which is asked for without upper bounds. What the code
-leans on in those libraries is in [hooks.md](hooks.md).
+everything at once ("newest", the canary), which is asked for without upper bounds; "oldest" is
+Python 3.10 with the lower bound of every library, on which trl and datasets have no release for the
+stages that need them. What the code leans on in those libraries is in [hooks.md](hooks.md).
 
 With a newer transformers than the last one here the model loads and says in one line that nobody
 has tried it. To try it: `make compat COMPAT="tests(newest)"`.
@@ -131,7 +132,7 @@ def build_page(notes: dict[str, Any]) -> str:
     order = sorted(notes, key=lambda name: [int(p) if p.isdigit() else 10**6 for p in _parts(name)])
     for name in order:
         note = notes[name]
-        versions = [note["versions"][package] for package in ("python", *SHOWN_PACKAGES)]
+        versions = [note["versions"].get(package, "-") for package in ("python", *SHOWN_PACKAGES)]
         time = f"{note['seconds'] / 60:.1f} min"
         parts = " + ".join(filter(None, note["parts"])) or "all"
         rows.append([name, parts, note["date"], note["commit"], describe(note), time, *versions])

@@ -1,5 +1,8 @@
 """Runs all tests on every supported transformers release, and on the newest (`make compat`).
 
+`oldest` and `python` are the ends of the other ranges: Python 3.10 with the lower bound of every
+library, and Python 3.13.
+
 Each run leaves a report and the versions that it met in build/compat, which tools/compatibility.py
 makes docs/compatibility.md of. `make alone` runs the tests of the model's files where these are
 alone, without the package and without what its engine compiles with.
@@ -14,6 +17,7 @@ import nox
 
 ROOT = Path(__file__).resolve().parent.parent
 NEWEST = "newest"
+OLDEST_PYTHON, NEWEST_PYTHON = "3.10", "3.13"
 STYLE_TOOLS = ("ruff", "pyright", "nox")
 # Tests of the model's files: the few of them that ask for the package skip without, and say so.
 TESTS_OF_THE_MODEL = ("unit", "parity", "property", "wild")
@@ -61,6 +65,23 @@ def tests(session: nox.Session, transformers: str) -> None:
         session.install("--no-compile", *read_pins(transformers), f"transformers=={transformers}")
     session.install("--no-deps", "--editable", ".")
     run_tests(session, transformers)
+
+
+@nox.session(python=OLDEST_PYTHON)
+def oldest(session: nox.Session) -> None:
+    """All tests on the oldest Python with the oldest release of everything that users need."""
+    session.chdir(ROOT)
+    session.install("--no-compile", *at_floors())
+    session.install("--no-deps", "--editable", ".")
+    run_tests(session, "oldest")
+
+
+@nox.session(python=NEWEST_PYTHON)
+def python(session: nox.Session) -> None:
+    """All tests on the newest Python, with what the bounds let it have."""
+    session.chdir(ROOT)
+    session.install("--no-compile", "--editable", ".[test]")
+    run_tests(session, f"python{NEWEST_PYTHON}")
 
 
 @nox.session
@@ -126,12 +147,28 @@ def read_pins(transformers: str) -> list[str]:
     return [pin for pin in pins if pin.split("==")[0] not in left_out]
 
 
-def without_bounds() -> list[str]:
-    """What users and tests install, without upper bounds: `torch>=2.6,<2.14` as `torch>=2.6`."""
+def read_requirements() -> list[str]:
+    """What users and tests install, as pyproject.toml has it."""
     project = nox.project.load_toml(ROOT / "pyproject.toml")["project"]
     extras = project["optional-dependencies"]
     requirements = [*project["dependencies"], *extras["train"], *extras["test"]]
-    return [drop_bound(line) for line in requirements if not line.startswith(project["name"])]
+    return [line for line in requirements if not line.startswith(project["name"])]
+
+
+def without_bounds() -> list[str]:
+    """The same without upper bounds: `torch>=2.6,<2.14` as `torch>=2.6`."""
+    return [drop_bound(line) for line in read_requirements()]
+
+
+def at_floors() -> list[str]:
+    """The same at the lower bound, `torch==2.6`; tools of the tests alone are free.
+
+    They have no upper bound, which is how they are told.
+    """
+    return [
+        drop_bound(line).replace(">=", "==", 1) if "<" in line.partition(";")[0] else line
+        for line in read_requirements()
+    ]
 
 
 def drop_bound(requirement: str) -> str:

@@ -249,7 +249,9 @@ for _ in model.stream_chat(tokenizer, "hello", history, **short): pass
 inputs = tokenizer("hello", return_tensors="pt")
 model.generate(**inputs, num_beams=2, **short)
 model.generate(**inputs, prompt_lookup_num_tokens=2, **short)
-model(**inputs, labels=inputs["input_ids"]).loss.backward()
+labels = inputs["input_ids"].clone()
+labels[:, :-1] = -100
+model(**inputs, labels=labels).loss.backward()
 model.save_pretrained(sys.argv[2])
 print("done")
 """

@@ -293,6 +293,7 @@ def test_the_sessions_of_nox_are_the_tested_releases_and_the_newest() -> None:
     assert {re.split("[<>=;]", line)[0] for line in wanted} >= {"torch", "transformers", "peft"}
     assert not [line for line in wanted if "<" in line.partition(";")[0]]
     assert "trl>=1.16; python_version >= '3.11'" in wanted
+    assert {"torch==2.6", "transformers==4.56.2", "pytest>=8"} <= set(noxfile.at_floors())
 
 
 def test_the_tensors_page_names_the_model_s_tensors() -> None:

@@ -18,18 +18,19 @@ import torch
 import transformers
 from chatglm_6b import environment_chatglm, generation_chatglm, modeling_chatglm
 from chatglm_6b.cache_chatglm import LAYERS, ChatGLMCache, ReservedLayer
-from chatglm_6b.environment_chatglm import CACHE_NAME
+from chatglm_6b.environment_chatglm import CACHE_NAME, find_settled
 from chatglm_6b.generation_chatglm import GLMGenerationMixin, NucleusLogitsWarper
 from chatglm_6b.tokenization_chatglm import ChatGLMTokenizer
 from conftest import ROOT, build_model, count_calls, import_from_package
 from packaging.version import Version
-from peft import PrefixTuningConfig, TaskType, get_peft_model
+from peft import PrefixTuningConfig, PromptTuningConfig, TaskType, get_peft_model
 from transformers import (
     DynamicCache,
     GenerationConfig,
     GenerationMixin,
     PreTrainedTokenizer,
     StaticCache,
+    TextStreamer,
     TopPLogitsWarper,
 )
 from transformers.cache_utils import DynamicLayer
@@ -265,6 +266,31 @@ def test_a_prefix_of_peft_is_virtual_and_put_in_once(hook: str) -> None:
     assert torch.equal(positions[0], positions[-1]), f"{hook}: the prefix shifts the positions"
 
 
+@pytest.mark.parametrize(
+    "hook",
+    [
+        "PeftModel.__getattr__",
+        "PeftModel.active_peft_config",
+        "PeftConfig.is_prompt_learning",
+        "Cache.is_noted_ahead",
+    ],
+)
+def test_a_method_of_a_learned_prompt_s_model_runs_there(hook: str) -> None:
+    """Embeddings of tokens in place of a prompt are as good as the tokens."""
+    model = build_model()
+    config = PromptTuningConfig(task_type=TaskType.CAUSAL_LM, num_virtual_tokens=3)
+    tuned = get_peft_model(model, config).eval()
+    words = torch.tensor([[7, 90, 41]])
+    tuned.prompt_encoder["default"].embedding.weight.data.copy_(
+        model.get_input_embeddings().weight[words[0]]
+    )
+    longer = torch.cat((words, IDS), dim=1)
+    wanted = model.generate(longer, **GREEDY)[0, longer.shape[1] :]
+    streamed = list(tuned.stream_generate(input_ids=IDS, **GREEDY))[-1][0, IDS.shape[1] :]
+    assert tuned.chat.__self__ is tuned, f"{hook}: methods are handed out in another way"
+    assert torch.equal(streamed, wanted), f"{hook}: the prompt is left out, or its positions are"
+
+
 # The tokenizer
 
 
@@ -278,6 +304,7 @@ def tokenizer() -> ChatGLMTokenizer:
     [
         "PreTrainedTokenizer._convert_id_to_token",
         "PreTrainedTokenizer._decode",
+        "PreTrainedTokenizer.prepare_for_model",
         "PreTrainedTokenizer.truncate_sequences",
     ],
 )
@@ -291,6 +318,28 @@ def test_the_tokenizer_s_methods_are_called(
     tokenizer.convert_ids_to_tokens(ids)
     assert calls, f"{hook} is not called"
     assert ids[-2:] == [tokenizer.gmask_token_id, tokenizer.bos_token_id] and len(ids) == 5
+
+
+@pytest.mark.parametrize("hook", ["TextStreamer.put"])
+def test_a_streamer_gets_what_stays(hook: str, tokenizer: ChatGLMTokenizer) -> None:
+    """The space of the second token is taken back by the third, and belongs to a later line."""
+    tokens = tokenizer("a ?\n b", add_special_tokens=False)["input_ids"]
+    shown: list[str] = []
+    streamer = TextStreamer(tokenizer, clean_up_tokenization_spaces=True)
+    streamer.on_finalized_text = lambda piece, stream_end=False: shown.append(piece)
+    for index in tokens:
+        streamer.put(torch.tensor([index]))
+    streamer.end()
+    assert "".join(shown) == "a?\n b", f"{hook} is not noticed"
+
+
+@pytest.mark.parametrize("hook", ["PreTrainedTokenizer.clean_up_tokenization"])
+def test_all_that_is_cleaned_up_is_known(hook: str, tokenizer: ChatGLMTokenizer) -> None:
+    letters = " .?!,'ntmsverld;:-\"`x\n"
+    for mark in (f" {a}{b}{c}x" for a in letters for b in letters for c in letters):
+        assert find_settled(mark, True) == tokenizer.clean_up_tokenization(mark), (
+            f"{hook}: {mark!r}"
+        )
 
 
 @pytest.mark.parametrize("hook", ["PreTrainedTokenizer._convert_token_to_id"])

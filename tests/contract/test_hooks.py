@@ -103,6 +103,7 @@ def test_a_row_names_a_file_that_uses_the_hook(row: Row) -> None:
         "from_dict": "AUTO_QUANTIZATION_CONFIG_MAPPING",
         "compute_loss": "count_tokens" if row.file.endswith("grpo.py") else "compute_loss",
         "PointerType": "pointee",
+        "TRAINER_STATE_NAME": '"trainer_state.json"',
         "DynamicCache": "virtual",
         "pooled_logits": "pooled_logits=",
         "past_key_values": "OLD_CACHE_NAME",

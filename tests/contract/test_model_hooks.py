@@ -19,7 +19,7 @@ import transformers
 from chatglm_6b import cache_chatglm, environment_chatglm
 from chatglm_6b.cache_chatglm import ChatGLMCache, ReservedLayer
 from chatglm_6b.configuration_chatglm import ChatGLMConfig
-from chatglm_6b.environment_chatglm import CACHE_NAME, CACHE_NAMES
+from chatglm_6b.environment_chatglm import CACHE_NAME, CACHE_NAMES, find_input_device
 from chatglm_6b.modeling_chatglm import ChatGLMForConditionalGeneration, GLMBlock
 from chatglm_6b.quantization import QuantizedLinear, TorchKernels, allocate_product
 from chatglm_6b.quantization_torch import find_int4_block_rows
@@ -302,7 +302,8 @@ def test_checkpointed_blocks_are_run_twice(hook: str) -> None:
     calls: Counter[int] = Counter()
     for number, block in enumerate(blocks):
         block.mlp.register_forward_pre_hook(lambda *_, number=number: calls.update([number]))
-    model(IDS, labels=IDS, use_cache=False).loss.backward()
+    labels = IDS.masked_fill(IDS != 304, -100)
+    model(IDS, labels=labels, use_cache=False).loss.backward()
     assert set(calls.values()) == {2} and len(calls) == len(blocks), f"{hook} does nothing"
 
 
@@ -315,14 +316,14 @@ def test_checkpointed_blocks_are_run_twice(hook: str) -> None:
     ],
 )
 def test_the_loss_is_of_the_places_that_were_asked_for(hook: str) -> None:
-    model = build_model()
-    places = torch.zeros_like(IDS, dtype=torch.bool)
+    model, ids = build_model(), torch.tensor([[301, 304, 5, 197, 86, 97, 5]])
+    places = torch.zeros_like(ids, dtype=torch.bool)
     places[0, 2:5] = True
     with torch.no_grad():
-        log_probs = model(IDS, use_cache=False).logits.log_softmax(-1)[0]
-        given = {"labels": IDS, "logits_to_keep": places, "use_cache": False}
-        mean, part = model(IDS, **given).loss, model(IDS, **given, num_items_in_batch=7).loss
-    total = -sum(float(log_probs[place, IDS[0, place + 1]]) for place in (2, 3, 4))
+        log_probs = model(ids, use_cache=False).logits.log_softmax(-1)[0]
+        given = {"labels": ids, "logits_to_keep": places, "use_cache": False}
+        mean, part = model(ids, **given).loss, model(ids, **given, num_items_in_batch=7).loss
+    total = -sum(float(log_probs[place, ids[0, place + 1]]) for place in (2, 3, 4))
     assert float(mean) == pytest.approx(total / 3, rel=1e-4), hook
     assert float(part) == pytest.approx(total / 7, rel=1e-4), hook
 
@@ -383,6 +384,16 @@ def test_who_looks_into_a_block_is_noticed(hook: str) -> None:
     assert not decoding_step._is_watched(block)
     watch[hook](block)
     assert decoding_step._is_watched(block), f"{hook} is kept elsewhere"
+
+
+@pytest.mark.parametrize("hook", ["Module._hf_hook", "AlignDevicesHook.execution_device"])
+def test_where_an_offloaded_embedding_computes_is_known(hook: str) -> None:
+    from accelerate import cpu_offload
+
+    model = build_model()
+    cpu_offload(model, execution_device=torch.device("cpu"))
+    assert model.device.type == "meta"
+    assert str(find_input_device(model)) == "cpu", f"{hook} says it no longer"
 
 
 @pytest.mark.parametrize("hook", ["torch._check"])

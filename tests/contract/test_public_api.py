@@ -37,6 +37,7 @@ PUBLIC_NAMES = {
         "StoredTensor",
         "UnreadableWeightsError",
         "check_settings",
+        "check_token_ids",
         "forget_pages",
         "is_mapped",
         "list_weight_files",
@@ -46,16 +47,24 @@ PUBLIC_NAMES = {
         "whole_shape",
     },
     "configuration_chatglm": {"ChatGLMConfig"},
-    "conversation_chatglm": {"ChatMixin", "StopOnText", "check_history", "cut_at_stops"},
+    "conversation_chatglm": {
+        "ChatMixin",
+        "ChatOverflowWarning",
+        "StopOnText",
+        "check_history",
+        "cut_at_stops",
+    },
     "environment_chatglm": {
         "CACHE_NAME",
         "CACHE_NAMES",
         "TESTED_TRANSFORMERS",
+        "acts_with_adapters",
         "change_load_settings",
         "check_dtype_name",
         "check_transformers",
         "choose_cache",
         "find_engine",
+        "find_input_device",
         "find_twin",
         "keep_float_norms",
         "keep_whole",
@@ -63,9 +72,13 @@ PUBLIC_NAMES = {
         "loading_own_dtype",
         "may_use_kernels",
         "read_load_settings",
+        "read_quantize_options",
+        "refuse_embedded_prompt",
         "refuse_weight_of_integers",
         "rename_cache",
         "renew_ties",
+        "returns_with_adapters",
+        "translate_load_options",
         "try_first",
         "with_fast_products",
     },
@@ -73,6 +86,7 @@ PUBLIC_NAMES = {
         "GLMGenerationMixin",
         "InvalidScoreLogitsProcessor",
         "NucleusLogitsWarper",
+        "check_options",
         "replace_top_p",
     },
     "modeling_chatglm": {
@@ -94,6 +108,14 @@ PUBLIC_NAMES = {
         "ReorderedWeight",
         "find_int4_block_rows",
         "find_int8_product",
+    },
+    "scoring_chatglm": {
+        "AnswerScores",
+        "ScoringMixin",
+        "check_scores",
+        "score_rows",
+        "shift_labels",
+        "watch_labels",
     },
     "quantizer_chatglm": {
         "ChatGLMQuantizationConfig",
@@ -139,8 +161,8 @@ ORIGINAL_METHODS: dict[str, dict[str, Any]] = {
     "process_response": {"response": REQUIRED},
 }
 OUR_OWN = {
-    "chat": {"stop": None},
-    "stream_chat": {"stop": None},
+    "chat": {"stop": None, "overflow": "error"},
+    "stream_chat": {"stop": None, "overflow": "error", "deltas": False},
     "quantize": {"group_size": None, "embeddings": False, "activations": None},
 }
 # What the original's forward took.
@@ -210,15 +232,23 @@ FOLDER_OPTIONS: dict[str, tuple[Any, Any]] = {
 }
 CHAT_OPTIONS: dict[str, tuple[Any, Any]] = {
     **FOLDER_OPTIONS,
+    "--adapter": ("DIR", None),
+    "--any-base": (None, False),
     "--bits": ((4, 8), None),
     "--device": ("D", None),
     "--dtype": ("D", None),
     "--max-length": ("N", None),
     "--max-new-tokens": ("N", None),
+    "--overflow": (("rounds", "summarize", "error"), "rounds"),
     "--top-p": ("F", None),
     "--temperature": ("F", None),
     "--greedy": (None, False),
     "--seed": ("N", None),
+}
+CHECK_OPTIONS: dict[str, tuple[Any, Any]] = {
+    "FOLDER": ("FOLDER", None),
+    "--deep": (None, False),
+    "--json": (None, False),
 }
 # The words without dashes go by the name of what they take.
 QUANTIZE_OPTIONS: dict[str, tuple[Any, Any]] = {
@@ -230,6 +260,18 @@ QUANTIZE_OPTIONS: dict[str, tuple[Any, Any]] = {
     "--group-size": ((32, 64, 128), None),
     "--embeddings": (None, False),
     "--lora": ("DIR", None),
+    "--any-base": (None, False),
+}
+ADOPT_OPTIONS: dict[str, tuple[Any, Any]] = {
+    "FOLDER": ("FOLDER", None),
+    "--dry-run": (None, False),
+    "--undo": (None, False),
+    "--out": ("DIR", None),
+    "--bits": ((4, 8), None),
+    "--lora": ("DIR", None),
+    "--any-base": (None, False),
+    "--safetensors": (None, False),
+    "--ptuning": ("DIR", None),
 }
 MERGE_OPTIONS: dict[str, tuple[Any, Any]] = {
     "SRC": ("SRC", None),
@@ -237,6 +279,7 @@ MERGE_OPTIONS: dict[str, tuple[Any, Any]] = {
     "--model": ("SRC", None),
     "--verify": (None, False),
     "--lora": ("DIR", None),
+    "--any-base": (None, False),
     "--format": (("safetensors", "bin"), "safetensors"),
     "--dtype": (("float32", "float16", "bfloat16"), None),
 }
@@ -332,26 +375,38 @@ def test_the_modules_that_scripts_reach_into() -> None:
 
 def test_the_loader_s_signature() -> None:
     expected = {"path": REQUIRED, "bits": None, "device": None, "dtype": None}
-    expected["verify"] = False
+    expected |= {"verify": False, "adapters": None}
     load_model = import_from_package("chatglm.loading").load_model
     assert list(parameters(load_model).items()) == list(expected.items())
 
 
 def test_the_commands_are_frozen() -> None:
     commands = import_from_package("chatglm.cli").COMMANDS
-    assert set(commands) == {"bench", "chat", "merge", "publish", "quantize", "train"}
+    assert set(commands) == {
+        "adopt",
+        "bench",
+        "chat",
+        "check",
+        "data",
+        "merge",
+        "publish",
+        "quantize",
+        "train",
+    }
 
 
 @pytest.mark.parametrize(
     ("module", "expected"),
     [
+        ("adopting.command", ADOPT_OPTIONS),
         ("benching.command", BENCH_OPTIONS),
         ("serving.chat", CHAT_OPTIONS),
+        ("checking.command", CHECK_OPTIONS),
         ("converting.merge", MERGE_OPTIONS),
         ("publishing.publish", PUBLISH_OPTIONS),
         ("converting.quantize", QUANTIZE_OPTIONS),
     ],
-    ids=["bench", "chat", "merge", "publish", "quantize"],
+    ids=["adopt", "bench", "chat", "check", "merge", "publish", "quantize"],
 )
 def test_the_options_of_the_commands_are_frozen(
     module: str, expected: dict[str, tuple[Any, Any]]

@@ -390,13 +390,34 @@ def test_a_checkpoint_answers_a_piped_question(
 
 
 def test_a_dry_run_of_publishing_lists_the_folder(session: Session) -> None:
-    (publishing,) = commands_with("--dry-run")
+    (publishing,) = commands_with(" publish ")
     (quantizing,) = commands_with("../chatglm-mini-int8 --bits")
     session.run_shell(quantizing)
     output = session.run_shell(publishing)
     written = {path.name for path in (session.folder.parent / "chatglm-mini-int8").iterdir()}
+    written.remove("origin.json")  # it has places on this machine
     assert {line.split()[-1] for line in output.splitlines()[: len(written)]} == written
-    assert "left out" not in output and "nothing was sent" in output
+    assert "left out:\n  origin.json  (names places on this machine)\n" in output
+    assert "nothing was sent" in output
+
+
+def test_a_folder_is_adopted_and_comes_back(session: Session) -> None:
+    """And a new folder, and one with a prefix in it, load by themselves."""
+    folder = session.folder.parent / "chatglm-6b"
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    planning, adopting, undoing, copying, joining = commands_with(" adopt ")
+    planned = session.run_shell(planning).splitlines()[:-1]
+    assert planned and {path.name for path in folder.iterdir()} == before.keys()
+    assert session.run_shell(adopting).splitlines()[:-1] == planned
+    AutoModel.from_pretrained(folder, trust_remote_code=True)
+    session.run_shell(undoing)
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+    for command, name in ((copying, "chatglm-6b-new"), (joining, "chatglm-mini-prefix")):
+        session.run_shell(command)
+        new = folder.with_name(name)
+        model = AutoModel.from_pretrained(new, trust_remote_code=True)
+        assert type(model).__module__.startswith("transformers_modules.")
+    assert model.config.pre_seq_len == PREFIX_LENGTH
 
 
 def test_every_command_succeeds(session: Session) -> None:

@@ -31,7 +31,7 @@ COMMANDS = [
     if not line.startswith("pip ")
 ]
 SHORT = ["--max_steps", "2", "--disable_tqdm", "--report_to", "none", "--logging_steps", "1"]
-SMALLER: dict[str, list[str]] = {"eval": [], "ppo": [*SHORT, "--max_new_tokens", "8"]}
+SMALLER: dict[str, list[str]] = {"eval": [], "score": [], "ppo": [*SHORT, "--max_new_tokens", "8"]}
 HAND = [
     ("你好", "你好！", "不"),
     ("hello", "Hello!", "No."),
@@ -58,6 +58,7 @@ def folder(tiny_repo: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
         "pairs": pairs,
         "pairs_held_out": pairs,
         "questions": [{"prompt": q} for q, *_ in HAND],
+        "sampled": [{"prompt": q, "answers": answers} for q, *answers in HAND],
         "texts": [{"text": "The sun rises in the east. 太阳从东边升起。" * 4}],
     }.items():
         write(tmp_path / "data" / f"{name}.jsonl", rows)
@@ -100,8 +101,8 @@ def test_every_command_of_the_page_runs_behind_the_ones_before_it(
         (folder / "out/sft_official").glob("pytorch_model-*.bin")
     )
     assert json.loads((folder / "out/eval_choices/eval.json").read_text())
-    trained = {line.split(" --output ")[1].split()[0] for line in COMMANDS if " train " in line}
-    trained = {name for name in trained if "eval" not in name}
+    runs = [line for line in COMMANDS if re.search(r" train (?!eval|score)", line)]
+    trained = {line.split(" --output ")[1].split()[0] for line in runs}
     assert {str(path.parent) for path in pictures} == trained
     path = max(pictures, key=lambda path: len(set().union(*pictures[path])))
     draw_curves(pictures[path], path)  # the one with the most figures; the others are drawn alike
