@@ -184,6 +184,8 @@ class Parts:
         if not all(is_packed(module) or type(module) is nn.Linear for module in linear):
             return False
         norms = [n for x in self.layers for n in (x.input_layernorm, x.post_attention_layernorm)]
+        if not all(type(norm).__name__ == "LayerNorm" for norm in norms):  # peft may be around it
+            return False
         tensors = [p for module in (*linear, *norms) for p in module._parameters.values()]
         if any(tensor is None for tensor in tensors) or not are_matrices(*tensors):
             return False

@@ -22,8 +22,8 @@ from peft import PeftModel
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
+from chatglm.data.records import Record
 from chatglm.training.data.batches import PaddingCollator
-from chatglm.training.data.records import Record
 from chatglm.training.data.rendering import IGNORED_LABEL, Renderer
 from recipes.mini.corpus import load_dialogues, open_gaps, split_dialogues
 from recipes.mini.evaluation import draw_new_sums, numbers_of, pick_untaught

@@ -15,8 +15,9 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from chatglm.data.dialects import read_prompts
+from chatglm.data.files import RecordFiles
 from chatglm.training.data.batches import pad_rows
-from chatglm.training.data.records import RecordFiles, read_prompts
 from chatglm.training.data.rendering import Renderer
 from recipes.mini.preferences import write_rows
 
@@ -70,6 +71,7 @@ def find_wrong(model: Any, tokenizer: Any, records: Sequence[Any]) -> Iterator[d
             yield {
                 "prompt": record.query,
                 "history": [list(pair) for pair in record.history],
+                **({"system": record.system} if record.system else {}),
                 "chosen": record.answer,
                 "rejected": answer,
                 "kind": "own",
