@@ -26,7 +26,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from .cache_chatglm import ChatGLMCache, KeyValues, extend_cache
 
-# Not used here, as two more below: transformers copies the files that this one imports, not theirs.
+# Not used here, as three more below: transformers copies the files that this one imports, not theirs.
 from .checkpoint_chatglm import StoredTensor  # noqa: F401
 from .configuration_chatglm import ROTARY_BASE, ChatGLMConfig, RopeScaling, WeightFormat
 from .conversation_chatglm import ChatMixin
@@ -52,6 +52,7 @@ from .quantization import is_packed
 from .quantization_cuda import find_kernels  # noqa: F401
 from .quantization_torch import find_int8_product  # noqa: F401
 from .quantizer_chatglm import QuantizationMixin, QuantizedLoadingMixin, note_ties, swap_layers
+from .rows_chatglm import Row  # noqa: F401
 from .scoring_chatglm import ScoringMixin, shift_labels, watch_labels
 
 # Of the released weights; the original code uses this number for a model of any depth.
@@ -109,8 +110,7 @@ class PrefixTable(nn.Embedding):
 class PrefixEncoder(nn.Module):
     """The states of a P-Tuning v2 prefix, trained keys and values before every layer's own.
 
-    A table, with `prefix_projection` behind a two-layer network. Source:
-    https://arxiv.org/abs/2110.07602.
+    A table, or one behind a two-layer network. Source: https://arxiv.org/abs/2110.07602.
     """
 
     def __init__(self, config: ChatGLMConfig, pre_seq_len: int) -> None:
