@@ -433,7 +433,7 @@ def _pop_window(options: dict[str, Any]) -> dict[str, Any]:
 
 
 class RopeScaling(NamedTuple):
-    """How rotary positions reach beyond the trained ones (`masking_chatglm.slow_rotation`).
+    """How rotary positions reach beyond the trained ones (`rotary_chatglm.slow_rotation`).
 
     Attributes:
         rope_type: "linear" or "dynamic".

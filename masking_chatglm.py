@@ -259,60 +259,6 @@ def build_document_geometry(
     return Geometry(position_ids, hidden_mask)
 
 
-def measure_lengths(position_ids: Tensor, past_key_values: Any) -> Tensor:
-    """Return how many positions of each axis every row has come to, `(B, P)`.
-
-    The first axis goes back to the blank behind a prompt, whose keys were turned for all of it: a
-    cache is told how far that was. (The block position only grows.)
-
-    Args:
-        position_ids: `(B, P, S)`, of the new tokens.
-        past_key_values: a cache, or None.
-    """
-    lengths = position_ids.amax(dim=-1) + 1
-    if past_key_values is None:
-        return lengths
-    noted: Any = getattr(past_key_values, "noted_length", None)  # (B,)
-    # A compiled step cannot ask, and follows a prompt that was not compiled.
-    has_past = torch.compiler.is_compiling() or count_cached_columns(past_key_values) > 0
-    if has_past and noted is not None and noted.shape == lengths.shape[:1]:
-        lengths[:, 0] = lengths[:, 0].maximum(noted.to(lengths))
-    past_key_values.noted_length = lengths[:, 0]
-    return lengths
-
-
-def slow_rotation(
-    frequencies: Tensor, position_ids: Tensor, scaling: Any, past_key_values: Any
-) -> Tensor:
-    """Slow rotary frequencies down so that a row's positions stay in what was trained.
-
-    "linear" divides those of the first axis by the factor, whatever the length: prompts are what
-    grows. "dynamic" leaves them as they are up to the trained length, and slows an axis that is
-    longer, the less the faster a frequency is (NTK); so does "linear" with the block position,
-    which is short in nearly all answers. A row's company in the batch does not matter. Keys in a
-    cache stay as they were turned: a prompt's are all turned alike, and only an answer that grows
-    beyond the trained length has older ones.
-
-    Args:
-        frequencies: `(F,)`, radians a position, the fastest first.
-        position_ids: `(B, P, S)`, of the new tokens.
-        scaling: a `RopeScaling`, or None to change nothing.
-        past_key_values: as for `measure_lengths`.
-
-    Returns:
-        `(B, P, 1, F)`, or the frequencies as they are.
-    """
-    if scaling is None:
-        return frequencies
-    lengths = measure_lengths(position_ids, past_key_values)
-    stretch = scaling.factor * lengths / scaling.trained_length - (scaling.factor - 1)
-    shares = torch.linspace(0, 1, frequencies.numel(), device=frequencies.device)
-    slowed = frequencies / stretch.clamp(min=1)[..., None, None] ** shares  # (B, P, 1, F)
-    if scaling.rope_type == "linear":
-        slowed[:, 0] = frequencies / scaling.factor
-    return slowed
-
-
 def find_last_columns(attention_mask: Tensor | None, scores: Tensor) -> Tensor:
     """Return the column of each row's last real token, `(B,)`; the last column if all are pads.
 

@@ -1,10 +1,10 @@
 """The ChatGLM network: modules only, leaves first.
 
-Owns the blocks, the rotation by positions, the P-Tuning v2 prefix, the heads and their losses.
-Knows nothing of text; where a token stands and what it sees comes from `masking_chatglm`, tokens
-from `generation_chatglm`, talk and scores from `conversation_chatglm` and `scoring_chatglm`, packed
-weights from `quantization` and `quantizer_chatglm`. What is decorated here has a faster twin on a
-CPU (`environment_chatglm`); the model is the code below.
+Owns the blocks, the P-Tuning v2 prefix, the heads and their losses. Knows nothing of text; where a
+token stands and what it sees comes from `masking_chatglm`, what turns it from `rotary_chatglm`,
+tokens from `generation_chatglm` and `rows_chatglm`, talk and scores from `conversation_chatglm` and
+`scoring_chatglm`, packed weights from `quantization` and `quantizer_chatglm`. What is decorated here
+has a faster twin on a CPU (`environment_chatglm`); the model is the code below.
 
 Shapes: `B` batch, `S` new tokens, `K` keys (past, new and prefix), `N` heads, `D` head dim,
 `H` hidden, `P` position axes, `L` layers, `V` vocabulary.
@@ -26,9 +26,9 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from .cache_chatglm import ChatGLMCache, KeyValues, extend_cache
 
-# Not used here, as three more below: transformers copies the files that this one imports, not theirs.
+# Not used here, as three more below: transformers copies the files that this one imports alone.
 from .checkpoint_chatglm import StoredTensor  # noqa: F401
-from .configuration_chatglm import ROTARY_BASE, ChatGLMConfig, RopeScaling, WeightFormat
+from .configuration_chatglm import ChatGLMConfig, WeightFormat
 from .conversation_chatglm import ChatMixin
 from .environment_chatglm import (
     CACHE_NAME,
@@ -46,61 +46,18 @@ from .masking_chatglm import (
     find_static_columns,
     locate,
     select_positions,
-    slow_rotation,
 )
 from .quantization import is_packed
 from .quantization_cuda import find_kernels  # noqa: F401
 from .quantization_torch import find_int8_product  # noqa: F401
 from .quantizer_chatglm import QuantizationMixin, QuantizedLoadingMixin, note_ties, swap_layers
+from .rotary_chatglm import RotaryEmbedding, apply_rotary
 from .rows_chatglm import Row  # noqa: F401
 from .scoring_chatglm import ScoringMixin, shift_labels, watch_labels
 
 # Of the released weights; the original code uses this number for a model of any depth.
 RESIDUAL_LAYERS = 28
 PREFIX_DROPOUT = 0.1
-
-
-class RotaryEmbedding(nn.Module):
-    """The cosines and sines of positions; each of the axes owns `D / P` of a head's dimensions."""
-
-    def __init__(self, config: ChatGLMConfig) -> None:
-        super().__init__()
-        self.rotary_dim = config.head_dim // config.num_positions
-        self.scaling = RopeScaling.of_config(config)
-
-    def forward(
-        self, position_ids: Tensor, dtype: torch.dtype, past_key_values: Any = None
-    ) -> tuple[Tensor, Tensor]:
-        """Return cosines and sines, each `(B, 1, P, S, D / P)`, for `position_ids` `(B, P, S)`."""
-        exponents = torch.arange(0, self.rotary_dim, 2, device=position_ids.device).float()
-        # Frequencies were half in training; half angles would be off by 0.5 rad at position 2047.
-        frequencies = (1.0 / ROTARY_BASE ** (exponents / self.rotary_dim)).half().float()
-        frequencies = slow_rotation(frequencies, position_ids, self.scaling, past_key_values)
-        angles = position_ids.unsqueeze(-1).float() * frequencies  # (B, P, S, D/2P)
-        angles = torch.cat((angles, angles), dim=-1).unsqueeze(1)  # (B, 1, P, S, D/P)
-        return angles.cos().to(dtype), angles.sin().to(dtype)
-
-
-def rotate_half(states: Tensor) -> Tensor:
-    """Map the two halves (a, b) of the last dimension to (-b, a)."""
-    first, second = states.chunk(2, dim=-1)
-    return torch.cat((-second, first), dim=-1)
-
-
-def apply_rotary(states: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotate queries or keys by all of their positions.
-
-    With two axes the first half of every head turns with the token's position, the second half
-    with its block position, which is 0 (no turn) over the context.
-
-    Args:
-        states: `(B, N, S, D)`.
-        cos, sin: `(B, 1, P, S, D / P)`.
-    """
-    num_positions = cos.shape[2]
-    parts = states.unflatten(-1, (num_positions, -1)).transpose(2, 3)  # (B, N, P, S, D/P)
-    rotated = parts * cos + rotate_half(parts) * sin
-    return rotated.transpose(2, 3).flatten(-2)  # (B, N, S, D)
 
 
 class PrefixTable(nn.Embedding):

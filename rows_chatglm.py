@@ -1,8 +1,8 @@
 """Rows: answers that are decoded side by side, each as if it were alone.
 
-Owns what a row is, how its prompt is read, and a step of many rows. Nothing is padded or masked, and
-nothing is copied when rows join or leave. Knows nothing of text, and of draws: who decodes appends the
-tokens.
+Owns what a row is, how its prompt is read, and a step of many rows. Nothing is padded or masked,
+and nothing is copied when rows join or leave. Knows nothing of text, and of draws: who decodes
+appends the tokens.
 
 Shapes: `N` rows, `S` pending tokens of all rows together, `V` vocabulary.
 """
@@ -21,8 +21,8 @@ class Row:
     """A prompt and its answer so far.
 
     Attributes:
-        input_ids: all tokens, of the prompt and the answer. Those behind the cached ones are pending:
-            the next step reads them.
+        input_ids: all tokens, of the prompt and the answer. Those behind the cached ones are
+            pending: the next step reads them.
         cache: keys and values of the others, of one row.
         prompt_length: tokens of the prompt.
     """

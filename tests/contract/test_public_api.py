@@ -109,6 +109,7 @@ PUBLIC_NAMES = {
         "find_int4_block_rows",
         "find_int8_product",
     },
+    "rotary_chatglm": {"RotaryEmbedding", "apply_rotary"},
     "rows_chatglm": {"PromptReading", "Row", "decode_rows", "read_prompt"},
     "scoring_chatglm": {
         "AnswerScores",

@@ -3,7 +3,7 @@
 import pytest
 import torch
 from chatglm_6b.configuration_chatglm import ChatGLMConfig
-from chatglm_6b.modeling_chatglm import RotaryEmbedding, apply_rotary
+from chatglm_6b.rotary_chatglm import RotaryEmbedding, apply_rotary
 from golden_model import find_golden, load_arrays
 
 LATE = find_golden("model_late")

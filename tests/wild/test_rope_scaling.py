@@ -9,7 +9,8 @@ import pytest
 import torch
 from chatglm_6b.configuration_chatglm import ChatGLMConfig
 from chatglm_6b.environment_chatglm import kernels_off
-from chatglm_6b.modeling_chatglm import ChatGLMForConditionalGeneration, RotaryEmbedding
+from chatglm_6b.modeling_chatglm import ChatGLMForConditionalGeneration
+from chatglm_6b.rotary_chatglm import RotaryEmbedding
 from conftest import TINY, build_model, import_from_package
 from transformers import AutoConfig, LlamaConfig, StaticCache
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
