@@ -1,10 +1,10 @@
 """The ChatGLM network: modules only, leaves first.
 
-Owns the blocks, the P-Tuning v2 prefix, the heads and their losses. Knows nothing of text; where a
+Owns the blocks, the P-Tuning v2 prefix, the heads and their losses. Knows nothing of text. Where a
 token stands and what it sees comes from `masking_chatglm`, what turns it from `rotary_chatglm`,
 tokens from `generation_chatglm` and `rows_chatglm`, talk and scores from `conversation_chatglm` and
-`scoring_chatglm`, packed weights from `quantization` and `quantizer_chatglm`. What is decorated here
-has a faster twin on a CPU (`environment_chatglm`); the model is the code below.
+`scoring_chatglm`, packed weights from `quantization` and `quantizer_chatglm`. What is decorated
+here has a faster twin on a CPU (`environment_chatglm`); the model is the code below.
 
 Shapes: `B` batch, `S` new tokens, `K` keys (past, new and prefix), `N` heads, `D` head dim,
 `H` hidden, `P` position axes, `L` layers, `V` vocabulary.
