@@ -27,7 +27,17 @@ from chatglm_6b.quantization import (
 from conftest import ROOT, forget_kernels
 from torch import Tensor, nn
 
-from chatglm.cpu import attention, fast_products, float_products, gemm, gemv, linear, rounding
+from chatglm.cpu import (
+    attention,
+    fast_products,
+    float_linear,
+    float_products,
+    gemm,
+    gemv,
+    linear,
+    products,
+    rounding,
+)
 from chatglm.cpu import compiler as compiling
 from chatglm.cpu import runtime as running
 from chatglm.cpu.compiler import Compiler
@@ -123,7 +133,7 @@ def played(dot: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Let kernels be those of a processor with this way of multiplying bytes."""
     compiler, find_kernel = find_tools(dot)
     forget_kernels(monkeypatch)
-    for module in (compiling, linear):
+    for module in (compiling, linear, float_linear):
         monkeypatch.setattr(module, "find_compiler", lambda: compiler)
         monkeypatch.setattr(module, "find_kernel", find_kernel)
 
@@ -315,7 +325,7 @@ def test_zeros_and_the_smallest_and_largest_numbers(
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
 @pytest.mark.parametrize("extra", [0, 1, linear.PANEL_TOKENS + 1])
 def test_a_long_prompt_is_multiplied_part_by_part(extra: int, dtype: torch.dtype) -> None:
-    size = linear.PART_TOKENS
+    size = products.PART_TOKENS
     few, weight, scale = make_operands(None, 64)
     states = few.repeat(2 * size // 64 + 1, 1)[: 2 * size + extra].to(dtype)
     states *= torch.linspace(0.5, 2, len(states), dtype=dtype).unsqueeze(1)
@@ -397,12 +407,12 @@ def test_torch_s_defaults_do_not_matter() -> None:
     operands = make_operands(None, 3)
     many = make_operands(None, 9)
     expected = [multiply(*operands, 4), multiply(*operands, 4, "exact"), multiply(*many, 4)]
-    plain = linear.multiply_plain(operands[0][:1], operands[0])
+    plain = float_linear.multiply_plain(operands[0][:1], operands[0])
     try:
         torch.set_default_dtype(torch.float64)
         with torch.device("meta"):
             actual = [multiply(*operands, 4), multiply(*operands, 4, "exact"), multiply(*many, 4)]
-            plain_too = linear.multiply_plain(operands[0][:1], operands[0])
+            plain_too = float_linear.multiply_plain(operands[0][:1], operands[0])
     finally:
         torch.set_default_dtype(SINGLE)
     assert all(map(torch.equal, actual, expected))
@@ -426,7 +436,7 @@ def digest() -> str:
         weight, scale, _ = make_weights(case)
         output = multiply(torch.randn(tokens, 320), weight, scale, bits, activations)
         hashed.update(output.numpy().tobytes())
-    plain = linear.multiply_plain(torch.randn(1, 320), torch.randn(4100, 320))
+    plain = float_linear.multiply_plain(torch.randn(1, 320), torch.randn(4100, 320))
     assert plain is not None
     hashed.update(plain.numpy().tobytes())
     return hashed.hexdigest()
@@ -557,16 +567,16 @@ def test_plain_layers_multiply_few_tokens_by_a_kernel(
     matrix = weight.double()
     for tokens in (1, 2):
         states = torch.randn(tokens, columns).to(dtype)
-        output = linear.multiply_plain(states, weight)
+        output = float_linear.multiply_plain(states, weight)
         assert output is not None and output.dtype == dtype
-        single = linear.multiply_plain(states, weight)
+        single = float_linear.multiply_plain(states, weight)
         assert torch.equal(output, single)
         norms = states.double().norm(dim=1, keepdim=True) * matrix.norm(dim=1)
         true = states.double() @ matrix.T
         error = (output.double() - true).abs()
         assert (error <= 2e-6 * norms + torch.finfo(dtype).eps / 2 * true.abs() * 1.01).all()
     if dtype == torch.float32:
-        assert linear.multiply_plain(torch.randn(3, columns), weight) is None
+        assert float_linear.multiply_plain(torch.randn(3, columns), weight) is None
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
@@ -576,10 +586,10 @@ def test_halves_that_the_cpu_cannot_multiply_are_widened(
 ) -> None:
     torch.manual_seed(2)
     weight, states = torch.randn(rows, 70).to(dtype), torch.randn(3, 5, 70).to(dtype)
-    monkeypatch.setattr(linear, "_multiplies", lambda processor, dtype: True)
-    assert linear.multiply_plain(states, weight) is None
-    monkeypatch.setattr(linear, "_multiplies", lambda processor, dtype: False)
-    output = linear.multiply_plain(states, weight)
+    monkeypatch.setattr(float_linear, "_multiplies", lambda processor, dtype: True)
+    assert float_linear.multiply_plain(states, weight) is None
+    monkeypatch.setattr(float_linear, "_multiplies", lambda processor, dtype: False)
+    output = float_linear.multiply_plain(states, weight)
     assert output is not None and output.shape == (3, 5, rows) and output.dtype == dtype
     true = states.double() @ weight.double().T
     error = (output.double() - true).abs()
@@ -601,7 +611,7 @@ def test_a_cpu_says_which_halves_it_multiplies(
     features: str, dtype: torch.dtype, expected: bool
 ) -> None:
     processor = Processor("any", features, "generic", 4)
-    assert linear._multiplies(processor, dtype) is expected
+    assert float_linear._multiplies(processor, dtype) is expected
 
 
 @pytest.mark.parametrize("has_bias", [True, False])
