@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from chatglm.cpu.compiler import find_compiler, find_kernel
-from chatglm.cpu.float_products import EXACT, ExactTile
+from chatglm.cpu.float_products import FLOATS, SPAN, SPAN_ROWS, FloatTile
 from chatglm.cpu.products import (
     BLOCK_BYTES,
     TYPE_NAMES,
@@ -28,8 +28,11 @@ from chatglm.cpu.products import (
 from chatglm.cpu.runtime import Call
 from chatglm.cpu.writer import Processor
 
-EXACT_TOKENS = 8  # from so many on, torch multiplies in float32
-PLAIN_TOKENS = 2  # beyond, a product of matrices is the faster one
+EXACT_TOKENS = 64  # of more, torch's products are as fast
+# Weight rows of a tile by its tokens: what the registers of 16 and of 8 lanes hold, of which the
+# processors with the former have 32 and some with the latter 16.
+WIDE_TILES = {1: 8, 2: 8, 3: 8, 4: 4, 5: 4, 6: 4}
+NARROW_TILES = {1: 4, 2: 4, 3: 2, 4: 2}
 WIDENED_ROWS = 256  # of a half matrix that are float32 at a time, which the cache holds
 # With which a CPU multiplies halves itself; without, torch widens them, slowly.
 HALF_FEATURES = {
@@ -54,33 +57,48 @@ class ExactProduct(NamedTuple):
 
 @functools.lru_cache(maxsize=4096)
 def plan_exact(sizes: Sizes) -> Product | None:
-    """Few tokens in float32; many are torch's."""
-    if sizes.tokens >= EXACT_TOKENS:
+    """Choose the tile for a product of up to `EXACT_TOKENS` in float32; more are torch's."""
+    if sizes.tokens > EXACT_TOKENS or 0 in (sizes.tokens, sizes.rows, sizes.columns):
         return None
-    tokens = next(count for count in (4, 2, 1) if count <= sizes.tokens)
-    tile = ExactTile(sizes.weights.kind, tokens, sizes.weights.scale_type, sizes.group_size)
-    kernel = find_kernel(EXACT, tile)
+    tile = choose_tile(sizes)
+    kernel = find_kernel(FLOATS, tile)
     if kernel is None:
         return None
-    block_rows = max(1, BLOCK_BYTES // sizes.row_bytes)
+    is_one_tile = tile.tokens == sizes.tokens
+    span = sizes.columns if is_one_tile else SPAN
+    block_rows = max(1, BLOCK_BYTES // sizes.row_bytes) if is_one_tile else SPAN_ROWS
+    block_rows = -(-block_rows // tile.rows) * tile.rows
     blocks = -(-sizes.rows // block_rows)
     call = kernel.prepare(
         sizes.count_threads(blocks),
         blocks=blocks,
         block_rows=block_rows,
+        last_first=max(0, sizes.rows - block_rows),
         rows=sizes.rows,
         columns=sizes.columns,
+        span=span,
         row_bytes=sizes.row_bytes,
         tokens=sizes.tokens,
     )
     return ExactProduct((sizes.tokens, sizes.rows), call)
 
 
+def choose_tile(sizes: Sizes) -> FloatTile:
+    """Return the tile whose sums fill the processor's registers, tokens parted evenly."""
+    weights = sizes.weights
+    limits = WIDE_TILES if weights.processor.lanes == 16 else NARROW_TILES
+    parts = -(-sizes.tokens // max(limits))
+    tokens = -(-sizes.tokens // parts)
+    rows = limits[tokens] if sizes.rows >= limits[tokens] else 1
+    return FloatTile(weights.kind, rows, tokens, weights.scale_type, sizes.group_size, parts > 1)
+
+
 def multiply_plain(input: Tensor, weight: Tensor) -> Tensor | None:
     """Return `input @ weight.T` for a plain weight; None if left to torch.
 
-    One or two tokens have a kernel. More, of halves that the CPU has no product for, are multiplied
-    in float32, a part of the matrix at a time.
+    Up to `EXACT_TOKENS` have one kernel, so that a token's product does not depend on how many
+    there are. More, of halves that the CPU has no product for, are multiplied in float32, a part of
+    the matrix at a time.
 
     Args:
         input: `(..., I)`, of the weight's dtype.
@@ -91,7 +109,7 @@ def multiply_plain(input: Tensor, weight: Tensor) -> Tensor | None:
         return None
     if not are_matrices(weight) or input.shape[-1:] != weight.shape[1:]:
         return None
-    if input.numel() > PLAIN_TOKENS * weight.shape[1]:
+    if input.numel() > EXACT_TOKENS * weight.shape[1]:
         is_slow = is_plain(input) and not _multiplies(compiler.processor, weight.dtype)
         return _multiply_widened(input, weight) if is_slow else None
     weights = Weights(compiler.processor, weight_type)
