@@ -7,7 +7,8 @@ to plain torch. `SEAM_VERSION` counts the changes of what they take.
     writer, compiler, kernel_cache, runtime     LLVM code: written, compiled, kept, run on threads
     rounding, gemv, gemm, float_products        kernels of products
     attention, elementwise, step_graph          the other kernels, and a whole step as one call
-    linear, decoding_step, memory               which of them computes what
+    products                                    what every product is chosen by
+    float_linear, linear, decoding_step, memory which of them computes what
 """
 
 from chatglm.cpu.attention import attend

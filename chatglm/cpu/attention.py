@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from chatglm.cpu.compiler import find_kernel
-from chatglm.cpu.linear import TYPE_NAMES, is_plain, wants_graph
+from chatglm.cpu.products import TYPE_NAMES, is_plain, wants_graph
 from chatglm.cpu.runtime import Call, Kernel, count_threads
 from chatglm.cpu.writer import KernelSource, KernelWriter
 

@@ -20,18 +20,9 @@ from torch import Tensor, nn
 from chatglm.cpu.attention import STEP, STEP_ATTENTION, HeadShape, fits_mask
 from chatglm.cpu.compiler import find_compiler, find_kernel
 from chatglm.cpu.elementwise import BIAS, GELU, NORM, Width
-from chatglm.cpu.linear import (
-    PANEL_TOKENS,
-    TYPE_NAMES,
-    ExactProduct,
-    RoundedProduct,
-    Sizes,
-    Weights,
-    are_matrices,
-    is_plain,
-    plan_product,
-    wants_graph,
-)
+from chatglm.cpu.float_linear import ExactProduct
+from chatglm.cpu.linear import PANEL_TOKENS, RoundedProduct, plan_product
+from chatglm.cpu.products import TYPE_NAMES, Sizes, Weights, are_matrices, is_plain, wants_graph
 from chatglm.cpu.runtime import Call
 from chatglm.cpu.step_graph import StepGraph, can_run
 

@@ -15,97 +15,33 @@ import functools
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from chatglm.cpu.compiler import find_compiler, find_kernel
-from chatglm.cpu.float_products import EXACT, ExactTile
+from chatglm.cpu.float_linear import multiply_plain, plan_exact
 from chatglm.cpu.gemm import PANELS, PanelTile
 from chatglm.cpu.gemv import DOTS, DotTile
+from chatglm.cpu.products import (
+    BLOCK_BYTES,
+    TYPE_NAMES,
+    Product,
+    Sizes,
+    Weights,
+    are_matrices,
+    multiply,
+    wants_graph,
+)
 from chatglm.cpu.rounding import ROUNDING, Layout
 from chatglm.cpu.runtime import Call, count_threads
 from chatglm.cpu.writer import Processor
 
 PANEL_TOKENS = 8  # from so many tokens on, weights are unpacked first
 PANEL_SPAN = 512  # columns that share a scale there
-PLAIN_TOKENS = 2  # beyond, a product of matrices is the faster one
-WIDENED_ROWS = 256  # of a half matrix that are float32 at a time, which the cache holds
-# With which a CPU multiplies halves itself; without, torch widens them, slowly.
-HALF_FEATURES = {
-    torch.bfloat16: ("+avx512bf16", "+amx-bf16", "+bf16"),
-    torch.float16: ("+avx512fp16", "+amx-fp16", "+fullfp16"),
-}
-BLOCK_BYTES = 2**16  # of weights that a thread takes at a time
-PART_TOKENS = 512  # of a long prompt at once, whose float32 sums would be the most that is held
 LONG_ROW = 8192  # columns from which rounded rows leave the first cache
-TYPE_NAMES = {torch.float32: "f32", torch.float16: "f16", torch.bfloat16: "bf16"}
-
-
-class Weights(NamedTuple):
-    """How a matrix of weights is stored.
-
-    Attributes:
-        processor: the CPU that reads it.
-        kind: "i4", "i8", "f32", "f16" or "bf16".
-        scale_type: "f32" or "f16".
-        groups: G, or None for a scale per row.
-    """
-
-    processor: Processor
-    kind: str
-    scale_type: str = "f32"
-    groups: int | None = None
-
-
-class Sizes(NamedTuple):
-    """What a product's kernel and its way of working are chosen by.
-
-    Attributes:
-        weights: how they are stored.
-        tokens, rows, columns, row_bytes: T, O, I and the bytes of a weight row.
-        threads: torch's.
-    """
-
-    weights: Weights
-    tokens: int
-    rows: int
-    columns: int
-    row_bytes: int
-    threads: int
-
-    @property
-    def group_size(self) -> int | None:
-        """Columns that share a weight scale."""
-        groups = self.weights.groups
-        return None if groups is None else self.columns // groups
-
-    def lay_out(self, chunks: int, whole: bool) -> Layout:
-        """Return a layout for the rounded input."""
-        return Layout(self.weights.processor, int(self.weights.kind[1:]), chunks, whole)
-
-    def count_threads(self, blocks: int) -> int:
-        """Return the threads for so many blocks of the weights."""
-        return count_threads(blocks, self.rows * self.row_bytes)
-
-
-class Product(Protocol):
-    """A product that is ready to be computed again and again."""
-
-    def run(self, input: Tensor, weight: int, scale: int, output: Tensor | None = None) -> Tensor:
-        """Multiply float32 `(T, I)` with the weights that stand somewhere.
-
-        Args:
-            input: `(T, I)`, contiguous.
-            weight, scale: addresses.
-            output: what an earlier run returned, to be written again; None makes it anew.
-
-        Returns:
-            float32, whose first T rows and O columns are the product; the rest is padding.
-        """
-        ...
 
 
 class RoundedProduct:
@@ -148,27 +84,13 @@ class RoundedProduct:
         return output
 
 
-class ExactProduct(NamedTuple):
-    """A product of float32 numbers with the weights' exact values."""
-
-    shape: tuple[int, int]
-    call: Call
-
-    def run(self, input: Tensor, weight: int, scale: int, output: Tensor | None = None) -> Tensor:
-        """Multiply."""
-        if output is None:
-            output = torch.empty(self.shape, dtype=torch.float32, device="cpu")
-        self.call.run(weight=weight, scale=scale, input=input.data_ptr(), output=output.data_ptr())
-        return output
-
-
 @functools.lru_cache(maxsize=4096)
 def plan_product(sizes: Sizes, activations: str) -> Product | None:
     """Choose how to compute a product; None to leave it to torch."""
     if sizes.columns == 0 or sizes.rows == 0 or sizes.tokens == 0:
         return None
     if activations == "exact":
-        return _plan_exact(sizes)
+        return plan_exact(sizes)
     if sizes.tokens >= PANEL_TOKENS and sizes.weights.groups is None:
         return _plan_panels(sizes)
     return _plan_dots(sizes)
@@ -224,29 +146,6 @@ def _plan_panels(sizes: Sizes) -> Product | None:
     return RoundedProduct(sizes, layout, tile.tokens, call, blocks * tile.rows)
 
 
-def _plan_exact(sizes: Sizes) -> Product | None:
-    """Few tokens in float32; many are torch's."""
-    if sizes.tokens >= PANEL_TOKENS:
-        return None
-    tokens = next(count for count in (4, 2, 1) if count <= sizes.tokens)
-    tile = ExactTile(sizes.weights.kind, tokens, sizes.weights.scale_type, sizes.group_size)
-    kernel = find_kernel(EXACT, tile)
-    if kernel is None:
-        return None
-    block_rows = max(1, BLOCK_BYTES // sizes.row_bytes)
-    blocks = -(-sizes.rows // block_rows)
-    call = kernel.prepare(
-        sizes.count_threads(blocks),
-        blocks=blocks,
-        block_rows=block_rows,
-        rows=sizes.rows,
-        columns=sizes.columns,
-        row_bytes=sizes.row_bytes,
-        tokens=sizes.tokens,
-    )
-    return ExactProduct((sizes.tokens, sizes.rows), call)
-
-
 class CpuKernels(NamedTuple):
     """The kernels of this CPU, as `quantization` asks for them."""
 
@@ -276,7 +175,8 @@ class CpuKernels(NamedTuple):
             return None
         groups = None if weight_scale.dim() == 1 else weight_scale.shape[1]
         weights = Weights(self.processor, f"i{bits}", scale_type, groups)
-        return _multiply(input, weights, weight, weight_scale.data_ptr(), activations)
+        plan = functools.partial(plan_product, activations=activations)
+        return multiply(input, weights, weight, weight_scale.data_ptr(), plan)
 
     def dequantize(
         self, weight: Tensor, weight_scale: Tensor, bits: int, dtype: torch.dtype
@@ -289,104 +189,6 @@ def find_kernels() -> CpuKernels | None:
     """Return the kernels of this CPU; None if they cannot be made, and the log says why."""
     compiler = find_compiler()
     return None if compiler is None else CpuKernels(compiler.processor)
-
-
-def multiply_plain(input: Tensor, weight: Tensor) -> Tensor | None:
-    """Return `input @ weight.T` for a plain weight; None if left to torch.
-
-    One or two tokens have a kernel. More, of halves that the CPU has no product for, are multiplied
-    in float32, a part of the matrix at a time.
-
-    Args:
-        input: `(..., I)`, of the weight's dtype.
-        weight: `(O, I)`, float32, float16 or bfloat16.
-    """
-    compiler, weight_type = find_compiler(), TYPE_NAMES.get(weight.dtype)
-    if compiler is None or weight_type is None or input.dtype != weight.dtype:
-        return None
-    if not are_matrices(weight) or input.shape[-1:] != weight.shape[1:]:
-        return None
-    if input.numel() > PLAIN_TOKENS * weight.shape[1]:
-        is_slow = is_plain(input) and not _multiplies(compiler.processor, weight.dtype)
-        return _multiply_widened(input, weight) if is_slow else None
-    return _multiply(input, Weights(compiler.processor, weight_type), weight, 0, "exact")
-
-
-@functools.cache
-def _multiplies(processor: Processor, dtype: torch.dtype) -> bool:
-    """Tell whether a CPU has a product of such numbers, which torch then uses."""
-    wanted = HALF_FEATURES.get(dtype)
-    return wanted is None or not set(wanted).isdisjoint(processor.features.split(","))
-
-
-def _multiply_widened(input: Tensor, weight: Tensor) -> Tensor:
-    """Multiply halves in float32, and round the sums once."""
-    rows = input.detach().reshape(-1, input.shape[-1]).float()
-    output = input.new_empty(rows.shape[0], weight.shape[0])
-    for start in range(0, weight.shape[0], WIDENED_ROWS):
-        part = weight.detach()[start : start + WIDENED_ROWS].float()
-        output[:, start : start + WIDENED_ROWS] = rows @ part.T
-    return output.view(*input.shape[:-1], -1)
-
-
-def _multiply(
-    input: Tensor, weights: Weights, weight: Tensor, scale: int, activations: str
-) -> Tensor | None:
-    """Look up how a product is computed, and compute it."""
-    if type(input) is not Tensor or input.dtype not in TYPE_NAMES or input.device.type != "cpu":
-        return None
-    if torch.is_autocast_enabled("cpu"):  # which has its own idea of the output's dtype
-        return None
-    rows = input.detach().reshape(-1, input.shape[-1])
-    features, row_bytes = weight.shape[0], weight.stride(0) * weight.element_size()
-    sizes = Sizes(
-        weights, rows.shape[0], features, rows.shape[1], row_bytes, torch.get_num_threads()
-    )
-    if sizes.tokens > PART_TOKENS:
-        output = _multiply_parts(rows, sizes, weight.data_ptr(), scale, activations)
-    else:
-        product = plan_product(sizes, activations)
-        if product is None:
-            return None
-        output = product.run(rows.float().contiguous(), weight.data_ptr(), scale)
-        if output.shape != (sizes.tokens, features):
-            output = output[: sizes.tokens, :features].contiguous()
-        output = output.to(input.dtype)
-    return None if output is None else output.view(*input.shape[:-1], features)
-
-
-def _multiply_parts(
-    rows: Tensor, sizes: Sizes, weight: int, scale: int, activations: str
-) -> Tensor | None:
-    """Multiply a long prompt part by part, in memory that all but the last one share."""
-    output = rows.new_empty(sizes.tokens, sizes.rows)
-    sums: Tensor | None = None
-    for part, place in zip(rows.split(PART_TOKENS), output.split(PART_TOKENS)):
-        product = plan_product(sizes._replace(tokens=len(part)), activations)
-        if product is None:
-            return None
-        if len(part) < PART_TOKENS:
-            sums = None
-        sums = product.run(part.float().contiguous(), weight, scale, sums)
-        place.copy_(sums[: len(part), : sizes.rows])
-    return output
-
-
-def are_matrices(*tensors: Tensor) -> bool:
-    """Tell whether tensors are memory that a kernel can read, row after row."""
-    return all(is_plain(tensor) and tensor.is_contiguous() for tensor in tensors)
-
-
-def is_plain(tensor: Tensor) -> bool:
-    """Tell whether a tensor is memory that a kernel can read."""
-    return type(tensor) in (Tensor, nn.Parameter) and tensor.device.type == "cpu"
-
-
-def wants_graph(*tensors: Tensor) -> bool:
-    """Tell whether torch has to see the operations, to differentiate, compile or cast them."""
-    if torch.compiler.is_compiling() or torch.is_autocast_enabled("cpu"):
-        return True
-    return torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
 
 
 class FastProducts(TorchFunctionMode):

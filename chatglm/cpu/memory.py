@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from chatglm.cpu.linear import wants_graph
+from chatglm.cpu.products import wants_graph
 
 PART_TOKENS = 512  # of a prompt at once in layers that are four times as wide as the others
 

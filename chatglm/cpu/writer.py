@@ -278,8 +278,11 @@ class KernelWriter:
     # -- control --------------------------------------------------------------------------------
 
     @contextmanager
-    def loop(self, start: Any, stop: Any, step: int = 1) -> Iterator[Any]:
-        """Repeat what is written inside for every index from start up to stop."""
+    def loop(self, start: Any, stop: Any, step: Any = 1) -> Iterator[Any]:
+        """Repeat what is written inside for every index from start up to stop.
+
+        The step is a Python number, or one that stands in a slot.
+        """
         builder, append = self.builder, self.function.append_basic_block
         before, head, body, after = builder.block, append(), append(), append()
         builder.branch(head)
@@ -289,7 +292,7 @@ class KernelWriter:
         builder.cbranch(builder.icmp_signed("<", index, stop), body, after)
         builder.position_at_end(body)
         yield index
-        index.add_incoming(builder.add(index, self.i64(step)), builder.block)
+        index.add_incoming(self.add(index, step), builder.block)
         builder.branch(head)
         builder.position_at_end(after)
 

@@ -27,7 +27,17 @@ from chatglm_6b.quantization import (
 from conftest import ROOT, forget_kernels
 from torch import Tensor, nn
 
-from chatglm.cpu import attention, fast_products, float_products, gemm, gemv, linear, rounding
+from chatglm.cpu import (
+    attention,
+    fast_products,
+    float_linear,
+    float_products,
+    gemm,
+    gemv,
+    linear,
+    products,
+    rounding,
+)
 from chatglm.cpu import compiler as compiling
 from chatglm.cpu import runtime as running
 from chatglm.cpu.compiler import Compiler
@@ -123,7 +133,7 @@ def played(dot: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Let kernels be those of a processor with this way of multiplying bytes."""
     compiler, find_kernel = find_tools(dot)
     forget_kernels(monkeypatch)
-    for module in (compiling, linear):
+    for module in (compiling, linear, float_linear):
         monkeypatch.setattr(module, "find_compiler", lambda: compiler)
         monkeypatch.setattr(module, "find_kernel", find_kernel)
 
@@ -246,8 +256,7 @@ def test_every_byte_in_every_column(bits: int, activations: str) -> None:
     columns = 256 * 8 // bits
     scale = torch.ones(len(weight), dtype=HALF)
     output = [
-        multiply(states, weight, scale, bits, activations)
-        for states in torch.eye(columns).split(4 if activations == "exact" else 7)
+        multiply(states, weight, scale, bits, activations) for states in torch.eye(columns).split(7)
     ]
     matrix = dequantize_weight(weight, scale, bits, SINGLE)
     torch.testing.assert_close(torch.cat(output).T, matrix, rtol=1e-6, atol=0)
@@ -315,7 +324,7 @@ def test_zeros_and_the_smallest_and_largest_numbers(
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
 @pytest.mark.parametrize("extra", [0, 1, linear.PANEL_TOKENS + 1])
 def test_a_long_prompt_is_multiplied_part_by_part(extra: int, dtype: torch.dtype) -> None:
-    size = linear.PART_TOKENS
+    size = products.PART_TOKENS
     few, weight, scale = make_operands(None, 64)
     states = few.repeat(2 * size // 64 + 1, 1)[: 2 * size + extra].to(dtype)
     states *= torch.linspace(0.5, 2, len(states), dtype=dtype).unsqueeze(1)
@@ -329,7 +338,7 @@ def test_half_inputs_give_the_nearest_halves() -> None:
         states, weight, scale = make_operands(group_size, tokens)
         for dtype in (torch.float16, torch.bfloat16):
             narrow = states.to(dtype)
-            for activations in ACTIVATIONS[: 1 if tokens == 9 else 2]:
+            for activations in ACTIVATIONS:
                 output = multiply(narrow, weight, scale, 4, activations)
                 expected = multiply(narrow.float(), weight, scale, 4, activations)
                 assert output.dtype == dtype
@@ -353,8 +362,6 @@ def misalign(tensor: Tensor) -> Tensor:
 @both_treatments
 @each_kind
 def test_operands_may_stand_anywhere(group_size: int | None, tokens: int, activations: str) -> None:
-    if activations == "exact" and tokens == 9:
-        pytest.skip("torch's")
     operands = make_operands(group_size, tokens)
     expected = multiply(*operands, 4, activations)
     assert torch.equal(multiply(*map(misalign, operands), 4, activations), expected)
@@ -397,12 +404,12 @@ def test_torch_s_defaults_do_not_matter() -> None:
     operands = make_operands(None, 3)
     many = make_operands(None, 9)
     expected = [multiply(*operands, 4), multiply(*operands, 4, "exact"), multiply(*many, 4)]
-    plain = linear.multiply_plain(operands[0][:1], operands[0])
+    plain = float_linear.multiply_plain(operands[0][:1], operands[0])
     try:
         torch.set_default_dtype(torch.float64)
         with torch.device("meta"):
             actual = [multiply(*operands, 4), multiply(*operands, 4, "exact"), multiply(*many, 4)]
-            plain_too = linear.multiply_plain(operands[0][:1], operands[0])
+            plain_too = float_linear.multiply_plain(operands[0][:1], operands[0])
     finally:
         torch.set_default_dtype(SINGLE)
     assert all(map(torch.equal, actual, expected))
@@ -426,7 +433,7 @@ def digest() -> str:
         weight, scale, _ = make_weights(case)
         output = multiply(torch.randn(tokens, 320), weight, scale, bits, activations)
         hashed.update(output.numpy().tobytes())
-    plain = linear.multiply_plain(torch.randn(1, 320), torch.randn(4100, 320))
+    plain = float_linear.multiply_plain(torch.randn(1, 320), torch.randn(4100, 320))
     assert plain is not None
     hashed.update(plain.numpy().tobytes())
     return hashed.hexdigest()
@@ -544,94 +551,6 @@ def refuse(*_: Any, **__: Any) -> None:
     raise AssertionError("a kernel was run")
 
 
-# Plain layers
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
-@pytest.mark.parametrize(("columns", "rows"), [(1, 1), (31, 3), (514, 70)])
-def test_plain_layers_multiply_few_tokens_by_a_kernel(
-    columns: int, rows: int, dtype: torch.dtype
-) -> None:
-    torch.manual_seed(2)
-    weight = place_before_a_wall(torch.randn(rows, columns).to(dtype))
-    matrix = weight.double()
-    for tokens in (1, 2):
-        states = torch.randn(tokens, columns).to(dtype)
-        output = linear.multiply_plain(states, weight)
-        assert output is not None and output.dtype == dtype
-        single = linear.multiply_plain(states, weight)
-        assert torch.equal(output, single)
-        norms = states.double().norm(dim=1, keepdim=True) * matrix.norm(dim=1)
-        true = states.double() @ matrix.T
-        error = (output.double() - true).abs()
-        assert (error <= 2e-6 * norms + torch.finfo(dtype).eps / 2 * true.abs() * 1.01).all()
-    if dtype == torch.float32:
-        assert linear.multiply_plain(torch.randn(3, columns), weight) is None
-
-
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-@pytest.mark.parametrize("rows", [1, 256, 257, 600])
-def test_halves_that_the_cpu_cannot_multiply_are_widened(
-    rows: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    torch.manual_seed(2)
-    weight, states = torch.randn(rows, 70).to(dtype), torch.randn(3, 5, 70).to(dtype)
-    monkeypatch.setattr(linear, "_multiplies", lambda processor, dtype: True)
-    assert linear.multiply_plain(states, weight) is None
-    monkeypatch.setattr(linear, "_multiplies", lambda processor, dtype: False)
-    output = linear.multiply_plain(states, weight)
-    assert output is not None and output.shape == (3, 5, rows) and output.dtype == dtype
-    true = states.double() @ weight.double().T
-    error = (output.double() - true).abs()
-    sizes = states.double().norm(dim=-1, keepdim=True) * weight.double().norm(dim=1)
-    assert (error <= 2e-6 * sizes + torch.finfo(dtype).eps / 2 * true.abs() * 1.01).all()
-
-
-@pytest.mark.parametrize(
-    ("features", "dtype", "expected"),
-    [
-        ("+avx512f,+avx512bf16", torch.bfloat16, True),
-        ("+avx512f,+avx512bf16", torch.float16, False),
-        ("+avx512f,-avx512bf16", torch.bfloat16, False),
-        ("+amx-fp16", torch.float16, True),
-        ("", torch.float32, True),
-    ],
-)
-def test_a_cpu_says_which_halves_it_multiplies(
-    features: str, dtype: torch.dtype, expected: bool
-) -> None:
-    processor = Processor("any", features, "generic", 4)
-    assert linear._multiplies(processor, dtype) is expected
-
-
-@pytest.mark.parametrize("has_bias", [True, False])
-def test_plain_layers_are_torch_s_but_for_a_few_tokens(
-    has_bias: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    runs: list[int] = []
-    run = running.run_on_threads
-
-    def note(*arguments: int) -> None:
-        runs.append(1)
-        run(*arguments)
-
-    monkeypatch.setattr(running, "run_on_threads", note)
-    layer = nn.Linear(COLUMNS, ROWS, has_bias)
-    for shape, num_runs in (((1, 1), 1), ((2, 1), 1), ((1, 2), 1), ((3, 1), 0), ((1, 40), 0)):
-        states = torch.randn(*shape, COLUMNS)
-        with torch.no_grad(), fast_products():
-            output = layer(states)
-        assert len(runs) == num_runs, shape
-        torch.testing.assert_close(output, layer(states))
-        with fast_products():
-            assert layer(states).requires_grad
-        assert len(runs) == num_runs  # a graph is torch's
-        runs.clear()
-    with torch.no_grad(), fast_products():
-        double = layer.double()(torch.randn(1, COLUMNS, dtype=torch.float64))
-    assert double.dtype == torch.float64 and not runs
-
-
 # Other machines
 
 
@@ -644,7 +563,8 @@ def list_kernels(processor: Processor) -> list[tuple[Any, Any]]:
         (rounding.ROUNDING, row),
         (gemv.DOTS, gemv.DotTile(row, 1, 1, "f16", 32)),
         (gemm.PANELS, gemm.PanelTile(panel, 8, "f16")),
-        (float_products.EXACT, float_products.ExactTile("f16", 1)),
+        (float_products.FLOATS, float_products.FloatTile("f16", 1, 1)),
+        (float_products.FLOATS, float_products.FloatTile("f16", 2, 4, is_widened=True)),
         (attention.STEP_ATTENTION, attention.HeadShape(64, "f16", True, 2)),
     ]
 
