@@ -9,7 +9,7 @@ many rows and tokens are multiplied at once, or which columns before others, cha
 
 from typing import Any, NamedTuple
 
-from chatglm.cpu.gemv import load_scale
+from chatglm.cpu.dots import load_scale
 from chatglm.cpu.rounding import GROUP
 from chatglm.cpu.writer import KernelSource, KernelWriter
 

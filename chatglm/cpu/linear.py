@@ -23,8 +23,7 @@ from torch.overrides import TorchFunctionMode
 
 from chatglm.cpu.compiler import find_compiler, find_kernel
 from chatglm.cpu.float_linear import multiply_plain, plan_exact
-from chatglm.cpu.gemm import PANELS, PanelTile
-from chatglm.cpu.gemv import DOTS, DotTile
+from chatglm.cpu.packed_products import PANEL_VECTORS, PANELS, TURNED, PackedTile
 from chatglm.cpu.products import (
     BLOCK_BYTES,
     TYPE_NAMES,
@@ -39,9 +38,8 @@ from chatglm.cpu.rounding import ROUNDING, Layout
 from chatglm.cpu.runtime import Call, count_threads
 from chatglm.cpu.writer import Processor
 
-PANEL_TOKENS = 8  # from so many tokens on, weights are unpacked first
-PANEL_SPAN = 512  # columns that share a scale there
-LONG_ROW = 8192  # columns from which rounded rows leave the first cache
+MOST_TURNED = 8  # tokens, beyond which weights that were turned are kept for the others
+PANEL_TOKENS = 65  # XXX
 
 
 class RoundedProduct:
@@ -50,17 +48,12 @@ class RoundedProduct:
     Args:
         sizes: of the product.
         layout: of the rounded input.
-        padding: of the tokens, to a multiple.
         call: the kernel, with all but the pointers.
-        output_stride: columns of the output, the padding's too.
     """
 
-    def __init__(
-        self, sizes: Sizes, layout: Layout, padding: int, call: Call, output_stride: int
-    ) -> None:
-        spans = layout.count_spans(sizes.columns)
-        self.shape = (-(-sizes.tokens // padding) * padding, spans * layout.span_bytes)
-        self.output_shape = (self.shape[0], output_stride)
+    def __init__(self, sizes: Sizes, layout: Layout, call: Call) -> None:
+        self.shape = (sizes.tokens, layout.count_bytes(sizes.columns))
+        self.output_shape = (sizes.tokens, sizes.rows)
         self.call = call
         kernel = find_kernel(ROUNDING, layout)
         assert kernel is not None, "a compiler that made one kernel makes this one too"
@@ -68,7 +61,7 @@ class RoundedProduct:
             count_threads(sizes.tokens, 4 * sizes.tokens * sizes.columns),
             rows=sizes.tokens,
             columns=sizes.columns,
-            spans=spans,
+            spans=layout.count_spans(sizes.columns),
             input_stride=4 * sizes.columns,
             rounded_stride=self.shape[1],
         )
@@ -89,25 +82,21 @@ def plan_product(sizes: Sizes, activations: str) -> Product | None:
     """Choose how to compute a product; None to leave it to torch."""
     if sizes.columns == 0 or sizes.rows == 0 or sizes.tokens == 0:
         return None
-    if activations == "exact":
-        return plan_exact(sizes)
-    if sizes.tokens >= PANEL_TOKENS and sizes.weights.groups is None:
-        return _plan_panels(sizes)
-    return _plan_dots(sizes)
+    return plan_exact(sizes) if activations == "exact" else _plan_rounded(sizes)
 
 
-def _plan_dots(sizes: Sizes) -> Product | None:
-    """Few tokens: every weight is read once, and no more is done than that needs."""
-    layout = sizes.lay_out(chunks=1, whole=False)
-    tokens = next(count for count in (4, 2, 1) if count <= sizes.tokens)
-    # What was measured fastest: several rows at once where the input is not in the first cache.
-    is_alone = tokens == 1 and sizes.columns <= LONG_ROW
-    tile_rows = 1 if is_alone or sizes.rows < 4 else 4
-    tile = DotTile(layout, tile_rows, tokens, sizes.weights.scale_type, sizes.group_size)
-    kernel = find_kernel(DOTS, tile)
+def _plan_rounded(sizes: Sizes) -> Product | None:
+    """Choose the kernel by the number of tokens; the result is the same."""
+    layout, is_few = sizes.lay_out(), sizes.tokens <= MOST_TURNED
+    lanes, tokens = layout.processor.lanes, sizes.tokens if is_few else 0
+    block_rows = lanes * (1 if is_few else PANEL_VECTORS)
+    is_ragged = sizes.rows % block_rows != 0
+    tile = PackedTile(layout, tokens, sizes.weights.scale_type, sizes.group_size, is_ragged)
+    kernel = find_kernel(TURNED if is_few else PANELS, tile)
     if kernel is None:
         return None
-    block_rows = -(-max(1, BLOCK_BYTES // sizes.row_bytes) // tile_rows) * tile_rows
+    if is_few:
+        block_rows *= max(1, BLOCK_BYTES // (sizes.row_bytes * lanes))
     blocks = -(-sizes.rows // block_rows)
     call = kernel.prepare(
         sizes.count_threads(blocks),
@@ -116,34 +105,12 @@ def _plan_dots(sizes: Sizes) -> Product | None:
         rows=sizes.rows,
         columns=sizes.columns,
         row_bytes=sizes.row_bytes,
+        spans=layout.count_spans(sizes.columns),
         tokens=sizes.tokens,
-        scales=sizes.rows * (sizes.weights.groups or 1),
-        rounded_stride=layout.count_spans(sizes.columns) * layout.span_bytes,
+        groups=sizes.weights.groups or 1,
+        rounded_stride=layout.count_bytes(sizes.columns),
     )
-    return RoundedProduct(sizes, layout, 1, call, sizes.rows)
-
-
-def _plan_panels(sizes: Sizes) -> Product | None:
-    """Many tokens: weights are unpacked once for all of them."""
-    layout = sizes.lay_out(chunks=1, whole=True)
-    layout = layout._replace(chunks=PANEL_SPAN // layout.span_columns)
-    tile = PanelTile(layout, PANEL_TOKENS, sizes.weights.scale_type)
-    kernel = find_kernel(PANELS, tile)
-    if kernel is None:
-        return None
-    blocks = -(-sizes.rows // tile.rows)
-    spans = layout.count_spans(sizes.columns)
-    call = kernel.prepare(
-        sizes.count_threads(blocks),
-        blocks=blocks,
-        rows=sizes.rows,
-        row_bytes=sizes.row_bytes,
-        spans=spans,
-        tokens=-(-sizes.tokens // tile.tokens) * tile.tokens,
-        rounded_stride=spans * layout.span_bytes,
-        output_stride=blocks * tile.rows,
-    )
-    return RoundedProduct(sizes, layout, tile.tokens, call, blocks * tile.rows)
+    return RoundedProduct(sizes, layout, call)
 
 
 class CpuKernels(NamedTuple):

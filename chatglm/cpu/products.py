@@ -13,7 +13,7 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor, nn
 
-from chatglm.cpu.rounding import Layout
+from chatglm.cpu.rounding import SPAN, Layout
 from chatglm.cpu.runtime import count_threads
 from chatglm.cpu.writer import Processor
 
@@ -60,9 +60,11 @@ class Sizes(NamedTuple):
         groups = self.weights.groups
         return None if groups is None else self.columns // groups
 
-    def lay_out(self, chunks: int, whole: bool) -> Layout:
+    def lay_out(self) -> Layout:
         """Return a layout for the rounded input."""
-        return Layout(self.weights.processor, int(self.weights.kind[1:]), chunks, whole)
+        size = self.group_size or SPAN
+        pieces = next(pieces for pieces in (1, 2, 4) if size * pieces % SPAN == 0)
+        return Layout(self.weights.processor, int(self.weights.kind[1:]), pieces)
 
     def count_threads(self, blocks: int) -> int:
         """Return the threads for so many blocks of the weights."""

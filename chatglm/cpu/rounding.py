@@ -3,7 +3,7 @@
 Owns the layout that the product kernels read, and the kernel that writes it. Knows nothing of
 weights' values.
 
-An input row is rounded in *spans* of columns, with a scale of its own for every group:
+An input row is rounded in *spans* of 128 columns, with a scale of its own for every span:
 
     scale[g] = max_i |x[i]| / 127          levels[i] = round_half_to_even(x[i] / scale[g])
 
@@ -14,10 +14,8 @@ sum starts at minus that, its *start*.
 A weight row is read as it is stored, a vector ("chunk") of `4 * lanes` bytes at a time. 4-bit
 chunks hold two *planes*, the even and the odd columns; the levels are kept in planes as well.
 
-Layout of a rounded row: its spans one after another, each of them so many chunks of levels, the
-starts (int32), the scales (float32). With `whole` spans there is one start and scale a span, for
-all its columns; otherwise one a lane: a lane's columns belong to one group of 32 (a span of one
-chunk) or to several runs of 32 that share a scale.
+Layout of a rounded row: the levels of all its spans; then for each span its scale (float32) and the
+starts (int32) of its pieces, which are as wide as the weights' groups, or as the span.
 """
 
 from collections.abc import Sequence
@@ -26,7 +24,9 @@ from typing import Any, NamedTuple
 from chatglm.cpu.writer import KernelSource, KernelWriter, Processor
 
 GROUP = 32  # columns whose levels are worked out at once
-SMALLEST = 1e-36  # a group of smaller numbers becomes zeros: 127 / largest must be finite
+SPAN = 128  # columns that share a scale: one vector of 4-bit weights, two of 8-bit ones
+SMALLEST = 1e-36  # a span of smaller numbers becomes zeros: 127 / largest must be finite
+LINE = 64  # bytes; every row begins with a cache line
 
 
 class Layout(NamedTuple):
@@ -35,14 +35,12 @@ class Layout(NamedTuple):
     Attributes:
         processor: whose vectors they fit.
         bits: of the weights.
-        chunks: of a span.
-        whole: whether a span has one scale, rather than one a lane.
+        pieces: of a span, which have a start each: 1, 2 or 4.
     """
 
     processor: Processor
     bits: int
-    chunks: int
-    whole: bool
+    pieces: int = 1
 
     @property
     def planes(self) -> int:
@@ -55,19 +53,14 @@ class Layout(NamedTuple):
         return 4 * self.processor.lanes
 
     @property
-    def span_columns(self) -> int:
-        """Columns of a span."""
-        return self.chunks * self.planes * self.chunk_bytes
+    def chunks(self) -> int:
+        """Vectors of weights to a span."""
+        return SPAN // (self.planes * self.chunk_bytes)
 
     @property
-    def scales(self) -> int:
-        """Starts, and scales, of a span."""
-        return 1 if self.whole else self.processor.lanes
-
-    @property
-    def span_bytes(self) -> int:
-        """Bytes of a rounded span."""
-        return self.span_columns + 8 * self.scales
+    def note_bytes(self) -> int:
+        """Bytes of what is noted of a span: scale and starts."""
+        return 4 + 4 * self.pieces
 
     @property
     def offset(self) -> int:
@@ -78,39 +71,50 @@ class Layout(NamedTuple):
 
     def count_spans(self, columns: int) -> int:
         """Return the spans of a row of so many columns."""
-        return -(-columns // self.span_columns)
+        return -(-columns // SPAN)
+
+    def count_bytes(self, columns: int) -> int:
+        """Return the bytes of a rounded row of so many columns."""
+        used = self.count_spans(columns) * (SPAN + self.note_bytes)
+        return -(-used // LINE) * LINE
 
 
 def write_rounding(writer: KernelWriter, layout: Layout) -> None:
     """Round rows of float32 to levels; a block of the work is a row."""
-    at, span_columns = writer.slot, writer.const(layout.span_columns)
-    full = writer.builder.sdiv(at("columns"), span_columns)
+    at, spans = writer.slot, writer.slot("spans")
+    full = writer.builder.sdiv(at("columns"), writer.const(SPAN))
     with writer.parallel_for(at("rows")) as row:
         source = writer.add(at("input"), writer.times(row, at("input_stride")))
         target = writer.add(at("rounded"), writer.times(row, at("rounded_stride")))
-        for start, stop, is_whole in ((writer.const(0), full, True), (full, at("spans"), False)):
+        for start, stop, is_whole in ((writer.const(0), full, True), (full, spans, False)):
             with writer.loop(start, stop) as span:
-                first = writer.times(span, span_columns)
-                place = writer.add(target, writer.times(span, layout.span_bytes))
-                _round_span(writer, layout, (source, first), place, is_whole)
+                first = writer.times(span, SPAN)
+                notes = writer.add(target, writer.times(spans, SPAN))
+                notes = writer.add(notes, writer.times(span, layout.note_bytes))
+                places = writer.add(target, first), notes
+                _round_span(writer, layout, (source, first), places, is_whole)
 
 
 def _round_span(
-    writer: KernelWriter, layout: Layout, source: tuple[Any, Any], target: Any, is_whole: bool
+    writer: KernelWriter,
+    layout: Layout,
+    source: tuple[Any, Any],
+    places: tuple[Any, Any],
+    is_whole: bool,
 ) -> None:
-    """Round one span, all at once or by the groups of 32 that stand at the same lanes."""
-    groups = layout.planes * layout.chunk_bytes // GROUP  # of a chunk
-    rounds = [range(groups)] if layout.whole else [[group] for group in range(groups)]
-    for picked in rounds:
-        places = [(chunk, group) for chunk in range(layout.chunks) for group in picked]
-        numbers = []
-        for chunk, group in places:
-            column = chunk * layout.planes * layout.chunk_bytes + group * GROUP
-            numbers.append(_load_numbers(writer, source, column, is_whole))
-        levels, scale = _round_group(writer, numbers)
-        for place, vector in zip(places, levels):
-            _store_levels(writer, layout, target, place, vector)
-        _store_scales(writer, layout, target, picked[0], levels, scale)
+    """Round one span, and note its scale and starts."""
+    target, notes = places
+    numbers = [
+        _load_numbers(writer, source, column, is_whole) for column in range(0, SPAN, GROUP)
+    ]
+    levels, scale = _round_group(writer, numbers)
+    for group, vector in enumerate(levels):
+        _store_levels(writer, layout, target, group, vector)
+    writer.store(scale, writer.address(notes))
+    count = len(levels) // layout.pieces
+    for piece in range(layout.pieces):
+        start = _find_start(writer, layout, levels[piece * count : (piece + 1) * count])
+        writer.store(start, writer.address(notes, 4 + 4 * piece))
 
 
 def _load_numbers(
@@ -153,36 +157,25 @@ def _round_group(writer: KernelWriter, numbers: Sequence[Any]) -> tuple[list[Any
 
 
 def _store_levels(
-    writer: KernelWriter, layout: Layout, target: Any, place: tuple[int, int], levels: Any
+    writer: KernelWriter, layout: Layout, target: Any, group: int, levels: Any
 ) -> None:
     """Store 32 levels into the planes of their chunk."""
-    chunk, group = place
     narrow = writer.builder.trunc(levels, writer.vector(writer.i8, GROUP))
+    chunk, column = divmod(group * GROUP, layout.planes * layout.chunk_bytes)
     for plane in range(layout.planes):
         picked = writer.shuffle(narrow, range(plane, GROUP, layout.planes))
         offset = (chunk * layout.planes + plane) * layout.chunk_bytes
-        offset += group * GROUP // layout.planes
-        writer.store(picked, writer.address(target, offset))
+        writer.store(picked, writer.address(target, offset + column // layout.planes))
 
 
-def _store_scales(
-    writer: KernelWriter, layout: Layout, target: Any, group: int, levels: Sequence[Any], scale: Any
-) -> None:
-    """Store a group's scale, and minus what unsigned weights add to its sums, for each lane."""
-    builder = writer.builder
-    lanes = 1 if layout.whole else GROUP // (4 * layout.planes)
+def _find_start(writer: KernelWriter, layout: Layout, levels: Sequence[Any]) -> Any:
+    """Return minus what unsigned weights add to the sum of a piece."""
     total = levels[0]
     for vector in levels[1:]:
-        total = builder.add(total, vector)
-    while total.type.count > lanes:
-        count = total.type.count
-        evens, odds = range(0, count, 2), range(1, count, 2)
-        total = builder.add(writer.shuffle(total, evens), writer.shuffle(total, odds))
-    starts = builder.mul(total, writer.filled(writer.i32, lanes, -layout.offset))
-    place = layout.span_columns + 4 * lanes * group
-    writer.store(starts, writer.address(target, place))
-    place += 4 * layout.scales
-    writer.store(writer.splat(scale, lanes), writer.address(target, place))
+        total = writer.builder.add(total, vector)
+    name = f"llvm.vector.reduce.add.v{GROUP}i32"
+    total = writer.call(name, writer.i32, [total])
+    return writer.builder.mul(total, writer.i32(-layout.offset))
 
 
 ROUNDING = KernelSource(

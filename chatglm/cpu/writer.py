@@ -88,6 +88,10 @@ class KernelWriter:
         """Return the smaller of two 64-bit integers."""
         return self.builder.select(self.builder.icmp_signed("<", first, second), first, second)
 
+    def larger(self, first: Any, second: Any) -> Any:
+        """Return the larger of two 64-bit integers."""
+        return self.builder.select(self.builder.icmp_signed(">", first, second), first, second)
+
     def splat(self, value: Any, count: int) -> Any:
         """Return a vector of one value."""
         kind = self.vector(value.type, count)
@@ -178,18 +182,32 @@ class KernelWriter:
         """Store to wherever it stands, aligned or not."""
         self.builder.store(value, place, align=1)
 
+    def store_first(self, value: Any, place: Any, count: Any) -> None:
+        """Store the first elements of a vector, and nothing behind them."""
+        steps = self.ir.Constant(
+            self.vector(self.i64, value.type.count), list(range(value.type.count))
+        )
+        mask = self.builder.icmp_signed("<", steps, self.splat(count, value.type.count))
+        name = f"llvm.masked.store.{self._suffix(value.type)}.p0"
+        self.call(name, self.ir.VoidType(), [value, place, self.i32(1), mask])
+
     def load_as_float(self, place: Any, count: int, kind: str, left: Any = None) -> Any:
         """Load a vector of "f32", "f16" or "bf16" numbers as float32; of `left`, if fewer."""
         builder, result = self.builder, self.vector(self.f32, count)
         stored = self.vector({"f32": self.f32, "f16": self.f16, "bf16": self.i16}[kind], count)
         found = self.load(place, stored) if left is None else self.load_first(place, stored, left)
-        if kind == "f32":
-            return found
-        if kind == "f16":
-            is_slow = self.processor.dot == "generic"
-            return self._widen_halves(found) if is_slow else builder.fpext(found, result)
+        if kind != "bf16":
+            return self.as_float(found)
         bits = builder.zext(found, self.vector(self.i32, count))
         return builder.bitcast(builder.shl(bits, self.filled(self.i32, count, 16)), result)
+
+    def as_float(self, vector: Any) -> Any:
+        """Return a vector of halves or float32 as float32."""
+        if vector.type.element == self.f32:
+            return vector
+        if self.processor.dot == "generic":
+            return self._widen_halves(vector)
+        return self.builder.fpext(vector, self.vector(self.f32, vector.type.count))
 
     def _widen_halves(self, halves: Any) -> Any:
         """Return halves as float32 by their bits, which takes no library function.

@@ -1,0 +1,461 @@
+"""The kernels that multiply a rounded input by packed weights.
+
+Owns the kernels' bodies. Knows nothing of torch; which kernel runs when is `linear`'s, and what a
+rounded input looks like `rounding`'s.
+
+    y[o] = weight_scale[o] * sum_g scale[g] * sum_{i in g} weight[o, i] * levels[i]
+
+A vector holds four columns of as many weight rows as there are lanes: rows are loaded as they are
+stored and turned in registers. So a lane is a row, and no sum crosses lanes. The inner sums are of
+integers, exact in any order; the outer ones go span by span. Weights with several scales a row add
+their pieces of a span, times their scales, in order before that. Both kernels do the same
+arithmetic, so that a product does not depend on how many tokens are multiplied beside it:
+
+- `TURNED`, for few tokens: every weight is turned, used for all tokens and forgotten.
+- `PANELS`, for many: a part of some rows is turned once, and kept for all tokens.
+"""
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+from chatglm.cpu.dots import add_dot, split_planes, transpose
+from chatglm.cpu.rounding import SPAN, Layout
+from chatglm.cpu.writer import KernelSource, KernelWriter
+
+PREFETCH = 256  # bytes ahead of the weights being read, in every row
+PART_SPANS = 4  # of a panel: the first cache holds it beside the input
+PANEL_VECTORS = 2  # of rows, in a panel
+TILE_TOKENS = (8, 4, 2, 1)  # that are multiplied by a panel at once
+
+
+class PackedTile(NamedTuple):
+    """What a kernel is compiled for.
+
+    Attributes:
+        layout: of the rounded input.
+        tokens: input rows that are multiplied at once; 0 for as many as there are.
+        scale_type: "f16" or "f32".
+        group_size: columns that share a weight scale, or None for whole rows.
+        is_ragged: whether the last vector of weight rows has fewer than the others.
+    """
+
+    layout: Layout
+    tokens: int
+    scale_type: str
+    group_size: int | None = None
+    is_ragged: bool = False
+
+    @property
+    def lanes(self) -> int:
+        """Weight rows of a vector."""
+        return self.layout.processor.lanes
+
+    @property
+    def scale_bytes(self) -> int:
+        """Bytes of a weight scale."""
+        return 2 if self.scale_type == "f16" else 4
+
+    @property
+    def vectors(self) -> int:
+        """Turned vectors of a span: four columns of every row each, in the order of the levels."""
+        return SPAN // 4
+
+    def list_runs(self, piece: int) -> list[tuple[int, int]]:
+        """Return the turned vectors of a piece of a span, as runs `(first, stop)`."""
+        layout, width = self.layout, SPAN // self.layout.pieces
+        columns = layout.planes * layout.chunk_bytes
+        found = []
+        for column in range(piece * width, (piece + 1) * width, min(width, columns)):
+            chunk, rest = divmod(column, columns)
+            step, count = rest // (4 * layout.planes), min(width, columns) // (4 * layout.planes)
+            for plane in range(layout.planes):
+                first = (chunk * layout.planes + plane) * self.lanes + step
+                found.append((first, first + count))
+        return found
+
+
+class Rows(NamedTuple):
+    """A vector of weight rows: the first one's number, and where each row and its scales begin."""
+
+    first: Any
+    weights: list[Any]
+    scales: list[Any]
+
+
+def _find_rows(writer: KernelWriter, tile: PackedTile, first: Any) -> Rows:
+    """Return the rows from one on; behind the last one it is that one again and again."""
+    at, last = writer.slot, writer.add(writer.slot("rows"), -1)
+    weights, scales = [], []
+    for lane in range(tile.lanes):
+        row = writer.add(first, lane)
+        row = writer.smaller(row, last) if tile.is_ragged else row
+        weights.append(writer.add(at("weight"), writer.times(row, at("row_bytes"))))
+        index = writer.times(writer.times(row, at("groups")), tile.scale_bytes)
+        scales.append(writer.add(at("scale"), index))
+    return Rows(first, weights, scales)
+
+
+def _load_turned(
+    writer: KernelWriter, tile: PackedTile, rows: Rows, span: Any, is_whole: bool
+) -> list[Any]:
+    """Load a span of rows, and return its vectors in the order of the levels."""
+    layout, turned = tile.layout, []
+    kind = writer.vector(writer.i8, layout.chunk_bytes)
+    wide = writer.vector(writer.i32, tile.lanes)
+    for chunk in range(layout.chunks):
+        offset = writer.add(writer.times(span, SPAN // layout.planes), chunk * layout.chunk_bytes)
+        left = writer.builder.sub(writer.slot("row_bytes"), offset)
+        vectors = []
+        for base in rows.weights:
+            place = writer.address(base, offset)
+            stored = (
+                writer.load(place, kind) if is_whole else writer.load_first(place, kind, left)
+            )
+            vectors.append(writer.builder.bitcast(stored, wide))
+        planes = [
+            split_planes(writer, layout, writer.builder.bitcast(vector, kind))
+            for vector in transpose(writer, vectors)
+        ]
+        turned += [steps[plane] for plane in range(layout.planes) for steps in planes]
+    return turned
+
+
+def _load_piece_scales(
+    writer: KernelWriter, tile: PackedTile, rows: Rows, span: Any
+) -> list[Any] | None:
+    """Return the weight scales of a span's pieces, a vector of rows each; None if rows have one."""
+    size, pieces = tile.group_size, tile.layout.pieces
+    if size is None:
+        return None
+    width = SPAN // pieces
+    if size == width and pieces > 1:
+        return _load_neighbours(writer, tile, rows, writer.times(span, pieces))
+    found = []
+    for piece in range(pieces):
+        column = writer.add(writer.times(span, SPAN), piece * width)
+        index = writer.builder.sdiv(column, writer.const(size))
+        index = writer.smaller(index, writer.add(writer.slot("groups"), -1))
+        found += _load_neighbours(writer, tile, rows, index, 1)
+    return found
+
+
+def _load_neighbours(
+    writer: KernelWriter, tile: PackedTile, rows: Rows, index: Any, count: int = 0
+) -> list[Any]:
+    """Return some scales of every row, from an index on: of each a vector of rows."""
+    count = count or tile.layout.pieces
+    offset = writer.times(index, tile.scale_bytes)
+    element = writer.f16 if tile.scale_type == "f16" else writer.f32
+    left = writer.builder.sub(writer.slot("groups"), index)
+    vectors = []
+    for base in rows.scales:
+        place = writer.address(base, offset)
+        kind = writer.vector(element, count)
+        is_one = count == 1
+        vectors.append(writer.load(place, kind) if is_one else writer.load_first(place, kind, left))
+    while len(vectors) > 1:
+        pairs = zip(vectors[::2], vectors[1::2])
+        vectors = [writer.shuffle(a, range(2 * a.type.count), b) for a, b in pairs]
+    picks = [range(piece, count * tile.lanes, count) for piece in range(count)]
+    return [writer.as_float(writer.shuffle(vectors[0], pick)) for pick in picks]
+
+
+class Line(NamedTuple):
+    """A rounded input row: where a span's levels and notes are."""
+
+    levels: Any
+    notes: Any
+
+
+def _find_line(writer: KernelWriter, tile: PackedTile, token: Any, span: Any) -> Line:
+    at = writer.slot
+    base = writer.add(at("rounded"), writer.times(token, at("rounded_stride")))
+    notes = writer.add(base, writer.times(at("spans"), SPAN))
+    notes = writer.add(notes, writer.times(span, tile.layout.note_bytes))
+    return Line(writer.add(base, writer.times(span, SPAN)), notes)
+
+
+def _load_start(writer: KernelWriter, tile: PackedTile, line: Line, piece: int) -> Any:
+    start = writer.load(writer.address(line.notes, 4 + 4 * piece), writer.i32)
+    return writer.splat(start, tile.lanes)
+
+
+def _load_levels(writer: KernelWriter, tile: PackedTile, line: Line, position: Any) -> Any:
+    """Return four levels for every lane."""
+    four = writer.load(writer.address(line.levels, writer.times(position, 4)), writer.i32)
+    kind = writer.vector(writer.i8, 4 * tile.lanes)
+    return writer.builder.bitcast(writer.splat(four, tile.lanes), kind)
+
+
+def _add_piece(writer: KernelWriter, total: Any, before: Any, scale: Any) -> Any:
+    """Return the sum of a span's pieces with one more, whose integers are `total`."""
+    number = writer.builder.sitofp(total, writer.vector(writer.f32, total.type.count))
+    if scale is None:
+        return number
+    return writer.builder.fmul(number, scale) if before is None else writer.fma(number, scale, before)
+
+
+def _add_span(writer: KernelWriter, tile: PackedTile, line: Line, inner: Any, before: Any) -> Any:
+    """Return the sum of all spans with one more."""
+    scale = writer.load(writer.address(line.notes), writer.f32)
+    return writer.fma(inner, writer.splat(scale, tile.lanes), before)
+
+
+def write_turned(writer: KernelWriter, tile: PackedTile) -> None:
+    """Multiply few tokens; a block of the work is a run of weight rows."""
+    at, lanes = writer.slot, tile.lanes
+    zero = writer.filled(writer.f32, lanes, 0.0)
+    sums = [writer.variable(zero) for _ in range(tile.tokens)]
+    full = writer.builder.sdiv(at("columns"), writer.const(SPAN))
+    with writer.parallel_for(at("blocks")) as block:
+        begin = writer.times(block, at("block_rows"))
+        stop = writer.smaller(writer.add(begin, at("block_rows")), at("rows"))
+        with writer.loop(begin, stop, lanes) as index:
+            rows = _find_rows(writer, tile, index)
+            for variable in sums:
+                variable.set(zero)
+            with writer.loop(writer.const(0), full) as span:
+                _prefetch(writer, tile, rows, span)
+                _add_turned(writer, tile, rows, span, sums, True)
+            with writer.loop(full, at("spans")) as span:
+                _add_turned(writer, tile, rows, span, sums, False)
+            scale = None if tile.group_size is not None else _load_row_scale(writer, tile, rows)
+            for token, variable in enumerate(sums):
+                total = variable.get()
+                total = total if scale is None else writer.builder.fmul(total, scale)
+                _store_rows(writer, tile, total, writer.const(token), rows.first)
+
+
+def _prefetch(writer: KernelWriter, tile: PackedTile, rows: Rows, span: Any) -> None:
+    """Ask for weights a little ahead in every row; at the rows' end, for the next rows' begin."""
+    builder, row_bytes = writer.builder, writer.slot("row_bytes")
+    ahead = writer.add(writer.times(span, SPAN // tile.layout.planes), PREFETCH)
+    jump = writer.times(row_bytes, tile.lanes - 1)
+    is_beyond = builder.icmp_signed(">=", ahead, row_bytes)
+    ahead = builder.select(is_beyond, writer.add(ahead, jump), ahead)
+    for base in rows.weights:
+        for line in range(0, SPAN // tile.layout.planes, 64):
+            writer.prefetch(writer.address(base, writer.add(ahead, line)))
+
+
+def _add_turned(
+    writer: KernelWriter,
+    tile: PackedTile,
+    rows: Rows,
+    span: Any,
+    sums: list[Any],
+    is_whole: bool,
+) -> None:
+    """Add a span of a vector of rows to the sums of all tokens."""
+    turned = _load_turned(writer, tile, rows, span, is_whole)
+    scales = _load_piece_scales(writer, tile, rows, span)
+    lines = [_find_line(writer, tile, writer.const(t), span) for t in range(tile.tokens)]
+    inner: list[Any] = [None] * tile.tokens
+    for piece in range(tile.layout.pieces):
+        positions = [n for run in tile.list_runs(piece) for n in range(*run)]
+        totals = [_load_start(writer, tile, line, piece) for line in lines]
+        others = [writer.filled(writer.i32, tile.lanes, 0)] * tile.tokens
+        for position in positions:
+            for t, line in enumerate(lines):
+                levels = _load_levels(writer, tile, line, writer.const(position))
+                totals[t] = add_dot(writer, totals[t], turned[position], levels)
+            # Two sums take turns: one alone would wait for itself.
+            totals, others = others, totals
+        for t in range(tile.tokens):
+            total = writer.builder.add(totals[t], others[t])
+            inner[t] = _add_piece(writer, total, inner[t], scales and scales[piece])
+    for t, (variable, line) in enumerate(zip(sums, lines)):
+        variable.set(_add_span(writer, tile, line, inner[t], variable.get()))
+
+
+def _load_row_scale(writer: KernelWriter, tile: PackedTile, rows: Rows) -> Any:
+    """Return the one scale of every row."""
+    (scale,) = _load_neighbours(writer, tile, rows, writer.const(0), 1)
+    return scale
+
+
+def _store_rows(
+    writer: KernelWriter, tile: PackedTile, sums: Any, token: Any, first: Any
+) -> None:
+    """Store a vector of rows of the output at `(token, first)`."""
+    place = _find_output(writer, token, first)
+    if tile.is_ragged:
+        writer.store_first(sums, place, writer.builder.sub(writer.slot("rows"), first))
+    else:
+        writer.store(sums, place)
+
+
+def _load_output(writer: KernelWriter, tile: PackedTile, token: Any, first: Any) -> Any:
+    """Load what `_store_rows` has stored."""
+    place, kind = _find_output(writer, token, first), writer.vector(writer.f32, tile.lanes)
+    if tile.is_ragged:
+        return writer.load_first(place, kind, writer.builder.sub(writer.slot("rows"), first))
+    return writer.load(place, kind)
+
+
+def _find_output(writer: KernelWriter, token: Any, first: Any) -> Any:
+    index = writer.add(writer.times(token, writer.slot("rows")), first)
+    return writer.address(writer.slot("output"), writer.times(index, 4))
+
+
+SLOTS = (
+    *("blocks", "block_rows", "rows", "columns", "row_bytes", "spans", "tokens", "weight"),
+    *("scale", "groups", "rounded", "rounded_stride", "output"),
+)
+TURNED = KernelSource(SLOTS, write_turned)
+
+
+def write_panels(writer: KernelWriter, tile: PackedTile) -> None:
+    """Multiply many tokens; a block of the work is a panel of weight rows.
+
+    A part of the panel is turned once, and then multiplied by all tokens. Their sums wait in the
+    output.
+    """
+    at, lanes = writer.slot, tile.lanes
+    panel = writer.reserve(PART_SPANS * PANEL_VECTORS * tile.vectors * 4 * lanes)
+    scales = writer.reserve(PART_SPANS * PANEL_VECTORS * tile.layout.pieces * 4 * lanes)
+    full = writer.builder.sdiv(at("columns"), writer.const(SPAN))
+    with writer.parallel_for(at("blocks")) as block:
+        begin = writer.times(block, PANEL_VECTORS * lanes)
+        halves = [
+            _find_rows(writer, tile, writer.add(begin, half * lanes))
+            for half in range(PANEL_VECTORS)
+        ]
+        with writer.loop(writer.const(0), at("spans"), PART_SPANS) as first:
+            stop = writer.smaller(writer.add(first, PART_SPANS), at("spans"))
+            for start, end, is_whole in (
+                (first, writer.smaller(stop, full), True),
+                (writer.larger(first, full), stop, False),
+            ):
+                with writer.loop(start, end) as span:
+                    for half, rows in enumerate(halves):
+                        _fill_panel(writer, tile, (panel, scales), rows, (first, span, half), is_whole)
+            _multiply_part(writer, tile, (panel, scales), halves, (first, stop))
+        if tile.group_size is None:
+            _scale_output(writer, tile, halves)
+
+
+def _panel_place(tile: PackedTile, writer: KernelWriter, base: Any, index: Any, half: int) -> Any:
+    """Return where a turned vector, or scales, of one half of a panel stand."""
+    size = 4 * tile.lanes
+    return writer.address(base, writer.add(writer.times(index, PANEL_VECTORS * size), half * size))
+
+
+def _fill_panel(
+    writer: KernelWriter,
+    tile: PackedTile,
+    places: tuple[Any, Any],
+    rows: Rows,
+    where: tuple[Any, Any, int],
+    is_whole: bool,
+) -> None:
+    """Turn a span of half a panel's rows."""
+    (panel, scales), (first, span, half) = places, where
+    inside = writer.builder.sub(span, first)
+    for position, vector in enumerate(_load_turned(writer, tile, rows, span, is_whole)):
+        index = writer.add(writer.times(inside, tile.vectors), position)
+        writer.store(vector, _panel_place(tile, writer, panel, index, half))
+    for piece, vector in enumerate(_load_piece_scales(writer, tile, rows, span) or ()):
+        index = writer.add(writer.times(inside, tile.layout.pieces), piece)
+        writer.store(vector, _panel_place(tile, writer, scales, index, half))
+
+
+def _multiply_part(
+    writer: KernelWriter,
+    tile: PackedTile,
+    places: tuple[Any, Any],
+    halves: Sequence[Rows],
+    spans: tuple[Any, Any],
+) -> None:
+    """Multiply a part of a panel by all tokens, as many at once as there are or fit."""
+    done = writer.const(0)
+    for count in TILE_TOKENS:
+        left = writer.builder.sub(writer.slot("tokens"), done)
+        whole = writer.times(writer.builder.sdiv(left, writer.const(count)), count)
+        stop = writer.add(done, whole)
+        with writer.loop(done, stop, count) as token, writer.loop(*spans) as span:
+            inside = writer.builder.sub(span, spans[0])
+            is_first = writer.builder.icmp_signed("==", span, writer.const(0))
+            lines = [
+                _find_line(writer, tile, writer.add(token, t), span) for t in range(count)
+            ]
+            inner = _add_panel(writer, tile, places, inside, lines)
+            for t, line in enumerate(lines):
+                for half, rows in enumerate(halves):
+                    _add_to_output(
+                        writer, tile, line, inner[t][half], (writer.add(token, t), rows.first), is_first
+                    )
+        done = stop
+
+
+def _add_panel(
+    writer: KernelWriter,
+    tile: PackedTile,
+    places: tuple[Any, Any],
+    inside: Any,
+    lines: Sequence[Line],
+) -> list[list[Any]]:
+    """Return the inner sums of a span for some tokens and both halves of a panel."""
+    panel, scales = places
+    kind, wide = (
+        writer.vector(writer.i8, 4 * tile.lanes),
+        writer.vector(writer.f32, tile.lanes),
+    )
+    halves = range(PANEL_VECTORS)
+    zero = writer.filled(writer.i32, tile.lanes, 0)
+    totals = [[writer.variable(zero) for _ in halves] for _ in lines]
+    inner: list[list[Any]] = [[None for _ in halves] for _ in lines]
+    for piece in range(tile.layout.pieces):
+        for line, row in zip(lines, totals):
+            for variable in row:
+                variable.set(_load_start(writer, tile, line, piece))
+        for first, stop in tile.list_runs(piece):
+            with writer.loop(writer.const(first), writer.const(stop), 2) as step:
+                for position in (step, writer.add(step, 1)):
+                    index = writer.add(writer.times(inside, tile.vectors), position)
+                    weights = [
+                        writer.load(_panel_place(tile, writer, panel, index, half), kind)
+                        for half in halves
+                    ]
+                    for line, row in zip(lines, totals):
+                        levels = _load_levels(writer, tile, line, position)
+                        for vector, variable in zip(weights, row):
+                            variable.set(add_dot(writer, variable.get(), vector, levels))
+        index = writer.add(writer.times(inside, tile.layout.pieces), piece)
+        factors: list[Any] = [None for _ in halves]
+        if tile.group_size is not None:
+            factors = [
+                writer.load(_panel_place(tile, writer, scales, index, half), wide) for half in halves
+            ]
+        for t, row in enumerate(totals):
+            for half, variable in enumerate(row):
+                inner[t][half] = _add_piece(writer, variable.get(), inner[t][half], factors[half])
+    return inner
+
+
+def _add_to_output(
+    writer: KernelWriter,
+    tile: PackedTile,
+    line: Line,
+    inner: Any,
+    corner: tuple[Any, Any],
+    is_first: Any,
+) -> None:
+    """Add a span to the sums that wait in the output; the first span only writes."""
+    before = _load_output(writer, tile, *corner)
+    zero = writer.filled(writer.f32, tile.lanes, 0.0)
+    before = writer.builder.select(is_first, zero, before)
+    _store_rows(writer, tile, _add_span(writer, tile, line, inner, before), *corner)
+
+
+def _scale_output(writer: KernelWriter, tile: PackedTile, halves: Sequence[Rows]) -> None:
+    """Multiply the sums of a panel by its rows' scales."""
+    scales = [writer.variable(_load_row_scale(writer, tile, rows)) for rows in halves]
+    with writer.loop(writer.const(0), writer.slot("tokens")) as token:
+        for rows, scale in zip(halves, scales):
+            sums = _load_output(writer, tile, token, rows.first)
+            sums = writer.builder.fmul(sums, scale.get())
+            _store_rows(writer, tile, sums, token, rows.first)
+
+
+PANELS = KernelSource(SLOTS, write_panels)
