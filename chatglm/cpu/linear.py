@@ -36,9 +36,11 @@ from chatglm.cpu.products import (
 )
 from chatglm.cpu.rounding import ROUNDING, Layout
 from chatglm.cpu.runtime import Call, count_threads
-from chatglm.cpu.writer import Processor
+from chatglm.cpu.tile_products import TILE, TILED, has_tiles
+from chatglm.cpu.writer import KernelSource, Processor
 
 MOST_TURNED = 8  # tokens, beyond which weights that were turned are kept for the others
+LEAST_TILED = 9  # tokens, from which a kernel of tiles is the faster one
 PANEL_TOKENS = 65  # XXX
 
 
@@ -52,7 +54,8 @@ class RoundedProduct:
     """
 
     def __init__(self, sizes: Sizes, layout: Layout, call: Call) -> None:
-        self.shape = (sizes.tokens, layout.count_bytes(sizes.columns))
+        # A kernel of tiles reads whole ones.
+        self.shape = (-(-sizes.tokens // TILE) * TILE, layout.count_bytes(sizes.columns))
         self.output_shape = (sizes.tokens, sizes.rows)
         self.call = call
         kernel = find_kernel(ROUNDING, layout)
@@ -87,12 +90,17 @@ def plan_product(sizes: Sizes, activations: str) -> Product | None:
 
 def _plan_rounded(sizes: Sizes) -> Product | None:
     """Choose the kernel by the number of tokens; the result is the same."""
-    layout, is_few = sizes.lay_out(), sizes.tokens <= MOST_TURNED
-    lanes, tokens = layout.processor.lanes, sizes.tokens if is_few else 0
+    layout, source = sizes.lay_out(), _choose_kernel(sizes)
+    is_few, lanes = source is TURNED, layout.processor.lanes
     block_rows = lanes * (1 if is_few else PANEL_VECTORS)
-    is_ragged = sizes.rows % block_rows != 0
-    tile = PackedTile(layout, tokens, sizes.weights.scale_type, sizes.group_size, is_ragged)
-    kernel = find_kernel(TURNED if is_few else PANELS, tile)
+    tile = PackedTile(
+        layout,
+        sizes.tokens if is_few else 0,
+        sizes.weights.scale_type,
+        sizes.group_size,
+        is_ragged=sizes.rows % block_rows != 0,
+    )
+    kernel = find_kernel(source, tile)
     if kernel is None:
         return None
     if is_few:
@@ -111,6 +119,14 @@ def _plan_rounded(sizes: Sizes) -> Product | None:
         rounded_stride=layout.count_bytes(sizes.columns),
     )
     return RoundedProduct(sizes, layout, call)
+
+
+def _choose_kernel(sizes: Sizes) -> KernelSource:
+    """Return what is fastest for so many tokens."""
+    has_pieces = sizes.lay_out().pieces > 1  # narrower than a tile
+    if sizes.tokens >= LEAST_TILED and not has_pieces and has_tiles(sizes.weights.processor):
+        return TILED
+    return TURNED if sizes.tokens <= MOST_TURNED else PANELS
 
 
 class CpuKernels(NamedTuple):

@@ -15,7 +15,8 @@ arithmetic, so that a product does not depend on how many tokens are multiplied 
 - `PANELS`, for many: a part of some rows is turned once, and kept for all tokens.
 """
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 from chatglm.cpu.dots import add_dot, split_planes, transpose
@@ -26,6 +27,7 @@ PREFETCH = 256  # bytes ahead of the weights being read, in every row
 PART_SPANS = 4  # of a panel: the first cache holds it beside the input
 PANEL_VECTORS = 2  # of rows, in a panel
 TILE_TOKENS = (8, 4, 2, 1)  # that are multiplied by a panel at once
+MOST_TOKENS = 512  # whose sums with a panel the second cache holds
 
 
 class PackedTile(NamedTuple):
@@ -82,7 +84,7 @@ class Rows(NamedTuple):
     scales: list[Any]
 
 
-def _find_rows(writer: KernelWriter, tile: PackedTile, first: Any) -> Rows:
+def find_rows(writer: KernelWriter, tile: PackedTile, first: Any) -> Rows:
     """Return the rows from one on; behind the last one it is that one again and again."""
     at, last = writer.slot, writer.add(writer.slot("rows"), -1)
     weights, scales = [], []
@@ -167,7 +169,7 @@ class Line(NamedTuple):
     notes: Any
 
 
-def _find_line(writer: KernelWriter, tile: PackedTile, token: Any, span: Any) -> Line:
+def find_line(writer: KernelWriter, tile: PackedTile, token: Any, span: Any) -> Line:
     at = writer.slot
     base = writer.add(at("rounded"), writer.times(token, at("rounded_stride")))
     notes = writer.add(base, writer.times(at("spans"), SPAN))
@@ -175,7 +177,7 @@ def _find_line(writer: KernelWriter, tile: PackedTile, token: Any, span: Any) ->
     return Line(writer.add(base, writer.times(span, SPAN)), notes)
 
 
-def _load_start(writer: KernelWriter, tile: PackedTile, line: Line, piece: int) -> Any:
+def load_start(writer: KernelWriter, tile: PackedTile, line: Line, piece: int) -> Any:
     start = writer.load(writer.address(line.notes, 4 + 4 * piece), writer.i32)
     return writer.splat(start, tile.lanes)
 
@@ -187,7 +189,7 @@ def _load_levels(writer: KernelWriter, tile: PackedTile, line: Line, position: A
     return writer.builder.bitcast(writer.splat(four, tile.lanes), kind)
 
 
-def _add_piece(writer: KernelWriter, total: Any, before: Any, scale: Any) -> Any:
+def add_piece(writer: KernelWriter, total: Any, before: Any, scale: Any) -> Any:
     """Return the sum of a span's pieces with one more, whose integers are `total`."""
     number = writer.builder.sitofp(total, writer.vector(writer.f32, total.type.count))
     if scale is None:
@@ -195,7 +197,7 @@ def _add_piece(writer: KernelWriter, total: Any, before: Any, scale: Any) -> Any
     return writer.builder.fmul(number, scale) if before is None else writer.fma(number, scale, before)
 
 
-def _add_span(writer: KernelWriter, tile: PackedTile, line: Line, inner: Any, before: Any) -> Any:
+def add_span(writer: KernelWriter, tile: PackedTile, line: Line, inner: Any, before: Any) -> Any:
     """Return the sum of all spans with one more."""
     scale = writer.load(writer.address(line.notes), writer.f32)
     return writer.fma(inner, writer.splat(scale, tile.lanes), before)
@@ -211,7 +213,7 @@ def write_turned(writer: KernelWriter, tile: PackedTile) -> None:
         begin = writer.times(block, at("block_rows"))
         stop = writer.smaller(writer.add(begin, at("block_rows")), at("rows"))
         with writer.loop(begin, stop, lanes) as index:
-            rows = _find_rows(writer, tile, index)
+            rows = find_rows(writer, tile, index)
             for variable in sums:
                 variable.set(zero)
             with writer.loop(writer.const(0), full) as span:
@@ -249,11 +251,11 @@ def _add_turned(
     """Add a span of a vector of rows to the sums of all tokens."""
     turned = _load_turned(writer, tile, rows, span, is_whole)
     scales = _load_piece_scales(writer, tile, rows, span)
-    lines = [_find_line(writer, tile, writer.const(t), span) for t in range(tile.tokens)]
+    lines = [find_line(writer, tile, writer.const(t), span) for t in range(tile.tokens)]
     inner: list[Any] = [None] * tile.tokens
     for piece in range(tile.layout.pieces):
         positions = [n for run in tile.list_runs(piece) for n in range(*run)]
-        totals = [_load_start(writer, tile, line, piece) for line in lines]
+        totals = [load_start(writer, tile, line, piece) for line in lines]
         others = [writer.filled(writer.i32, tile.lanes, 0)] * tile.tokens
         for position in positions:
             for t, line in enumerate(lines):
@@ -263,9 +265,9 @@ def _add_turned(
             totals, others = others, totals
         for t in range(tile.tokens):
             total = writer.builder.add(totals[t], others[t])
-            inner[t] = _add_piece(writer, total, inner[t], scales and scales[piece])
+            inner[t] = add_piece(writer, total, inner[t], scales and scales[piece])
     for t, (variable, line) in enumerate(zip(sums, lines)):
-        variable.set(_add_span(writer, tile, line, inner[t], variable.get()))
+        variable.set(add_span(writer, tile, line, inner[t], variable.get()))
 
 
 def _load_row_scale(writer: KernelWriter, tile: PackedTile, rows: Rows) -> Any:
@@ -278,24 +280,12 @@ def _store_rows(
     writer: KernelWriter, tile: PackedTile, sums: Any, token: Any, first: Any
 ) -> None:
     """Store a vector of rows of the output at `(token, first)`."""
-    place = _find_output(writer, token, first)
+    index = writer.add(writer.times(token, writer.slot("rows")), first)
+    place = writer.address(writer.slot("output"), writer.times(index, 4))
     if tile.is_ragged:
         writer.store_first(sums, place, writer.builder.sub(writer.slot("rows"), first))
     else:
         writer.store(sums, place)
-
-
-def _load_output(writer: KernelWriter, tile: PackedTile, token: Any, first: Any) -> Any:
-    """Load what `_store_rows` has stored."""
-    place, kind = _find_output(writer, token, first), writer.vector(writer.f32, tile.lanes)
-    if tile.is_ragged:
-        return writer.load_first(place, kind, writer.builder.sub(writer.slot("rows"), first))
-    return writer.load(place, kind)
-
-
-def _find_output(writer: KernelWriter, token: Any, first: Any) -> Any:
-    index = writer.add(writer.times(token, writer.slot("rows")), first)
-    return writer.address(writer.slot("output"), writer.times(index, 4))
 
 
 SLOTS = (
@@ -311,96 +301,158 @@ def write_panels(writer: KernelWriter, tile: PackedTile) -> None:
     A part of the panel is turned once, and then multiplied by all tokens. Their sums wait in the
     output.
     """
-    at, lanes = writer.slot, tile.lanes
-    panel = writer.reserve(PART_SPANS * PANEL_VECTORS * tile.vectors * 4 * lanes)
-    scales = writer.reserve(PART_SPANS * PANEL_VECTORS * tile.layout.pieces * 4 * lanes)
-    full = writer.builder.sdiv(at("columns"), writer.const(SPAN))
+    for_each_part(writer, tile, functools.partial(_multiply_part, writer, tile))
+
+
+class Panel(NamedTuple):
+    """A panel of weight rows: addresses of what belongs to a thread, and which rows these are.
+
+    Attributes:
+        turned: of a part's turned vectors, those of both halves side by side.
+        scales: of its pieces' weight scales, likewise.
+        sums: of the float32 sums so far, both halves' of a token side by side.
+        halves: the rows.
+    """
+
+    turned: Any
+    scales: Any
+    sums: Any
+    halves: Sequence[Rows]
+
+
+def for_each_part(
+    writer: KernelWriter, tile: PackedTile, multiply_part: Callable[[Panel, Any, Any], None]
+) -> None:
+    """Turn the parts of all panels, one after another, and multiply each by all tokens.
+
+    The sums wait side by side: in the output they are rows apart, which caches may have few places
+    for.
+
+    Args:
+        multiply_part: writes the product with a part, given the panel, the part's first span and
+            the one behind its last.
+    """
+    at, size = writer.slot, PANEL_VECTORS * 4 * tile.lanes
+    sizes = PART_SPANS * tile.vectors, PART_SPANS * tile.layout.pieces, MOST_TOKENS
+    places = [writer.reserve(count * size) for count in sizes]
     with writer.parallel_for(at("blocks")) as block:
-        begin = writer.times(block, PANEL_VECTORS * lanes)
+        begin = writer.times(block, PANEL_VECTORS * tile.lanes)
         halves = [
-            _find_rows(writer, tile, writer.add(begin, half * lanes))
+            find_rows(writer, tile, writer.add(begin, half * tile.lanes))
             for half in range(PANEL_VECTORS)
         ]
+        panel = Panel(*places, halves)
         with writer.loop(writer.const(0), at("spans"), PART_SPANS) as first:
             stop = writer.smaller(writer.add(first, PART_SPANS), at("spans"))
-            for start, end, is_whole in (
-                (first, writer.smaller(stop, full), True),
-                (writer.larger(first, full), stop, False),
-            ):
-                with writer.loop(start, end) as span:
-                    for half, rows in enumerate(halves):
-                        _fill_panel(writer, tile, (panel, scales), rows, (first, span, half), is_whole)
-            _multiply_part(writer, tile, (panel, scales), halves, (first, stop))
-        if tile.group_size is None:
-            _scale_output(writer, tile, halves)
+            _fill_part(writer, tile, panel, first, stop)
+            multiply_part(panel, first, stop)
+        _store_panel(writer, tile, panel)
 
 
-def _panel_place(tile: PackedTile, writer: KernelWriter, base: Any, index: Any, half: int) -> Any:
-    """Return where a turned vector, or scales, of one half of a panel stand."""
-    size = 4 * tile.lanes
-    return writer.address(base, writer.add(writer.times(index, PANEL_VECTORS * size), half * size))
+def _fill_part(
+    writer: KernelWriter, tile: PackedTile, panel: Panel, first: Any, stop: Any
+) -> None:
+    """Turn some spans of a panel's rows."""
+    full = writer.builder.sdiv(writer.slot("columns"), writer.const(SPAN))
+    whole, rest = writer.smaller(stop, full), writer.larger(first, full)
+    for start, end, is_whole in ((first, whole, True), (rest, stop, False)):
+        with writer.loop(start, end) as span:
+            inside = writer.builder.sub(span, first)
+            for half in range(PANEL_VECTORS):
+                _fill_panel(writer, tile, panel, half, (inside, span), is_whole)
 
 
 def _fill_panel(
     writer: KernelWriter,
     tile: PackedTile,
-    places: tuple[Any, Any],
-    rows: Rows,
-    where: tuple[Any, Any, int],
+    panel: Panel,
+    half: int,
+    where: tuple[Any, Any],
     is_whole: bool,
 ) -> None:
     """Turn a span of half a panel's rows."""
-    (panel, scales), (first, span, half) = places, where
-    inside = writer.builder.sub(span, first)
+    (inside, span), rows = where, panel.halves[half]
     for position, vector in enumerate(_load_turned(writer, tile, rows, span, is_whole)):
         index = writer.add(writer.times(inside, tile.vectors), position)
-        writer.store(vector, _panel_place(tile, writer, panel, index, half))
+        writer.store(vector, panel_place(writer, tile, panel.turned, index, half))
     for piece, vector in enumerate(_load_piece_scales(writer, tile, rows, span) or ()):
         index = writer.add(writer.times(inside, tile.layout.pieces), piece)
-        writer.store(vector, _panel_place(tile, writer, scales, index, half))
+        writer.store(vector, panel_place(writer, tile, panel.scales, index, half))
+
+
+def panel_place(writer: KernelWriter, tile: PackedTile, base: Any, index: Any, half: int) -> Any:
+    """Return where the vector of one half of a panel stands."""
+    size = 4 * tile.lanes
+    return writer.address(base, writer.add(writer.times(index, PANEL_VECTORS * size), half * size))
+
+
+def load_piece_scale(
+    writer: KernelWriter, tile: PackedTile, panel: Panel, where: tuple[Any, int], half: int
+) -> Any:
+    """Return the weight scales of a piece of a part's span; None if rows have one."""
+    if tile.group_size is None:
+        return None
+    inside, piece = where
+    index = writer.add(writer.times(inside, tile.layout.pieces), piece)
+    kind = writer.vector(writer.f32, tile.lanes)
+    return writer.load(panel_place(writer, tile, panel.scales, index, half), kind)
+
+
+def add_to_sums(
+    writer: KernelWriter,
+    tile: PackedTile,
+    panel: Panel,
+    line: Line,
+    inner: Any,
+    where: tuple[Any, Any, int],
+) -> None:
+    """Add a span of half a panel to a token's sums; the first span only writes."""
+    token, span, half = where
+    place = panel_place(writer, tile, panel.sums, token, half)
+    before = writer.load(place, writer.vector(writer.f32, tile.lanes))
+    is_first = writer.builder.icmp_signed("==", span, writer.const(0))
+    zero = writer.filled(writer.f32, tile.lanes, 0.0)
+    before = writer.builder.select(is_first, zero, before)
+    writer.store(add_span(writer, tile, line, inner, before), place)
+
+
+def _store_panel(writer: KernelWriter, tile: PackedTile, panel: Panel) -> None:
+    """Store the sums of a panel, times its rows' scales if each has one."""
+    kind, scales = writer.vector(writer.f32, tile.lanes), None
+    if tile.group_size is None:
+        scales = [writer.variable(_load_row_scale(writer, tile, rows)) for rows in panel.halves]
+    with writer.loop(writer.const(0), writer.slot("tokens")) as token:
+        for half, rows in enumerate(panel.halves):
+            sums = writer.load(panel_place(writer, tile, panel.sums, token, half), kind)
+            if scales is not None:
+                sums = writer.builder.fmul(sums, scales[half].get())
+            _store_rows(writer, tile, sums, token, rows.first)
 
 
 def _multiply_part(
-    writer: KernelWriter,
-    tile: PackedTile,
-    places: tuple[Any, Any],
-    halves: Sequence[Rows],
-    spans: tuple[Any, Any],
+    writer: KernelWriter, tile: PackedTile, panel: Panel, first: Any, stop: Any
 ) -> None:
     """Multiply a part of a panel by all tokens, as many at once as there are or fit."""
     done = writer.const(0)
     for count in TILE_TOKENS:
         left = writer.builder.sub(writer.slot("tokens"), done)
-        whole = writer.times(writer.builder.sdiv(left, writer.const(count)), count)
-        stop = writer.add(done, whole)
-        with writer.loop(done, stop, count) as token, writer.loop(*spans) as span:
-            inside = writer.builder.sub(span, spans[0])
-            is_first = writer.builder.icmp_signed("==", span, writer.const(0))
-            lines = [
-                _find_line(writer, tile, writer.add(token, t), span) for t in range(count)
-            ]
-            inner = _add_panel(writer, tile, places, inside, lines)
-            for t, line in enumerate(lines):
-                for half, rows in enumerate(halves):
-                    _add_to_output(
-                        writer, tile, line, inner[t][half], (writer.add(token, t), rows.first), is_first
-                    )
-        done = stop
+        border = writer.add(
+            done, writer.times(writer.builder.sdiv(left, writer.const(count)), count)
+        )
+        with writer.loop(done, border, count) as token, writer.loop(first, stop) as span:
+            tokens = [writer.add(token, t) for t in range(count)]
+            lines = [find_line(writer, tile, number, span) for number in tokens]
+            inner = _add_panel(writer, tile, panel, writer.builder.sub(span, first), lines)
+            for number, line, row in zip(tokens, lines, inner):
+                for half, value in enumerate(row):
+                    add_to_sums(writer, tile, panel, line, value, (number, span, half))
+        done = border
 
 
 def _add_panel(
-    writer: KernelWriter,
-    tile: PackedTile,
-    places: tuple[Any, Any],
-    inside: Any,
-    lines: Sequence[Line],
+    writer: KernelWriter, tile: PackedTile, panel: Panel, inside: Any, lines: Sequence[Line]
 ) -> list[list[Any]]:
     """Return the inner sums of a span for some tokens and both halves of a panel."""
-    panel, scales = places
-    kind, wide = (
-        writer.vector(writer.i8, 4 * tile.lanes),
-        writer.vector(writer.f32, tile.lanes),
-    )
     halves = range(PANEL_VECTORS)
     zero = writer.filled(writer.i32, tile.lanes, 0)
     totals = [[writer.variable(zero) for _ in halves] for _ in lines]
@@ -408,54 +460,35 @@ def _add_panel(
     for piece in range(tile.layout.pieces):
         for line, row in zip(lines, totals):
             for variable in row:
-                variable.set(_load_start(writer, tile, line, piece))
-        for first, stop in tile.list_runs(piece):
-            with writer.loop(writer.const(first), writer.const(stop), 2) as step:
-                for position in (step, writer.add(step, 1)):
-                    index = writer.add(writer.times(inside, tile.vectors), position)
-                    weights = [
-                        writer.load(_panel_place(tile, writer, panel, index, half), kind)
-                        for half in halves
-                    ]
-                    for line, row in zip(lines, totals):
-                        levels = _load_levels(writer, tile, line, position)
-                        for vector, variable in zip(weights, row):
-                            variable.set(add_dot(writer, variable.get(), vector, levels))
-        index = writer.add(writer.times(inside, tile.layout.pieces), piece)
-        factors: list[Any] = [None for _ in halves]
-        if tile.group_size is not None:
-            factors = [
-                writer.load(_panel_place(tile, writer, scales, index, half), wide) for half in halves
-            ]
-        for t, row in enumerate(totals):
-            for half, variable in enumerate(row):
-                inner[t][half] = _add_piece(writer, variable.get(), inner[t][half], factors[half])
+                variable.set(load_start(writer, tile, line, piece))
+        for run in tile.list_runs(piece):
+            _add_run(writer, tile, (panel.turned, inside), run, lines, totals)
+        for half in halves:
+            scale = load_piece_scale(writer, tile, panel, (inside, piece), half)
+            for t, row in enumerate(totals):
+                inner[t][half] = add_piece(writer, row[half].get(), inner[t][half], scale)
     return inner
 
 
-def _add_to_output(
+def _add_run(
     writer: KernelWriter,
     tile: PackedTile,
-    line: Line,
-    inner: Any,
-    corner: tuple[Any, Any],
-    is_first: Any,
+    part: tuple[Any, Any],
+    run: tuple[int, int],
+    lines: Sequence[Line],
+    totals: list[list[Any]],
 ) -> None:
-    """Add a span to the sums that wait in the output; the first span only writes."""
-    before = _load_output(writer, tile, *corner)
-    zero = writer.filled(writer.f32, tile.lanes, 0.0)
-    before = writer.builder.select(is_first, zero, before)
-    _store_rows(writer, tile, _add_span(writer, tile, line, inner, before), *corner)
-
-
-def _scale_output(writer: KernelWriter, tile: PackedTile, halves: Sequence[Rows]) -> None:
-    """Multiply the sums of a panel by its rows' scales."""
-    scales = [writer.variable(_load_row_scale(writer, tile, rows)) for rows in halves]
-    with writer.loop(writer.const(0), writer.slot("tokens")) as token:
-        for rows, scale in zip(halves, scales):
-            sums = _load_output(writer, tile, token, rows.first)
-            sums = writer.builder.fmul(sums, scale.get())
-            _store_rows(writer, tile, sums, token, rows.first)
+    """Add a run of turned vectors to the integer sums, two at a step."""
+    (base, inside), kind = part, writer.vector(writer.i8, 4 * tile.lanes)
+    with writer.loop(writer.const(run[0]), writer.const(run[1]), 2) as step:
+        for position in (step, writer.add(step, 1)):
+            index = writer.add(writer.times(inside, tile.vectors), position)
+            places = [panel_place(writer, tile, base, index, half) for half in range(PANEL_VECTORS)]
+            weights = [writer.load(place, kind) for place in places]
+            for line, row in zip(lines, totals):
+                levels = _load_levels(writer, tile, line, position)
+                for vector, variable in zip(weights, row):
+                    variable.set(add_dot(writer, variable.get(), vector, levels))
 
 
 PANELS = KernelSource(SLOTS, write_panels)
