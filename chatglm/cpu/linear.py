@@ -1,11 +1,11 @@
 """Products with packed and plain weights on a CPU: which kernel computes which, and how.
 
-Owns the choice. What the kernels do is told in `gemv`, `gemm` and `float_products`; what plain
-torch does instead is the model's. Weights are read as they are stored: nothing is repacked or kept
-twice.
+Owns the choice. What the kernels do is told in `packed_products`, `tile_products` and
+`float_products`; what plain torch does instead is the model's. Weights are read as they are stored:
+nothing is repacked or kept twice.
 
 `int8` products round the input to 8 bits in groups, and sum integers; `exact` ones multiply in
-float32. Both are deterministic: a result does not depend on the number of threads.
+float32. A token's result depends neither on the number of threads nor on the other tokens.
 
 Shapes: `T` tokens (all rows of the input), `O` output features, `I` input features, `C` stored
 columns of a packed matrix, `G` groups of a row.
@@ -23,7 +23,7 @@ from torch.overrides import TorchFunctionMode
 
 from chatglm.cpu.compiler import find_compiler, find_kernel
 from chatglm.cpu.float_linear import multiply_plain, plan_exact
-from chatglm.cpu.packed_products import PANEL_VECTORS, PANELS, TURNED, PackedTile
+from chatglm.cpu.packed_products import PANELS, TURNED, PackedTile
 from chatglm.cpu.products import (
     BLOCK_BYTES,
     TYPE_NAMES,
@@ -36,12 +36,12 @@ from chatglm.cpu.products import (
 )
 from chatglm.cpu.rounding import ROUNDING, Layout
 from chatglm.cpu.runtime import Call, count_threads
-from chatglm.cpu.tile_products import TILE, TILED, has_tiles
+from chatglm.cpu.tile_products import TILE, TILED, WIDTH, has_tiles
 from chatglm.cpu.writer import KernelSource, Processor
 
 MOST_TURNED = 8  # tokens, beyond which weights that were turned are kept for the others
 LEAST_TILED = 9  # tokens, from which a kernel of tiles is the faster one
-PANEL_TOKENS = 65  # XXX
+PANEL_TOKENS = 65  # as many as a decoding step takes at most, and one
 
 
 class RoundedProduct:
@@ -92,13 +92,15 @@ def _plan_rounded(sizes: Sizes) -> Product | None:
     """Choose the kernel by the number of tokens; the result is the same."""
     layout, source = sizes.lay_out(), _choose_kernel(sizes)
     is_few, lanes = source is TURNED, layout.processor.lanes
-    block_rows = lanes * (1 if is_few else PANEL_VECTORS)
+    width = WIDTH if source is TILED else 2
+    block_rows = lanes * (1 if is_few else width)
     tile = PackedTile(
         layout,
         sizes.tokens if is_few else 0,
         sizes.weights.scale_type,
         sizes.group_size,
         is_ragged=sizes.rows % block_rows != 0,
+        width=width,
     )
     kernel = find_kernel(source, tile)
     if kernel is None:

@@ -25,7 +25,6 @@ from chatglm.cpu.writer import KernelSource, KernelWriter
 
 PREFETCH = 256  # bytes ahead of the weights being read, in every row
 PART_SPANS = 4  # of a panel: the first cache holds it beside the input
-PANEL_VECTORS = 2  # of rows, in a panel
 TILE_TOKENS = (8, 4, 2, 1)  # that are multiplied by a panel at once
 MOST_TOKENS = 512  # whose sums with a panel the second cache holds
 
@@ -39,6 +38,7 @@ class PackedTile(NamedTuple):
         scale_type: "f16" or "f32".
         group_size: columns that share a weight scale, or None for whole rows.
         is_ragged: whether the last vector of weight rows has fewer than the others.
+        width: vectors of rows in a panel.
     """
 
     layout: Layout
@@ -46,6 +46,7 @@ class PackedTile(NamedTuple):
     scale_type: str
     group_size: int | None = None
     is_ragged: bool = False
+    width: int = 2
 
     @property
     def lanes(self) -> int:
@@ -110,9 +111,7 @@ def _load_turned(
         vectors = []
         for base in rows.weights:
             place = writer.address(base, offset)
-            stored = (
-                writer.load(place, kind) if is_whole else writer.load_first(place, kind, left)
-            )
+            stored = writer.load(place, kind) if is_whole else writer.load_first(place, kind, left)
             vectors.append(writer.builder.bitcast(stored, wide))
         planes = [
             split_planes(writer, layout, writer.builder.bitcast(vector, kind))
@@ -194,7 +193,8 @@ def add_piece(writer: KernelWriter, total: Any, before: Any, scale: Any) -> Any:
     number = writer.builder.sitofp(total, writer.vector(writer.f32, total.type.count))
     if scale is None:
         return number
-    return writer.builder.fmul(number, scale) if before is None else writer.fma(number, scale, before)
+    scaled = writer.builder.fmul(number, scale)
+    return scaled if before is None else writer.fma(number, scale, before)
 
 
 def add_span(writer: KernelWriter, tile: PackedTile, line: Line, inner: Any, before: Any) -> Any:
@@ -276,9 +276,7 @@ def _load_row_scale(writer: KernelWriter, tile: PackedTile, rows: Rows) -> Any:
     return scale
 
 
-def _store_rows(
-    writer: KernelWriter, tile: PackedTile, sums: Any, token: Any, first: Any
-) -> None:
+def _store_rows(writer: KernelWriter, tile: PackedTile, sums: Any, token: Any, first: Any) -> None:
     """Store a vector of rows of the output at `(token, first)`."""
     index = writer.add(writer.times(token, writer.slot("rows")), first)
     place = writer.address(writer.slot("output"), writer.times(index, 4))
@@ -308,16 +306,16 @@ class Panel(NamedTuple):
     """A panel of weight rows: addresses of what belongs to a thread, and which rows these are.
 
     Attributes:
-        turned: of a part's turned vectors, those of both halves side by side.
+        turned: of a part's turned vectors, those of all vectors of rows side by side.
         scales: of its pieces' weight scales, likewise.
-        sums: of the float32 sums so far, both halves' of a token side by side.
-        halves: the rows.
+        sums: of the float32 sums so far, those of a token side by side.
+        rows: vectors of rows.
     """
 
     turned: Any
     scales: Any
     sums: Any
-    halves: Sequence[Rows]
+    rows: Sequence[Rows]
 
 
 def for_each_part(
@@ -332,14 +330,14 @@ def for_each_part(
         multiply_part: writes the product with a part, given the panel, the part's first span and
             the one behind its last.
     """
-    at, size = writer.slot, PANEL_VECTORS * 4 * tile.lanes
+    at, size = writer.slot, tile.width * 4 * tile.lanes
     sizes = PART_SPANS * tile.vectors, PART_SPANS * tile.layout.pieces, MOST_TOKENS
     places = [writer.reserve(count * size) for count in sizes]
     with writer.parallel_for(at("blocks")) as block:
-        begin = writer.times(block, PANEL_VECTORS * tile.lanes)
+        begin = writer.times(block, tile.width * tile.lanes)
         halves = [
             find_rows(writer, tile, writer.add(begin, half * tile.lanes))
-            for half in range(PANEL_VECTORS)
+            for half in range(tile.width)
         ]
         panel = Panel(*places, halves)
         with writer.loop(writer.const(0), at("spans"), PART_SPANS) as first:
@@ -349,16 +347,14 @@ def for_each_part(
         _store_panel(writer, tile, panel)
 
 
-def _fill_part(
-    writer: KernelWriter, tile: PackedTile, panel: Panel, first: Any, stop: Any
-) -> None:
+def _fill_part(writer: KernelWriter, tile: PackedTile, panel: Panel, first: Any, stop: Any) -> None:
     """Turn some spans of a panel's rows."""
     full = writer.builder.sdiv(writer.slot("columns"), writer.const(SPAN))
     whole, rest = writer.smaller(stop, full), writer.larger(first, full)
     for start, end, is_whole in ((first, whole, True), (rest, stop, False)):
         with writer.loop(start, end) as span:
             inside = writer.builder.sub(span, first)
-            for half in range(PANEL_VECTORS):
+            for half in range(tile.width):
                 _fill_panel(writer, tile, panel, half, (inside, span), is_whole)
 
 
@@ -370,8 +366,8 @@ def _fill_panel(
     where: tuple[Any, Any],
     is_whole: bool,
 ) -> None:
-    """Turn a span of half a panel's rows."""
-    (inside, span), rows = where, panel.halves[half]
+    """Turn a span of a vector of a panel's rows."""
+    (inside, span), rows = where, panel.rows[half]
     for position, vector in enumerate(_load_turned(writer, tile, rows, span, is_whole)):
         index = writer.add(writer.times(inside, tile.vectors), position)
         writer.store(vector, panel_place(writer, tile, panel.turned, index, half))
@@ -381,9 +377,9 @@ def _fill_panel(
 
 
 def panel_place(writer: KernelWriter, tile: PackedTile, base: Any, index: Any, half: int) -> Any:
-    """Return where the vector of one half of a panel stands."""
+    """Return where the vector of one vector of rows of a panel stands."""
     size = 4 * tile.lanes
-    return writer.address(base, writer.add(writer.times(index, PANEL_VECTORS * size), half * size))
+    return writer.address(base, writer.add(writer.times(index, tile.width * size), half * size))
 
 
 def load_piece_scale(
@@ -406,7 +402,7 @@ def add_to_sums(
     inner: Any,
     where: tuple[Any, Any, int],
 ) -> None:
-    """Add a span of half a panel to a token's sums; the first span only writes."""
+    """Add a span of a vector of rows to a token's sums; the first span only writes."""
     token, span, half = where
     place = panel_place(writer, tile, panel.sums, token, half)
     before = writer.load(place, writer.vector(writer.f32, tile.lanes))
@@ -420,9 +416,9 @@ def _store_panel(writer: KernelWriter, tile: PackedTile, panel: Panel) -> None:
     """Store the sums of a panel, times its rows' scales if each has one."""
     kind, scales = writer.vector(writer.f32, tile.lanes), None
     if tile.group_size is None:
-        scales = [writer.variable(_load_row_scale(writer, tile, rows)) for rows in panel.halves]
+        scales = [writer.variable(_load_row_scale(writer, tile, rows)) for rows in panel.rows]
     with writer.loop(writer.const(0), writer.slot("tokens")) as token:
-        for half, rows in enumerate(panel.halves):
+        for half, rows in enumerate(panel.rows):
             sums = writer.load(panel_place(writer, tile, panel.sums, token, half), kind)
             if scales is not None:
                 sums = writer.builder.fmul(sums, scales[half].get())
@@ -453,7 +449,7 @@ def _add_panel(
     writer: KernelWriter, tile: PackedTile, panel: Panel, inside: Any, lines: Sequence[Line]
 ) -> list[list[Any]]:
     """Return the inner sums of a span for some tokens and both halves of a panel."""
-    halves = range(PANEL_VECTORS)
+    halves = range(tile.width)
     zero = writer.filled(writer.i32, tile.lanes, 0)
     totals = [[writer.variable(zero) for _ in halves] for _ in lines]
     inner: list[list[Any]] = [[None for _ in halves] for _ in lines]
@@ -483,7 +479,7 @@ def _add_run(
     with writer.loop(writer.const(run[0]), writer.const(run[1]), 2) as step:
         for position in (step, writer.add(step, 1)):
             index = writer.add(writer.times(inside, tile.vectors), position)
-            places = [panel_place(writer, tile, base, index, half) for half in range(PANEL_VECTORS)]
+            places = [panel_place(writer, tile, base, index, half) for half in range(tile.width)]
             weights = [writer.load(place, kind) for place in places]
             for line, row in zip(lines, totals):
                 levels = _load_levels(writer, tile, line, position)

@@ -104,9 +104,7 @@ def _round_span(
 ) -> None:
     """Round one span, and note its scale and starts."""
     target, notes = places
-    numbers = [
-        _load_numbers(writer, source, column, is_whole) for column in range(0, SPAN, GROUP)
-    ]
+    numbers = [_load_numbers(writer, source, column, is_whole) for column in range(0, SPAN, GROUP)]
     levels, scale = _round_group(writer, numbers)
     for group, vector in enumerate(levels):
         _store_levels(writer, layout, target, group, vector)

@@ -14,7 +14,6 @@ import sys
 from typing import Any
 
 from chatglm.cpu.packed_products import (
-    PANEL_VECTORS,
     SLOTS,
     PackedTile,
     Panel,
@@ -32,6 +31,8 @@ from chatglm.cpu.writer import KernelSource, KernelWriter, Processor
 TILE = 16  # rows of a tile, and numbers of 32 bits in each
 TILE_BYTES = 64  # of a row
 TILES = 8
+PAIR = 2  # vectors of weight rows, and tiles of tokens, whose four products have a tile each
+WIDTH = 8  # vectors of rows of a panel, which share the levels in the first cache
 FEATURES = ("+amx-tile", "+amx-int8")
 # Linux has programs ask before they use tiles, whose contents each thread then carries.
 ARCH_PRCTL, ASK_FOR_STATE, TILE_DATA = 158, 0x1023, 18
@@ -58,7 +59,7 @@ def write_tiles(writer: KernelWriter, tile: PackedTile) -> None:
     The rounded input has whole tiles of rows; those behind the tokens may hold anything.
     """
     _configure(writer)
-    sums = writer.reserve(2 * PANEL_VECTORS * TILE * TILE_BYTES)
+    sums = writer.reserve(4 * TILE * TILE_BYTES)
     for_each_part(writer, tile, functools.partial(_multiply_part, writer, tile, sums))
     _call(writer, "tilerelease")
 
@@ -81,39 +82,42 @@ def _configure(writer: KernelWriter) -> None:
 def _multiply_part(
     writer: KernelWriter, tile: PackedTile, sums: Any, panel: Panel, first: Any, stop: Any
 ) -> None:
-    """Multiply a part of a panel by all tokens, two tiles of them at once while there are so many."""
+    """Multiply a part of a panel by all tokens, two tiles at once while there are so many."""
     at, builder = writer.slot, writer.builder
     pairs = builder.sdiv(writer.add(at("tokens"), TILE - 1), writer.const(2 * TILE))
     border = writer.times(pairs, 2 * TILE)
     for start, end, count in ((writer.const(0), border, 2), (border, at("tokens"), 1)):
         with writer.loop(start, end, count * TILE) as token, writer.loop(first, stop) as span:
             inside = builder.sub(span, first)
-            _sum_tiles(writer, tile, (panel.turned, inside), (token, span), count, sums)
             left = writer.smaller(builder.sub(at("tokens"), token), writer.const(count * TILE))
-            with writer.loop(writer.const(0), left) as index:
-                _add_sums(writer, tile, panel, (token, index, span, inside), sums)
+            for pair in range(0, tile.width, PAIR):
+                part = panel.turned, inside, pair
+                _sum_tiles(writer, tile, part, (token, span), count, sums)
+                with writer.loop(writer.const(0), left) as index:
+                    _add_sums(writer, tile, panel, (token, index, span, inside), pair, sums)
 
 
 def _sum_tiles(
     writer: KernelWriter,
     tile: PackedTile,
-    part: tuple[Any, Any],
+    part: tuple[Any, Any, int],
     corner: tuple[Any, Any],
     count: int,
     sums: Any,
 ) -> None:
     """Sum the products of a span of the panel and some tiles of tokens, and store the sums."""
-    (base, inside), (token, span) = part, corner
-    halves = range(PANEL_VECTORS)
-    outputs = [[number * PANEL_VECTORS + half for half in halves] for number in range(count)]
+    (base, inside, pair), (token, span) = part, corner
+    halves = range(PAIR)
+    outputs = [[number * PAIR + half for half in halves] for number in range(count)]
     for number in (number for row in outputs for number in row):
         _call(writer, "tilezero", number)
-    stride, line = writer.slot("rounded_stride"), PANEL_VECTORS * TILE_BYTES
+    stride, line = writer.slot("rounded_stride"), PAIR * TILE_BYTES
+    panel_line = writer.const(tile.width * TILE_BYTES)
     for step in range(SPAN // TILE_BYTES):
-        for half in range(PANEL_VECTORS):
+        for half in halves:
             index = writer.add(writer.times(inside, tile.vectors), step * TILE)
-            place = panel_place(writer, tile, base, index, half)
-            _call(writer, "tileloadd64", 6 + half, place, writer.const(line))
+            place = panel_place(writer, tile, base, index, pair + half)
+            _call(writer, "tileloadd64", 6 + half, place, panel_line)
         for number, row in enumerate(outputs):
             levels = find_line(writer, tile, writer.add(token, number * TILE), span).levels
             place = writer.address(levels, step * TILE_BYTES)
@@ -131,6 +135,7 @@ def _add_sums(
     tile: PackedTile,
     panel: Panel,
     place: tuple[Any, Any, Any, Any],
+    pair: int,
     sums: Any,
 ) -> None:
     """Add a token's integer sums of a span to its sums so far."""
@@ -138,12 +143,12 @@ def _add_sums(
     token = writer.add(first, index)
     line, kind = find_line(writer, tile, token, span), writer.vector(writer.i32, TILE)
     start = load_start(writer, tile, line, 0)
-    for half in range(PANEL_VECTORS):
-        offset = writer.times(index, PANEL_VECTORS * TILE_BYTES)
+    for half in range(PAIR):
+        offset = writer.times(index, PAIR * TILE_BYTES)
         total = writer.load(writer.address(sums, writer.add(offset, half * TILE_BYTES)), kind)
-        scale = load_piece_scale(writer, tile, panel, (inside, 0), half)
+        scale = load_piece_scale(writer, tile, panel, (inside, 0), pair + half)
         inner = add_piece(writer, writer.builder.add(total, start), None, scale)
-        add_to_sums(writer, tile, panel, line, inner, (token, span, half))
+        add_to_sums(writer, tile, panel, line, inner, (token, span, pair + half))
 
 
 TILED = KernelSource(SLOTS, write_tiles)

@@ -32,11 +32,11 @@ from chatglm.cpu import (
     fast_products,
     float_linear,
     float_products,
-    gemm,
-    gemv,
     linear,
+    packed_products,
     products,
     rounding,
+    tile_products,
 )
 from chatglm.cpu import compiler as compiling
 from chatglm.cpu import runtime as running
@@ -64,12 +64,6 @@ class Case(NamedTuple):
     def __str__(self) -> str:
         scales = f"{self.group_size or 'rows'}-{str(self.scale_dtype).removeprefix('torch.')}"
         return f"{self.bits}-{scales}-{self.tokens}x{self.columns}x{self.rows}"
-
-    @property
-    def span(self) -> int:
-        """Columns of an input row that are rounded together."""
-        is_panel = self.tokens >= linear.PANEL_TOKENS and self.group_size is None
-        return linear.PANEL_SPAN if is_panel else rounding.GROUP
 
 
 # Every pair of bits or scale dtype with a size of groups, and every way that tiles can end. The
@@ -164,11 +158,11 @@ def make_weights(case: Case) -> tuple[Tensor, Tensor, Tensor]:
 def make_levels(case: Case) -> Tensor:
     """Return inputs that 8 bits hold: integers times a power of two, a 127 in every span."""
     levels = torch.randint(-127, 128, (case.tokens, case.columns)).float()
-    levels[:, :: case.span] = (
-        127.0 * torch.randint(0, 2, levels[:, :: case.span].shape).sub(0.5) * 2
+    levels[:, :: rounding.SPAN] = (
+        127.0 * torch.randint(0, 2, levels[:, :: rounding.SPAN].shape).sub(0.5) * 2
     )
-    powers = torch.randint(-6, 7, levels[:, :: case.span].shape).float().exp2()
-    return levels * powers.repeat_interleave(case.span, dim=1)[:, : case.columns]
+    powers = torch.randint(-6, 7, levels[:, :: rounding.SPAN].shape).float().exp2()
+    return levels * powers.repeat_interleave(rounding.SPAN, dim=1)[:, : case.columns]
 
 
 def rounding_error(states: Tensor, matrix: Tensor, span: int) -> Tensor:
@@ -221,7 +215,7 @@ def test_rounding_costs_what_it_may(case: Case) -> None:
     states = torch.randn(case.tokens, case.columns) * torch.logspace(-3, 3, case.columns)
     error = (multiply(states, weight, scale, case.bits) - states.double() @ matrix.T).abs()
     summing = 1e-5 * (states.double().abs() @ matrix.abs().T)
-    assert (error <= rounding_error(states, matrix, case.span) + summing + 1e-38).all()
+    assert (error <= rounding_error(states, matrix, rounding.SPAN) + summing + 1e-38).all()
     assert error.max() > 0 or not matrix.any()
 
 
@@ -314,7 +308,10 @@ def test_zeros_and_the_smallest_and_largest_numbers(
     for size in (1e-45, 1e-40, 1.1e-36, 0.9e-36, 1e-30, 1e36):
         states = ones.sign() * size
         output = compute(states, weight, scale, activations)
-        bound = rounding_error(states, matrix, 512) + 1e-5 * states.double().norm() * matrix.norm()
+        bound = (
+            rounding_error(states, matrix, rounding.SPAN)
+            + 1e-5 * states.double().norm() * matrix.norm()
+        )
         bound += 1e-36 * matrix.abs().sum(1)  # smaller numbers may become zeros
         assert ((output - states.double() @ matrix.T).abs() <= bound).all(), size
         if activations == "int8" and size < rounding.SMALLEST:
@@ -322,7 +319,7 @@ def test_zeros_and_the_smallest_and_largest_numbers(
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
-@pytest.mark.parametrize("extra", [0, 1, linear.PANEL_TOKENS + 1])
+@pytest.mark.parametrize("extra", [0, 1, 9])
 def test_a_long_prompt_is_multiplied_part_by_part(extra: int, dtype: torch.dtype) -> None:
     size = products.PART_TOKENS
     few, weight, scale = make_operands(None, 64)
@@ -472,6 +469,44 @@ def test_threads_runs_and_processes_give_the_same_bits(monkeypatch: pytest.Monke
     assert {*digests, other.stdout.strip()} == {digests[0]}
 
 
+COMPANIES = {
+    Case(4, None, HALF, 40, 1002, 50): "*",
+    Case(8, None, SINGLE, 40, 517, 33): "*",
+    Case(4, 32, HALF, 40, 288, 41): "*",
+    Case(8, 64, SINGLE, 24, 320, 19): "",
+    Case(4, 96, SINGLE, 24, 288, 17): "",
+    Case(8, 128, HALF, 24, 384, 40): "",
+    Case(4, 256, HALF, 24, 768, 7): "*",
+}
+
+
+@on_each_processor(COMPANIES)
+@pytest.mark.usefixtures("played")
+def test_a_token_does_not_know_its_company(case: Case) -> None:
+    weight, scale, _ = make_weights(case)
+    states = torch.randn(case.tokens, case.columns) * torch.logspace(-2, 2, case.columns)
+    alone = torch.cat([multiply(token, weight, scale, case.bits) for token in states.split(1)])
+    generator = torch.Generator().manual_seed(case.columns)
+    for count in (2, 3, 5, 8, 9, 15, 17, case.tokens):
+        picked = torch.randperm(case.tokens, generator=generator)[:count]
+        assert torch.equal(multiply(states[picked], weight, scale, case.bits), alone[picked]), count
+
+
+@pytest.mark.parametrize("tokens", [9, 16, 33, 64])
+@pytest.mark.parametrize(
+    "case", [case for case in COMPANIES if case.group_size not in (32, 64, 96)]
+)
+def test_tiles_change_no_bit(case: Case, tokens: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    if not tile_products.has_tiles(HOST):
+        pytest.skip("this CPU has no tiles, or the system keeps them")
+    weight, scale, _ = make_weights(case)
+    states = torch.randn(tokens, case.columns)
+    tiled = multiply(states, weight, scale, case.bits)
+    forget_kernels(monkeypatch)
+    monkeypatch.setattr(linear, "has_tiles", lambda processor: False)
+    assert torch.equal(multiply(states, weight, scale, case.bits), tiled)
+
+
 # Layers
 
 
@@ -556,13 +591,12 @@ def refuse(*_: Any, **__: Any) -> None:
 
 def list_kernels(processor: Processor) -> list[tuple[Any, Any]]:
     """Return one kernel of every kind, with what it is compiled for on a processor."""
-    row = rounding.Layout(processor, 8, 1, False)
-    panel = rounding.Layout(processor, 4, 1, True)
-    panel = panel._replace(chunks=linear.PANEL_SPAN // panel.span_columns)
+    few = packed_products.PackedTile(rounding.Layout(processor, 8, 4), 1, "f16", 32, True)
+    many = packed_products.PackedTile(rounding.Layout(processor, 4), 0, "f16")
     return [
-        (rounding.ROUNDING, row),
-        (gemv.DOTS, gemv.DotTile(row, 1, 1, "f16", 32)),
-        (gemm.PANELS, gemm.PanelTile(panel, 8, "f16")),
+        (rounding.ROUNDING, few.layout),
+        (packed_products.TURNED, few),
+        (packed_products.PANELS, many),
         (float_products.FLOATS, float_products.FloatTile("f16", 1, 1)),
         (float_products.FLOATS, float_products.FloatTile("f16", 2, 4, is_widened=True)),
         (attention.STEP_ATTENTION, attention.HeadShape(64, "f16", True, 2)),
@@ -585,7 +619,7 @@ def test_arm_gets_its_dot_products_and_no_calls(name: str, triple: str) -> None:
     for source, parameters in list_kernels(processor):
         text = assemble(compiler, source, parameters)
         assert not re.search(r"^\s+(bl|blr)\s", text, re.MULTILINE), parameters
-        has_dots = source in (gemv.DOTS, gemm.PANELS)
+        has_dots = source in (packed_products.TURNED, packed_products.PANELS)
         assert bool(re.search(r"^\s+sdot", text, re.MULTILINE)) == has_dots, parameters
 
 
@@ -608,7 +642,7 @@ def test_a_pc_s_kernels_call_nothing_that_may_be_absent(
         text = assemble(compiler, source, parameters)
         called = set(re.findall(r"(?:call\w*\s+|movabsq\s+\$)([a-z_]\w*)", text))
         assert called <= ({"rintf"} if dot == "generic" else set()), parameters
-        if source in (gemv.DOTS, gemm.PANELS):
+        if source in (packed_products.TURNED, packed_products.PANELS):
             assert instruction in text
         assert "zmm" not in text or dot == "vnni"
 
