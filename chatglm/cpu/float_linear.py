@@ -35,8 +35,7 @@ EXACT_TOKENS = 64  # of more, torch's products are as fast
 # processors with the former have 32 and some with the latter 16.
 WIDE_TILES = {1: 8, 2: 8, 3: 8, 4: 4, 5: 4, 6: 4}
 NARROW_TILES = {1: 4, 2: 4, 3: 2, 4: 2}
-FEW_PANELS, FEW_ROWS = 4, 32  # tiles of tokens, up to which a block has so many weight rows
-MANY_TILES = (256, 32)  # weight rows and tiles of tokens of a block beyond
+FEW_ROWS, MANY_ROWS = 32, 128  # weight rows of a block of tiles; those of many tokens pass it again
 WIDENED_ROWS = 256  # of a half matrix that are float32 at a time, which the cache holds
 # With which a CPU multiplies halves itself; without, torch widens them, slowly.
 HALF_FEATURES = {
@@ -78,25 +77,14 @@ class TileProduct(NamedTuple):
         return output
 
 
-def choose_shape(sizes: Sizes, parts: int) -> TileShape:
-    """Return the tiles for so many tokens; few are in the registers at once."""
-    panels = next((n for n in (1, 2, 4) if n * SIDE >= sizes.tokens), None)
-    is_direct = panels is not None and sizes.rows >= FEW_ROWS
-    if panels is None:
-        panels = -(-sizes.tokens // (2 * SIDE)) * 2
-    tokens = -(-sizes.tokens // panels)
-    kind = sizes.weights.kind
-    if is_direct:
-        return TileShape(kind, tokens, panels, parts, FEW_ROWS, panels, True)
-    block_rows, block_panels = MANY_TILES if panels > FEW_PANELS else (FEW_ROWS, panels)
-    return TileShape(kind, tokens, min(panels, 2), parts, block_rows, block_panels, False)
-
-
 def plan_tiles(sizes: Sizes, parts: int) -> Product | None:
     """Choose the tiles for a product of any number of tokens, their numbers split into parts."""
-    shape = choose_shape(sizes, parts)
-    panels = -(-sizes.tokens // shape.tokens)
-    panels = -(-panels // shape.panels) * shape.panels
+    side_by_side = next((n for n in (1, 2) if n * SIDE >= sizes.tokens), 4)
+    panels = -(-sizes.tokens // (SIDE * side_by_side)) * side_by_side
+    tokens = -(-sizes.tokens // panels)
+    is_many = panels > side_by_side and sizes.rows >= MANY_ROWS
+    rows = MANY_ROWS if is_many else FEW_ROWS
+    shape = TileShape(sizes.weights.kind, tokens, side_by_side, parts, rows)
     kernel, split = find_kernel(TILES, shape), find_kernel(SPLIT, shape)
     if kernel is None or split is None:
         return None
@@ -123,7 +111,7 @@ def plan_exact(sizes: Sizes, parts: int = 2) -> Product | None:
     """Choose the tile for a product of up to `EXACT_TOKENS` in float32; more are torch's."""
     if 0 in (sizes.tokens, sizes.rows, sizes.columns):
         return None
-    if multiplies_tiles(sizes.weights):
+    if multiplies_tiles(sizes.weights, sizes.rows):
         return plan_tiles(sizes, parts)
     if sizes.tokens > EXACT_TOKENS:
         return None
@@ -150,10 +138,10 @@ def plan_exact(sizes: Sizes, parts: int = 2) -> Product | None:
     return ExactProduct((sizes.tokens, sizes.rows), call)
 
 
-def multiplies_tiles(weights: Weights) -> bool:
-    """Tell whether weights are halves that this CPU multiplies by tile registers."""
+def multiplies_tiles(weights: Weights, rows: int) -> bool:
+    """Tell whether so many rows of weights are halves that this CPU multiplies by tiles."""
     is_able = "+amx-bf16" in weights.processor.features.split(",")
-    return is_able and weights.kind in ("f16", "bf16") and ask_for_tiles()
+    return is_able and weights.kind in ("f16", "bf16") and rows >= FEW_ROWS and ask_for_tiles()
 
 
 def choose_tile(sizes: Sizes) -> FloatTile:
@@ -183,7 +171,8 @@ def multiply_plain(input: Tensor, weight: Tensor) -> Tensor | None:
     if not are_matrices(weight) or input.shape[-1:] != weight.shape[1:]:
         return None
     weights = Weights(compiler.processor, weight_type)
-    if input.numel() > EXACT_TOKENS * weight.shape[1] and not multiplies_tiles(weights):
+    has_tiles = weight_type == "f16" and multiplies_tiles(weights, len(weight))
+    if input.numel() > EXACT_TOKENS * weight.shape[1] and not has_tiles:
         is_slow = is_plain(input) and not _multiplies(compiler.processor, weight.dtype)
         return _multiply_widened(input, weight) if is_slow else None
     plan = functools.partial(plan_exact, parts=1 if weight_type == "bf16" else 2)

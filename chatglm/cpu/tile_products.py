@@ -6,7 +6,7 @@ A tile product sums pairs of bfloat16 numbers in float32. So a float32 input bec
 bfloat16 numbers, which keep 16 of its 24 bits (and all 11 of a float16 number's, all 8 of a
 bfloat16's); a float16 weight becomes the sum of two as well, exactly:
 
-    y = w1 * x1 + w1 * x2 + w2 * x1        (w2 * x2 is below what is left out of x)
+    y = w1 * x1 + w2 * x1 + w1 * x2        (w2 * x2 is below what is left out of x)
 
 What a sum adds, and in which order, is the same whatever stands beside it in the tiles. Numbers
 below 2**-126 count as zeros, and a product of float16 weights with an infinite input may be NaN.
@@ -20,9 +20,8 @@ from chatglm.cpu.writer import KernelSource, KernelWriter
 SIDE = 16  # rows of a tile register: weight rows, or pairs of columns
 CHUNK = 32  # columns of a tile product
 TILE_BYTES = 1024  # of a tile of weights
-SPAN = 512  # columns that pass before the others do, of all tokens; a multiple of CHUNK
-REGISTERS, WEIGHTS = 8, 4  # of tiles; the first ones hold sums, those from 4 on the operands
-UNIT = 4  # tile products along the columns whose weights are split at once
+REGISTERS = 8  # of tiles: the first ones hold sums, then come weights, then input
+UNIT = 2  # tile products along the columns whose weights are split at once
 PREFETCH = 2048  # bytes ahead of the weights being read in each row
 
 
@@ -35,9 +34,6 @@ class TileShape(NamedTuple):
         panels: how many tiles of them are multiplied side by side: 1, 2 or 4.
         parts: bfloat16 numbers that an input number becomes, 1 or 2.
         block_rows: weight rows of a block, a multiple of 32.
-        block_panels: tiles of tokens that pass a block together, a multiple of `panels`.
-        is_direct: whether all tokens are in the registers at once, so that weights are read once
-            and none of them has to wait in memory.
     """
 
     weight_type: str
@@ -45,8 +41,6 @@ class TileShape(NamedTuple):
     panels: int
     parts: int
     block_rows: int
-    block_panels: int
-    is_direct: bool
 
     @property
     def lines(self) -> int:
@@ -56,8 +50,27 @@ class TileShape(NamedTuple):
     @property
     def pairs(self) -> list[tuple[int, int]]:
         """Which part of the weights meets which part of the input, in the order of the sums."""
-        with_weights = [(0, part) for part in range(self.parts)]
-        return with_weights if self.weight_type == "bf16" else [*with_weights, (1, 0)]
+        with_input = [(part, 0) for part in range(self.weight_parts)]
+        return [*with_input, *[(0, part) for part in range(1, self.parts)]]
+
+    @property
+    def steps(self) -> list[tuple[int, int, tuple[int, int]]]:
+        """Lines, panels and pairs in the order in which the fewest tiles are loaded."""
+        lines, panels = range(self.lines), range(self.panels)
+        if self.lines == 1:
+            return [(0, panel, pair) for panel in panels for pair in self.pairs]
+        return [(line, panel, pair) for pair in self.pairs for line in lines for panel in panels]
+
+    @property
+    def weight_registers(self) -> range:
+        """The registers of weights; the sums are before them."""
+        sums = self.lines * self.panels
+        return range(sums, sums + (4 if sums == 2 else 2))
+
+    @property
+    def input_registers(self) -> range:
+        """The registers of tokens."""
+        return range(self.weight_registers.stop, REGISTERS)
 
     @property
     def weight_parts(self) -> int:
@@ -137,85 +150,66 @@ def _take_upper(writer: KernelWriter, bits: Any) -> Any:
 
 
 def write_tiles(writer: KernelWriter, shape: TileShape) -> None:
-    """Multiply split tokens by halves; a block is a run of weight rows."""
-    at = writer.slot
-    spread_rows = SIDE * shape.lines if shape.is_direct else shape.block_rows
-    columns = 2 * UNIT * CHUNK if shape.is_direct else SPAN
-    wide = writer.reserve(spread_rows * columns * 2 * shape.weight_parts)
-    tiles = shape.block_rows // SIDE * shape.block_panels
-    partial = writer.reserve(tiles * shape.input_bytes)
+    """Multiply split tokens by halves; a block is a run of weight rows.
+
+    The last block may begin before its turn, and then repeats what another one did.
+    """
+    at, step = writer.slot, SIDE * shape.lines
+    wide = writer.reserve(2 * UNIT * shape.lines * shape.weight_parts * TILE_BYTES)
+    partial = writer.reserve(shape.block_rows // SIDE * shape.panels * shape.input_bytes)
     _configure(writer, shape)
     with writer.parallel_for(at("blocks")) as block:
         first = writer.times(block, shape.block_rows)
-        if shape.is_direct:
-            _multiply_direct(writer, shape, first, (wide, partial))
-        else:
-            _multiply_spans(writer, shape, first, (wide, partial))
+        first = writer.smaller(first, writer.add(at("rows"), -shape.block_rows))
+        with writer.loop(writer.const(0), at("panels"), shape.panels) as panel:
+            with writer.loop(writer.const(0), writer.const(shape.block_rows), step) as row:
+                _multiply_lines(writer, shape, (first, row, panel), (wide, partial))
+            _store_sums(writer, shape, (first, panel), partial)
     writer.call("llvm.x86.tilerelease", writer.ir.VoidType(), [])
 
 
-def _multiply_spans(
-    writer: KernelWriter, shape: TileShape, first: Any, places: tuple[Any, Any]
+def _multiply_lines(
+    writer: KernelWriter, shape: TileShape, corner: tuple[Any, Any, Any], places: tuple[Any, Any]
 ) -> None:
-    """Multiply a block by many tokens, whose sums wait while the next span is made ready."""
-    at, (wide, partial) = writer.slot, places
-    with writer.loop(writer.const(0), at("panels"), shape.block_panels) as panel:
-        stop = writer.smaller(writer.add(panel, shape.block_panels), at("panels"))
-        with writer.loop(writer.const(0), at("columns"), SPAN) as column:
-            _spread_weights(writer, shape, (first, column), wide)
-            with (
-                writer.loop(panel, stop, shape.panels) as index,
-                writer.loop(writer.const(0), writer.const(shape.block_rows), 32) as row,
-            ):
-                _multiply_tiles(writer, shape, (first, row, panel, index, column), places)
-        _store_sums(writer, shape, (first, panel, stop), partial)
+    """Multiply a few tiles of weights, along all columns, by a few of tokens."""
+    at, (first, row, panel), (wide, partial) = writer.slot, corner, places
+    base = writer.times(writer.add(first, row), at("row_bytes"))
+    base = writer.add(at("weight"), base)
+    for n in range(shape.lines * shape.panels):
+        writer.call("llvm.x86.tilezero", writer.ir.VoidType(), [writer.i8(n)])
+    _add_products(writer, shape, (base, panel), wide)
+    for n in range(shape.lines * shape.panels):
+        line, index = divmod(n, shape.panels)
+        place = _find_sums(writer, shape, partial, writer.add(row, SIDE * line), index)
+        _move_tile(writer, "stored", n, place, writer.const(4 * shape.tokens))
 
 
-def _multiply_direct(
-    writer: KernelWriter, shape: TileShape, first: Any, places: tuple[Any, Any]
-) -> None:
-    """Multiply a block by few tokens; the last block may repeat rows of the one before."""
-    at, (wide, partial), zero = writer.slot, places, writer.const(0)
-    first = writer.smaller(first, writer.add(at("rows"), -shape.block_rows))
-    step = SIDE * shape.lines
-    left = writer.builder.srem(at("columns"), writer.const(CHUNK))
-    full = writer.builder.sub(at("columns"), left)
-    with writer.loop(zero, writer.const(shape.block_rows), step) as row:
-        base = writer.times(writer.add(first, row), at("row_bytes"))
-        base = writer.add(at("weight"), base)
-        for n in range(shape.lines * shape.panels):
-            writer.call("llvm.x86.tilezero", writer.ir.VoidType(), [writer.i8(n)])
-        _add_products(writer, shape, (base, full, left), wide)
-        for n in range(shape.lines * shape.panels):
-            line = writer.add(row, n // shape.panels * SIDE)
-            place = _find_sums(writer, shape, partial, line, writer.const(n % shape.panels))
-            _move_tile(writer, "stored", n, place, writer.const(4 * shape.tokens))
-    _store_sums(writer, shape, (first, zero, at("panels")), partial)
-
-
-def _add_products(
-    writer: KernelWriter, shape: TileShape, spot: tuple[Any, Any, Any], wide: Any
-) -> None:
-    """Go along the columns of a few tiles' rows: `full` of them by 32, and `left` at the end."""
-    (base, full, left), zero = spot, writer.const(0)
-    start = zero
+def _add_products(writer: KernelWriter, shape: TileShape, spot: tuple[Any, Any], wide: Any) -> None:
+    """Go along the columns of a few tiles' rows by 32, zeros behind the last one."""
+    (base, panel), start = spot, writer.const(0)
+    left = writer.builder.srem(writer.slot("columns"), writer.const(CHUNK))
+    full = writer.builder.sub(writer.slot("columns"), left)
     if shape.weight_type == "f16":
-        start = _add_units(writer, shape, (base, full), wide)
+        start = _add_units(writer, shape, (base, panel, full), wide)
     with writer.loop(start, full, CHUNK) as column:
         if shape.weight_type == "bf16":  # stored as a tile product takes it
             _prefetch_rows(writer, shape, base, column)
-            _multiply_rows(writer, shape, column, base, writer.slot("row_bytes"))
+            place = writer.add(base, writer.times(column, 2))
+            operands = shape, (panel, column), place, writer.slot("row_bytes")
         else:
             _spread_rows(writer, shape, (base, column, None), wide)
-            _multiply_rows(writer, shape, column, wide)
-    with writer.when(writer.builder.icmp_signed(">", left, zero)):
+            operands = shape, (panel, column), wide
+        _run(_multiply_chunk(writer, *operands))
+    with writer.when(writer.builder.icmp_signed(">", left, writer.const(0))):
         _spread_rows(writer, shape, (base, full, left), wide)
-        _multiply_rows(writer, shape, full, wide)
+        _run(_multiply_chunk(writer, shape, (panel, full), wide))
 
 
-def _add_units(writer: KernelWriter, shape: TileShape, spot: tuple[Any, Any], wide: Any) -> Any:
+def _add_units(
+    writer: KernelWriter, shape: TileShape, spot: tuple[Any, Any, Any], wide: Any
+) -> Any:
     """Split weights by units, each while the one before is multiplied; return where they end."""
-    (base, full), zero, size = spot, writer.const(0), UNIT * CHUNK
+    (base, panel, full), zero, size = spot, writer.const(0), UNIT * CHUNK
     end = writer.times(writer.builder.sdiv(full, writer.const(size)), size)
     with writer.when(writer.builder.icmp_signed(">", end, zero)):
         with writer.loop(zero, writer.const(UNIT)) as part:
@@ -224,21 +218,22 @@ def _add_units(writer: KernelWriter, shape: TileShape, spot: tuple[Any, Any], wi
             writer.loop(writer.const(size), end, size) as column,
             writer.loop(zero, writer.const(UNIT)) as part,
         ):
-            spreading = _spread_unit(writer, shape, (base, column, part), wide)
             before = writer.add(writer.add(column, -size), writer.times(part, CHUNK))
             place = _find_turn(writer, shape, before, wide)
-            multiplying = _multiply_chunk(
-                writer, shape, *_list_operands(writer, shape, before, place)
-            )
-            # Each takes the units of the processor that the other one leaves free.
-            every = SIDE * shape.lines // (shape.lines * shape.panels * len(shape.pairs))
-            for n, _ in enumerate(spreading):
-                if n % max(1, every) == 0:
-                    next(multiplying, None)
-            _run(multiplying)
+            multiplying = _multiply_chunk(writer, shape, (panel, before), place)
+            _mix(_spread_unit(writer, shape, (base, column, part), wide), multiplying)
         with writer.loop(writer.add(end, -size), end, CHUNK) as column:
-            _multiply_rows(writer, shape, column, _find_turn(writer, shape, column, wide))
+            place = _find_turn(writer, shape, column, wide)
+            _run(_multiply_chunk(writer, shape, (panel, column), place))
     return end
+
+
+def _mix(first: Iterator[None], second: Iterator[None]) -> None:
+    """Write the steps of both in turn: each takes the units of the processor the other leaves."""
+    for n, _ in enumerate(first):
+        if n % 3 == 0:
+            next(second, None)
+    _run(second)
 
 
 def _run(steps: Iterator[None]) -> None:
@@ -290,30 +285,6 @@ def _spread_rows(
         _spread_chunk(writer, shape, start, column, place, left)
 
 
-def _multiply_rows(
-    writer: KernelWriter, shape: TileShape, column: Any, place: Any, stride: Any = None
-) -> None:
-    """Multiply 32 columns of a few tiles' rows that stand somewhere."""
-    if stride is not None:
-        place = writer.add(place, writer.times(column, 2))
-    _run(_multiply_chunk(writer, shape, *_list_operands(writer, shape, column, place, stride)))
-
-
-def _list_operands(
-    writer: KernelWriter, shape: TileShape, column: Any, place: Any, stride: Any = None
-) -> tuple[list[Any], list[Any], Any]:
-    """Return the addresses of a few tiles of weights, the numbers of those of input, a stride."""
-    chunk = writer.builder.sdiv(column, writer.const(CHUNK))
-    inputs = [
-        writer.add(writer.times(writer.slot("chunks"), p), chunk) for p in range(shape.panels)
-    ]
-    size: Any = TILE_BYTES * shape.weight_parts
-    if stride is not None:
-        size = writer.times(stride, SIDE)
-    lines = [place, writer.add(place, size)][: shape.lines]
-    return lines, inputs, stride
-
-
 def _find_later(writer: KernelWriter, shape: TileShape, column: Any) -> Any:
     """Return which of a row's bytes to ask for: later ones, or the start of the next row."""
     row_bytes = writer.slot("row_bytes")
@@ -333,7 +304,8 @@ def _prefetch_rows(writer: KernelWriter, shape: TileShape, base: Any, column: An
 def _configure(writer: KernelWriter, shape: TileShape) -> None:
     """Tell this thread's tile registers their sizes."""
     widths = [4 * shape.tokens] * REGISTERS
-    widths[WEIGHTS : WEIGHTS + shape.lines] = [TILE_BYTES // SIDE] * shape.lines
+    for register in shape.weight_registers:
+        widths[register] = TILE_BYTES // SIDE
     data = [1, *[0] * 15]
     for width in widths:
         data += [width, 0]
@@ -342,45 +314,6 @@ def _configure(writer: KernelWriter, shape: TileShape) -> None:
     kind = writer.vector(writer.i8, 64)
     writer.store(writer.ir.Constant(kind, data), writer.address(place))
     writer.call("llvm.x86.ldtilecfg", writer.ir.VoidType(), [writer.address(place)])
-
-
-def _spread_weights(
-    writer: KernelWriter, shape: TileShape, corner: tuple[Any, Any], wide: Any
-) -> None:
-    """Store a span of a block's weights tile by tile, zeros behind the last column."""
-    at, builder, (first, column) = writer.slot, writer.builder, corner
-    end = writer.smaller(writer.add(column, SPAN), at("columns"))
-    left = builder.srem(at("columns"), writer.const(CHUNK))
-    full = builder.sub(at("columns"), left)
-    is_cut = builder.icmp_signed("<", full, end)
-    with writer.loop(writer.const(0), writer.const(shape.block_rows)) as row:
-        index = writer.smaller(writer.add(first, row), writer.add(at("rows"), -1))
-        base = writer.add(at("weight"), writer.times(index, at("row_bytes")))
-        place = _find_tile(writer, shape, wide, row, writer.const(0))
-        side = builder.srem(row, writer.const(SIDE))
-        place = writer.add(place, writer.times(side, TILE_BYTES // SIDE))
-        with writer.loop(column, writer.smaller(end, full), CHUNK) as start:
-            target = _find_chunk(writer, shape, place, (start, column))
-            _spread_chunk(writer, shape, base, start, target, None)
-        with writer.when(is_cut):
-            target = _find_chunk(writer, shape, place, (full, column))
-            _spread_chunk(writer, shape, base, full, target, left)
-
-
-def _find_tile(writer: KernelWriter, shape: TileShape, wide: Any, row: Any, chunk: Any) -> Any:
-    """Return the address of a tile of spread weights, by a row in the block and a chunk."""
-    tile = writer.times(writer.builder.sdiv(row, writer.const(SIDE)), SPAN // CHUNK)
-    tile = writer.add(tile, chunk)
-    return writer.add(wide, writer.times(tile, TILE_BYTES * shape.weight_parts))
-
-
-def _find_chunk(
-    writer: KernelWriter, shape: TileShape, place: Any, columns: tuple[Any, Any]
-) -> Any:
-    """Return the address of a row's 32 columns in spread weights that begin with some column."""
-    start, first = columns
-    chunk = writer.builder.sdiv(writer.builder.sub(start, first), writer.const(CHUNK))
-    return writer.add(place, writer.times(chunk, TILE_BYTES * shape.weight_parts))
 
 
 def _spread_chunk(
@@ -403,91 +336,69 @@ def _spread_chunk(
         writer.store(_take_upper(writer, half), writer.address(place, part * TILE_BYTES))
 
 
-def _multiply_tiles(
-    writer: KernelWriter, shape: TileShape, spot: tuple[Any, ...], places: tuple[Any, Any]
-) -> None:
-    """Add a span's products to the sums of two tiles of rows by one or two of tokens."""
-    (first, row, panel, index, column), (wide, partial) = spot, places
-    sums = [
-        _find_sums(writer, shape, partial, writer.add(row, SIDE * r), writer.add(line, p))
-        for line in [writer.builder.sub(index, panel)]
-        for r in range(shape.lines)
-        for p in range(shape.panels)
-    ]
-    _load_sums(writer, shape, sums, column)
-    end = writer.smaller(writer.add(column, SPAN), writer.slot("columns"))
-    chunks = writer.builder.sdiv(
-        writer.add(writer.builder.sub(end, column), CHUNK - 1), writer.const(CHUNK)
-    )
-    with writer.loop(writer.const(0), chunks) as chunk:
-        _prefetch(writer, shape, writer.add(first, row), (column, chunk))
-        weights = [
-            _find_tile(writer, shape, wide, writer.add(row, SIDE * r), chunk)
-            for r in range(shape.lines)
-        ]
-        whole = writer.add(writer.builder.sdiv(column, writer.const(CHUNK)), chunk)
-        inputs = [
-            writer.add(writer.times(writer.add(index, p), writer.slot("chunks")), whole)
-            for p in range(shape.panels)
-        ]
-        _run(_multiply_chunk(writer, shape, weights, inputs))
-    for n, place in enumerate(sums):
-        _move_tile(writer, "stored", n, place, writer.const(4 * shape.tokens))
-
-
 def _find_sums(writer: KernelWriter, shape: TileShape, partial: Any, row: Any, panel: Any) -> Any:
     """Return the address of a tile of partial sums, by a row and a panel of the block."""
-    tile = writer.times(writer.builder.sdiv(row, writer.const(SIDE)), shape.block_panels)
+    tile = writer.times(writer.builder.sdiv(row, writer.const(SIDE)), shape.panels)
     return writer.add(partial, writer.times(writer.add(tile, panel), shape.input_bytes))
-
-
-def _load_sums(writer: KernelWriter, shape: TileShape, sums: list[Any], column: Any) -> None:
-    """Load what earlier spans have summed, or zeros."""
-    is_first = writer.builder.icmp_signed("==", column, writer.const(0))
-    with writer.builder.if_else(is_first) as (then, otherwise):
-        with then:
-            for n in range(len(sums)):
-                writer.call("llvm.x86.tilezero", writer.ir.VoidType(), [writer.i8(n)])
-        with otherwise:
-            for n, place in enumerate(sums):
-                _move_tile(writer, "loadd", n, place, writer.const(4 * shape.tokens))
 
 
 def _multiply_chunk(
     writer: KernelWriter,
     shape: TileShape,
-    weights: list[Any],
-    inputs: list[Any],
+    spot: tuple[Any, Any],
+    place: Any,
     stride: Any = None,
 ) -> Iterator[None]:
-    """Multiply 32 columns of the tiles of weights by those of the tokens, step by step."""
+    """Multiply 32 columns of the tiles of weights by those of the tokens, step by step.
+
+    Args:
+        spot: the first tile of tokens, and the column.
+        place: the address of the weights.
+        stride: bytes between their rows, if they are not split.
+    """
+    size: Any = TILE_BYTES * shape.weight_parts if stride is None else writer.times(stride, SIDE)
     stride = writer.const(TILE_BYTES // SIDE) if stride is None else stride
-    held: dict[int, Any] = {}  # by registers
-    for weight_part, input_part in shape.pairs:
-        for n in range(shape.lines * shape.panels):
-            line, panel = divmod(n, shape.panels)
-            place = writer.add(weights[line], weight_part * TILE_BYTES)
-            wanted = WEIGHTS + line, ("weight", line, weight_part), place, stride
-            _hold(writer, held, *wanted)
-            place = writer.times(inputs[panel], shape.parts * shape.input_bytes)
-            place = writer.add(place, input_part * shape.input_bytes)
-            place = writer.add(writer.slot("split"), place)
-            first = WEIGHTS + shape.lines
-            register = first + panel % (REGISTERS - first)
-            wanted = register, ("input", panel, input_part), place, writer.const(4 * shape.tokens)
-            _hold(writer, held, *wanted)
-            registers = [writer.i8(x) for x in (n, WEIGHTS + line, register)]
-            writer.call("llvm.x86.tdpbf16ps", writer.ir.VoidType(), registers)
-            yield
+    lines = [place, writer.add(place, size)]
+    registers = Registers(writer, shape)
+    for line, panel, (weight_part, input_part) in shape.steps:
+        place = writer.add(lines[line], weight_part * TILE_BYTES)
+        weight = registers.load("weight", (line, weight_part), place, stride)
+        place = _find_input(writer, shape, spot, (panel, input_part))
+        input = registers.load("input", (panel, input_part), place, writer.const(4 * shape.tokens))
+        operands = [writer.i8(n) for n in (line * shape.panels + panel, weight, input)]
+        writer.call("llvm.x86.tdpbf16ps", writer.ir.VoidType(), operands)
+        yield
 
 
-def _hold(
-    writer: KernelWriter, held: dict[int, Any], register: int, name: Any, place: Any, stride: Any
-) -> None:
-    """Load a tile into a register, unless that is what it holds."""
-    if held.get(register) != name:
-        _move_tile(writer, "loadd", register, place, stride)
-        held[register] = name
+def _find_input(
+    writer: KernelWriter, shape: TileShape, spot: tuple[Any, Any], wanted: tuple[int, int]
+) -> Any:
+    """Return the address of a tile of tokens, behind a first one, and of a part of it."""
+    (first, column), (panel, part) = spot, wanted
+    tile = writer.times(writer.add(first, panel), writer.slot("chunks"))
+    tile = writer.add(tile, writer.builder.sdiv(column, writer.const(CHUNK)))
+    place = writer.add(writer.times(tile, shape.parts), part)
+    return writer.add(writer.slot("split"), writer.times(place, shape.input_bytes))
+
+
+class Registers:
+    """The registers of operands while a chunk is multiplied; what was used last stays longest."""
+
+    def __init__(self, writer: KernelWriter, shape: TileShape) -> None:
+        self.writer, self.held = writer, {}
+        self.free = {"weight": list(shape.weight_registers), "input": list(shape.input_registers)}
+
+    def load(self, kind: str, name: tuple[int, int], place: Any, stride: Any) -> int:
+        """Return the register that holds a tile, loaded if none does."""
+        held: dict[tuple[int, int], int] = self.held.setdefault(kind, {})
+        if name not in held:
+            free = self.free[kind]
+            register = free.pop(0) if free else held.pop(next(iter(held)))
+            _move_tile(self.writer, "loadd", register, place, stride)
+        else:
+            register = held.pop(name)
+        held[name] = register
+        return register
 
 
 def _move_tile(writer: KernelWriter, action: str, register: int, place: Any, stride: Any) -> None:
@@ -496,28 +407,14 @@ def _move_tile(writer: KernelWriter, action: str, register: int, place: Any, str
     writer.call(f"llvm.x86.tile{action}64", writer.ir.VoidType(), arguments)
 
 
-def _prefetch(writer: KernelWriter, shape: TileShape, row: Any, columns: tuple[Any, Any]) -> None:
-    """Ask for the weights of the next span, or behind a row's end of the next block's."""
-    at, (column, chunk) = writer.slot, columns
-    ahead = writer.add(writer.add(column, SPAN), writer.times(chunk, CHUNK))
-    offset = writer.times(ahead, 2)
-    is_behind = writer.builder.icmp_signed(">=", offset, at("row_bytes"))
-    skipped = writer.times(at("row_bytes"), shape.block_rows - 1)
-    offset = writer.add(offset, writer.builder.select(is_behind, skipped, writer.const(0)))
-    offset = writer.add(offset, writer.times(row, at("row_bytes")))
-    offset = writer.add(offset, at("weight"))
-    for r in range(shape.lines * SIDE):
-        writer.prefetch(writer.address(offset, writer.times(at("row_bytes"), r)))
-
-
 def _store_sums(
-    writer: KernelWriter, shape: TileShape, ranges: tuple[Any, Any, Any], partial: Any
+    writer: KernelWriter, shape: TileShape, corner: tuple[Any, Any], partial: Any
 ) -> None:
     """Store a block's sums at `(token, row)`."""
-    at, (first, panel, stop) = writer.slot, ranges
-    rows = writer.smaller(writer.builder.sub(at("rows"), first), writer.const(shape.block_rows))
-    start = writer.times(panel, shape.tokens)
-    last = writer.smaller(writer.times(stop, shape.tokens), at("tokens"))
+    at, (first, panel) = writer.slot, corner
+    rows, start = writer.const(shape.block_rows), writer.times(panel, shape.tokens)
+    last = writer.add(start, shape.panels * shape.tokens)
+    last = writer.smaller(last, at("tokens"))
     with writer.loop(start, last) as token:
         line = writer.builder.sub(token, start)
         side = writer.builder.srem(line, writer.const(shape.tokens))
