@@ -195,11 +195,11 @@ def _add_products(writer: KernelWriter, shape: TileShape, spot: tuple[Any, Any],
         if shape.weight_type == "bf16":  # stored as a tile product takes it
             _prefetch_rows(writer, shape, base, column)
             place = writer.add(base, writer.times(column, 2))
-            operands = shape, (panel, column), place, writer.slot("row_bytes")
+            stride = writer.slot("row_bytes")
         else:
             _spread_rows(writer, shape, (base, column, None), wide)
-            operands = shape, (panel, column), wide
-        _run(_multiply_chunk(writer, *operands))
+            place, stride = wide, None
+        _run(_multiply_chunk(writer, shape, (panel, column), place, stride))
     with writer.when(writer.builder.icmp_signed(">", left, writer.const(0))):
         _spread_rows(writer, shape, (base, full, left), wide)
         _run(_multiply_chunk(writer, shape, (panel, full), wide))
