@@ -35,7 +35,7 @@ EXACT_TOKENS = 64  # of more, torch's products are as fast
 # processors with the former have 32 and some with the latter 16.
 WIDE_TILES = {1: 8, 2: 8, 3: 8, 4: 4, 5: 4, 6: 4}
 NARROW_TILES = {1: 4, 2: 4, 3: 2, 4: 2}
-FEW_ROWS, MANY_ROWS = 32, 128  # weight rows of a block of tiles; those of many tokens pass it again
+TILE_ROWS = 32  # weight rows of a block of tiles
 WIDENED_ROWS = 256  # of a half matrix that are float32 at a time, which the cache holds
 # With which a CPU multiplies halves itself; without, torch widens them, slowly.
 HALF_FEATURES = {
@@ -82,13 +82,12 @@ def plan_tiles(sizes: Sizes, parts: int) -> Product | None:
     side_by_side = next((n for n in (1, 2) if n * SIDE >= sizes.tokens), 4)
     panels = -(-sizes.tokens // (SIDE * side_by_side)) * side_by_side
     tokens = -(-sizes.tokens // panels)
-    is_many = panels > side_by_side and sizes.rows >= MANY_ROWS
-    rows = MANY_ROWS if is_many else FEW_ROWS
-    shape = TileShape(sizes.weights.kind, tokens, side_by_side, parts, rows)
+    shape = TileShape(sizes.weights.kind, tokens, side_by_side, parts, TILE_ROWS)
     kernel, split = find_kernel(TILES, shape), find_kernel(SPLIT, shape)
     if kernel is None or split is None:
         return None
-    blocks, chunks = -(-sizes.rows // shape.block_rows), -(-sizes.columns // CHUNK)
+    row_blocks, chunks = -(-sizes.rows // shape.block_rows), -(-sizes.columns // CHUNK)
+    blocks = row_blocks * (panels // side_by_side)
     values = {"chunks": chunks, "tokens": sizes.tokens, "columns": sizes.columns}
     threads = count_threads(panels * chunks, 4 * sizes.tokens * sizes.columns)
     return TileProduct(
@@ -98,7 +97,7 @@ def plan_tiles(sizes: Sizes, parts: int) -> Product | None:
         kernel.prepare(
             sizes.count_threads(blocks),
             blocks=blocks,
-            panels=panels,
+            row_blocks=row_blocks,
             rows=sizes.rows,
             row_bytes=sizes.row_bytes,
             **values,
@@ -141,7 +140,7 @@ def plan_exact(sizes: Sizes, parts: int = 2) -> Product | None:
 def multiplies_tiles(weights: Weights, rows: int) -> bool:
     """Tell whether so many rows of weights are halves that this CPU multiplies by tiles."""
     is_able = "+amx-bf16" in weights.processor.features.split(",")
-    return is_able and weights.kind in ("f16", "bf16") and rows >= FEW_ROWS and ask_for_tiles()
+    return is_able and weights.kind in ("f16", "bf16") and rows >= TILE_ROWS and ask_for_tiles()
 
 
 def choose_tile(sizes: Sizes) -> FloatTile:

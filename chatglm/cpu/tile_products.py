@@ -150,21 +150,22 @@ def _take_upper(writer: KernelWriter, bits: Any) -> Any:
 
 
 def write_tiles(writer: KernelWriter, shape: TileShape) -> None:
-    """Multiply split tokens by halves; a block is a run of weight rows.
+    """Multiply split tokens by halves; a block is a run of weight rows, a few tiles of tokens.
 
-    The last block may begin before its turn, and then repeats what another one did.
+    The last run may begin before its turn, and then repeats what another one did.
     """
     at, step = writer.slot, SIDE * shape.lines
     wide = writer.reserve(2 * UNIT * shape.lines * shape.weight_parts * TILE_BYTES)
     partial = writer.reserve(shape.block_rows // SIDE * shape.panels * shape.input_bytes)
     _configure(writer, shape)
     with writer.parallel_for(at("blocks")) as block:
-        first = writer.times(block, shape.block_rows)
+        # All weights pass a few tiles of tokens, which stay in the second cache meanwhile.
+        first = writer.times(writer.builder.srem(block, at("row_blocks")), shape.block_rows)
         first = writer.smaller(first, writer.add(at("rows"), -shape.block_rows))
-        with writer.loop(writer.const(0), at("panels"), shape.panels) as panel:
-            with writer.loop(writer.const(0), writer.const(shape.block_rows), step) as row:
-                _multiply_lines(writer, shape, (first, row, panel), (wide, partial))
-            _store_sums(writer, shape, (first, panel), partial)
+        panel = writer.times(writer.builder.sdiv(block, at("row_blocks")), shape.panels)
+        with writer.loop(writer.const(0), writer.const(shape.block_rows), step) as row:
+            _multiply_lines(writer, shape, (first, row, panel), (wide, partial))
+        _store_sums(writer, shape, (first, panel), partial)
     writer.call("llvm.x86.tilerelease", writer.ir.VoidType(), [])
 
 
@@ -435,7 +436,7 @@ SPLIT = KernelSource(
 )
 TILES = KernelSource(
     (
-        *("blocks", "chunks", "panels", "tokens", "rows", "columns", "row_bytes", "weight"),
+        *("blocks", "row_blocks", "chunks", "tokens", "rows", "columns", "row_bytes", "weight"),
         *("split", "output"),
     ),
     write_tiles,
