@@ -5,7 +5,9 @@ one of theirs: it takes the same arguments and returns the same, or None for ope
 to plain torch. `SEAM_VERSION` counts the changes of what they take.
 
     writer, compiler, kernel_cache, runtime     LLVM code: written, compiled, kept, run on threads
-    rounding, gemv, gemm, float_products        kernels of products
+    rounding, dots                              rounded inputs, bytes that are multiplied
+    packed_products, packed_tiles               kernels of products that round their input
+    float_products, tile_products, amx          those that do not; tile registers
     attention, elementwise, step_graph          the other kernels, and a whole step as one call
     products                                    what every product is chosen by
     float_linear, linear, decoding_step, memory which of them computes what

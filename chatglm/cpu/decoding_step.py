@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from chatglm.cpu.attention import STEP, STEP_ATTENTION, HeadShape, fits_mask
 from chatglm.cpu.compiler import find_compiler, find_kernel
 from chatglm.cpu.elementwise import BIAS, GELU, NORM, Width
-from chatglm.cpu.float_linear import ExactProduct
+from chatglm.cpu.float_linear import ExactProduct, TileProduct
 from chatglm.cpu.linear import PANEL_TOKENS, RoundedProduct, plan_product
 from chatglm.cpu.products import TYPE_NAMES, Sizes, Weights, are_matrices, is_plain, wants_graph
 from chatglm.cpu.runtime import Call
@@ -311,6 +311,11 @@ class StepProgram:
             place = rounded.data_ptr()
             self._calls.append(product.rounding.bind(input=input.data_ptr(), rounded=place))
             self._calls.append(product.call.bind(rounded=place, **pointers))
+        elif isinstance(product, TileProduct):
+            split = self._keep(torch.zeros(product.split_bytes, dtype=torch.uint8, device="cpu"))
+            place = split.data_ptr()
+            self._calls.append(product.split.bind(input=input.data_ptr(), split=place))
+            self._calls.append(product.call.bind(split=place, **pointers))
         else:
             assert isinstance(product, ExactProduct), "few tokens always have a kernel"
             self._calls.append(product.call.bind(input=input.data_ptr(), **pointers))

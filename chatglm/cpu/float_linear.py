@@ -13,6 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from chatglm.cpu.amx import ask_for_tiles
 from chatglm.cpu.compiler import find_compiler, find_kernel
 from chatglm.cpu.float_products import FLOATS, SPAN, SPAN_ROWS, FloatTile
 from chatglm.cpu.products import (
@@ -25,7 +26,8 @@ from chatglm.cpu.products import (
     is_plain,
     multiply,
 )
-from chatglm.cpu.runtime import Call
+from chatglm.cpu.runtime import Call, count_threads
+from chatglm.cpu.tile_products import CHUNK, SIDE, SPLIT, TILES, TileShape
 from chatglm.cpu.writer import Processor
 
 EXACT_TOKENS = 64  # of more, torch's products are as fast
@@ -33,6 +35,7 @@ EXACT_TOKENS = 64  # of more, torch's products are as fast
 # processors with the former have 32 and some with the latter 16.
 WIDE_TILES = {1: 8, 2: 8, 3: 8, 4: 4, 5: 4, 6: 4}
 NARROW_TILES = {1: 4, 2: 4, 3: 2, 4: 2}
+TILE_ROWS = 32  # weight rows of a block of tiles
 WIDENED_ROWS = 256  # of a half matrix that are float32 at a time, which the cache holds
 # With which a CPU multiplies halves itself; without, torch widens them, slowly.
 HALF_FEATURES = {
@@ -55,10 +58,61 @@ class ExactProduct(NamedTuple):
         return output
 
 
+class TileProduct(NamedTuple):
+    """A product of halves by tile registers, for which the input is split first."""
+
+    shape: tuple[int, int]
+    split_bytes: int
+    split: Call
+    call: Call
+
+    def run(self, input: Tensor, weight: int, scale: int, output: Tensor | None = None) -> Tensor:
+        """Split, and multiply."""
+        split = torch.empty(self.split_bytes, dtype=torch.uint8, device="cpu")
+        if output is None:
+            output = torch.empty(self.shape, dtype=torch.float32, device="cpu")
+        place = split.data_ptr()
+        self.split.run(input=input.data_ptr(), split=place)
+        self.call.run(weight=weight, split=place, output=output.data_ptr())
+        return output
+
+
+def plan_tiles(sizes: Sizes, parts: int) -> Product | None:
+    """Choose the tiles for a product of any number of tokens, their numbers split into parts."""
+    side_by_side = next((n for n in (1, 2) if n * SIDE >= sizes.tokens), 4)
+    panels = -(-sizes.tokens // (SIDE * side_by_side)) * side_by_side
+    tokens = -(-sizes.tokens // panels)
+    shape = TileShape(sizes.weights.kind, tokens, side_by_side, parts, TILE_ROWS)
+    kernel, split = find_kernel(TILES, shape), find_kernel(SPLIT, shape)
+    if kernel is None or split is None:
+        return None
+    row_blocks, chunks = -(-sizes.rows // shape.block_rows), -(-sizes.columns // CHUNK)
+    blocks = row_blocks * (panels // side_by_side)
+    values = {"chunks": chunks, "tokens": sizes.tokens, "columns": sizes.columns}
+    threads = count_threads(panels * chunks, 4 * sizes.tokens * sizes.columns)
+    return TileProduct(
+        (sizes.tokens, sizes.rows),
+        panels * chunks * parts * shape.input_bytes,
+        split.prepare(threads, blocks=panels * chunks, **values),
+        kernel.prepare(
+            sizes.count_threads(blocks),
+            blocks=blocks,
+            row_blocks=row_blocks,
+            rows=sizes.rows,
+            row_bytes=sizes.row_bytes,
+            **values,
+        ),
+    )
+
+
 @functools.lru_cache(maxsize=4096)
-def plan_exact(sizes: Sizes) -> Product | None:
+def plan_exact(sizes: Sizes, parts: int = 2) -> Product | None:
     """Choose the tile for a product of up to `EXACT_TOKENS` in float32; more are torch's."""
-    if sizes.tokens > EXACT_TOKENS or 0 in (sizes.tokens, sizes.rows, sizes.columns):
+    if 0 in (sizes.tokens, sizes.rows, sizes.columns):
+        return None
+    if multiplies_tiles(sizes.weights, sizes.rows):
+        return plan_tiles(sizes, parts)
+    if sizes.tokens > EXACT_TOKENS:
         return None
     tile = choose_tile(sizes)
     kernel = find_kernel(FLOATS, tile)
@@ -81,6 +135,12 @@ def plan_exact(sizes: Sizes) -> Product | None:
         tokens=sizes.tokens,
     )
     return ExactProduct((sizes.tokens, sizes.rows), call)
+
+
+def multiplies_tiles(weights: Weights, rows: int) -> bool:
+    """Tell whether so many rows of weights are halves that this CPU multiplies by tiles."""
+    is_able = "+amx-bf16" in weights.processor.features.split(",")
+    return is_able and weights.kind in ("f16", "bf16") and rows >= TILE_ROWS and ask_for_tiles()
 
 
 def choose_tile(sizes: Sizes) -> FloatTile:
@@ -109,11 +169,13 @@ def multiply_plain(input: Tensor, weight: Tensor) -> Tensor | None:
         return None
     if not are_matrices(weight) or input.shape[-1:] != weight.shape[1:]:
         return None
-    if input.numel() > EXACT_TOKENS * weight.shape[1]:
+    weights = Weights(compiler.processor, weight_type)
+    has_tiles = weight_type == "f16" and multiplies_tiles(weights, len(weight))
+    if input.numel() > EXACT_TOKENS * weight.shape[1] and not has_tiles:
         is_slow = is_plain(input) and not _multiplies(compiler.processor, weight.dtype)
         return _multiply_widened(input, weight) if is_slow else None
-    weights = Weights(compiler.processor, weight_type)
-    return multiply(input, weights, weight, 0, plan_exact)
+    plan = functools.partial(plan_exact, parts=1 if weight_type == "bf16" else 2)
+    return multiply(input, weights, weight, 0, plan)
 
 
 @functools.cache
@@ -133,4 +195,4 @@ def _multiply_widened(input: Tensor, weight: Tensor) -> Tensor:
     return output.view(*input.shape[:-1], -1)
 
 
-__all__ = ["ExactProduct", "multiply_plain", "plan_exact"]
+__all__ = ["ExactProduct", "TileProduct", "multiply_plain", "plan_exact"]

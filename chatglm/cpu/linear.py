@@ -1,7 +1,7 @@
 """Products with packed and plain weights on a CPU: which kernel computes which, and how.
 
-Owns the choice. What the kernels do is told in `packed_products`, `tile_products` and
-`float_products`; what plain torch does instead is the model's. Weights are read as they are stored:
+Owns the choice. What the kernels do is told in `packed_products` and
+`packed_tiles`, and by `float_linear`; what plain torch does instead is the model's. Weights are read as they are stored:
 nothing is repacked or kept twice.
 
 `int8` products round the input to 8 bits in groups, and sum integers; `exact` ones multiply in
@@ -24,6 +24,7 @@ from torch.overrides import TorchFunctionMode
 from chatglm.cpu.compiler import find_compiler, find_kernel
 from chatglm.cpu.float_linear import multiply_plain, plan_exact
 from chatglm.cpu.packed_products import PANELS, TURNED, PackedTile
+from chatglm.cpu.packed_tiles import TILE, TILED, WIDTH, has_tiles
 from chatglm.cpu.products import (
     BLOCK_BYTES,
     TYPE_NAMES,
@@ -36,7 +37,6 @@ from chatglm.cpu.products import (
 )
 from chatglm.cpu.rounding import ROUNDING, Layout
 from chatglm.cpu.runtime import Call, count_threads
-from chatglm.cpu.tile_products import TILE, TILED, WIDTH, has_tiles
 from chatglm.cpu.writer import KernelSource, Processor
 
 MOST_TURNED = 8  # tokens, beyond which weights that were turned are kept for the others

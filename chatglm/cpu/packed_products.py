@@ -351,10 +351,12 @@ def _fill_part(writer: KernelWriter, tile: PackedTile, panel: Panel, first: Any,
     """Turn some spans of a panel's rows."""
     full = writer.builder.sdiv(writer.slot("columns"), writer.const(SPAN))
     whole, rest = writer.smaller(stop, full), writer.larger(first, full)
-    for start, end, is_whole in ((first, whole, True), (rest, stop, False)):
-        with writer.loop(start, end) as span:
-            inside = writer.builder.sub(span, first)
-            for half in range(tile.width):
+    # Row after row: so many rows at once would be in each other's way in the first cache.
+    for half in range(tile.width):
+        for start, end, is_whole in ((first, whole, True), (rest, stop, False)):
+            with writer.loop(start, end) as span:
+                inside = writer.builder.sub(span, first)
+                _prefetch(writer, tile, panel.rows[half], writer.add(span, PART_SPANS - 2))
                 _fill_panel(writer, tile, panel, half, (inside, span), is_whole)
 
 

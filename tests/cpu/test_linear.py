@@ -34,9 +34,9 @@ from chatglm.cpu import (
     float_products,
     linear,
     packed_products,
+    packed_tiles,
     products,
     rounding,
-    tile_products,
 )
 from chatglm.cpu import compiler as compiling
 from chatglm.cpu import runtime as running
@@ -497,7 +497,7 @@ def test_a_token_does_not_know_its_company(case: Case) -> None:
     "case", [case for case in COMPANIES if case.group_size not in (32, 64, 96)]
 )
 def test_tiles_change_no_bit(case: Case, tokens: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    if not tile_products.has_tiles(HOST):
+    if not packed_tiles.has_tiles(HOST):
         pytest.skip("this CPU has no tiles, or the system keeps them")
     weight, scale, _ = make_weights(case)
     states = torch.randn(tokens, case.columns)
