@@ -344,10 +344,19 @@ def extend_cache(
     return KeyValues(layer.key_integers, layer.value_integers, *scales)
 
 
+def prepend_prefix(prefix_states: Tensor | None, past: KeyValues, dtype: torch.dtype) -> KeyValues:
+    """Put a layer's prefix `(2, B, N, pre_seq_len, D)`, if it has one, before `(B, N, K, D)`."""
+    if prefix_states is None:
+        return past
+    pairs = zip(prefix_states.to(dtype), past.as_floats(dtype))
+    return KeyValues(*(torch.cat((prefix, states), dim=2) for prefix, states in pairs))
+
+
 __all__ = [
     "ChatGLMCache",
     "KeyValues",
     "QuantizedReservedLayer",
     "ReservedLayer",
     "extend_cache",
+    "prepend_prefix",
 ]

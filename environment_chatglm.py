@@ -263,7 +263,7 @@ def _find_adapted_model(model: Any, must_act: bool = True) -> Any:
     frame = frame.f_back.f_back if frame is not None and frame.f_back is not None else None
     while frame is not None and frame.f_code.co_name == "__getattr__":
         asked = frame.f_locals.get("self")
-        config = _find_learned_prompt(asked)
+        config = find_learned_prompt(asked)
         if config is not None:
             task = getattr(config.task_type, "value", config.task_type)
             if must_act and task != "CAUSAL_LM":
@@ -276,7 +276,7 @@ def _find_adapted_model(model: Any, must_act: bool = True) -> Any:
     return model
 
 
-def _find_learned_prompt(model: Any) -> Any:
+def find_learned_prompt(model: Any) -> Any:
     """Return peft's configuration of what is learned in place of a prompt; None of other models."""
     config = getattr(model, "active_peft_config", None)
     return config if getattr(config, "is_prompt_learning", False) else None
@@ -292,7 +292,7 @@ def refuse_embedded_prompt(model: Any) -> None:
 
     Its forward hands on no ids, so that nothing tells where a prompt ends: scores would be wrong.
     """
-    config = _find_learned_prompt(model)
+    config = find_learned_prompt(model)
     kind = None if config is None else getattr(config.peft_type, "value", config.peft_type)
     if kind not in (None, "PREFIX_TUNING"):
         raise ValueError(
@@ -622,6 +622,7 @@ __all__ = [
     "choose_cache",
     "find_engine",
     "find_input_device",
+    "find_learned_prompt",
     "find_twin",
     "keep_float_norms",
     "keep_whole",

@@ -19,6 +19,7 @@ Polarity: a 2-D `attention_mask` is 1 for real tokens; a boolean 4-D one, as the
 is True where attention is *hidden*.
 """
 
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -308,6 +309,8 @@ def locate(
         past_key_values: a cache, which is told of the tokens, or None.
         special_ids, num_positions: as for `build_geometry`.
     """
+    if position_ids is not None and getattr(past_key_values, "is_of_rows", False):
+        return position_ids, None  # each row knows its places, and hides nothing but what follows
     position_ids = _accept_position_ids(position_ids, num_positions)
     hidden_mask = accept_hidden_mask(attention_mask)
     is_static = reserved_length(past_key_values) is not None
@@ -451,14 +454,55 @@ def _place_last_token(tokens: Any, special_ids: SpecialIds) -> tuple[int, int]:
         column = int((tokens == token_id).argmax())
         return column if tokens[column] == token_id else None
 
-    rank = len(tokens) - 1
-    context_length = find(special_ids.bos)
+    columns = {token_id: find(token_id) for token_id in special_ids[:3]}
+    return _place_token(len(tokens) - 1, columns, special_ids)
+
+
+def _place_token(
+    rank: int, columns: Mapping[int, int | None], special_ids: SpecialIds
+) -> tuple[int, int]:
+    """Return position and block position of a token that was read behind others.
+
+    Args:
+        rank: how many tokens are before it.
+        columns: where the first `<sop>`, `[gMASK]` and `[MASK]` up to it stand.
+    """
+    context_length = columns.get(special_ids.bos)
     if context_length is None:
         return rank, 0
-    blank = find(special_ids.gmask)
-    blank = find(special_ids.mask) if blank is None else blank
+    blank = columns.get(special_ids.gmask)
+    blank = columns.get(special_ids.mask) if blank is None else blank
     blank = max(context_length - 1, 0) if blank is None else blank
     return blank, rank - context_length + 1
+
+
+class RowPlaces:
+    """Where the tokens of one row stand, worked out token by token with plain integers.
+
+    The rules are those of a decoding step: what is behind the prompt. Pads are left out of a row.
+    """
+
+    def __init__(self, special_ids: SpecialIds, num_positions: int = 2) -> None:
+        self._special_ids, self._num_positions = special_ids, num_positions
+        self._columns: dict[int, int] = {}  # of the first of each special token
+
+    def note(self, token_ids: Sequence[int], start: int) -> None:
+        """Note which tokens stand in the columns from `start` on."""
+        for column, token_id in enumerate(token_ids, start):
+            if token_id in self._special_ids[:3]:
+                self._columns.setdefault(token_id, column)
+
+    def forget(self, length: int) -> None:
+        """Forget the tokens behind so many."""
+        self._columns = {x: column for x, column in self._columns.items() if column < length}
+
+    def find(self, column: int) -> tuple[int, ...]:
+        """Return position and block position of the token in a column; one of them with one axis.
+
+        A token knows nothing of those behind it.
+        """
+        known = {x: place for x, place in self._columns.items() if place <= column}
+        return _place_token(column, known, self._special_ids)[: self._num_positions]
 
 
 def note_tokens(past_key_values: Any, input_ids: Tensor) -> tuple[Tensor, int]:

@@ -12,7 +12,7 @@ Shapes: `B` batch, `S` new tokens, `K` keys (past, new and prefix), `N` heads, `
 
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -24,9 +24,9 @@ from transformers.modeling_outputs import (
 )
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from .cache_chatglm import ChatGLMCache, KeyValues, extend_cache
+from .cache_chatglm import ChatGLMCache, KeyValues, extend_cache, prepend_prefix
 
-# Not used here, as three more below: transformers copies the files that this one imports alone.
+# Not used here, as two more below: transformers copies the files that this one imports alone.
 from .checkpoint_chatglm import StoredTensor  # noqa: F401
 from .configuration_chatglm import ChatGLMConfig, WeightFormat
 from .conversation_chatglm import ChatMixin
@@ -52,7 +52,7 @@ from .quantization_cuda import find_kernels  # noqa: F401
 from .quantization_torch import find_int8_product  # noqa: F401
 from .quantizer_chatglm import QuantizationMixin, QuantizedLoadingMixin, note_ties, swap_layers
 from .rotary_chatglm import RotaryEmbedding, apply_rotary
-from .rows_chatglm import Row  # noqa: F401
+from .rows_chatglm import RowCaches, attend_rows
 from .scoring_chatglm import ScoringMixin, shift_labels, watch_labels
 
 # Of the released weights; the original code uses this number for a model of any depth.
@@ -94,14 +94,6 @@ class PrefixEncoder(nn.Module):
         states = states.to(dtype).expand(batch_size, -1, -1)  # (B, pre_seq_len, L * 2 * H)
         states = states.unflatten(-1, (self.num_layers, 2, -1, self.head_dim))
         return self.dropout(states).permute(2, 3, 0, 4, 1, 5).unbind(0)
-
-
-def prepend_prefix(prefix_states: Tensor | None, past: KeyValues, dtype: torch.dtype) -> KeyValues:
-    """Put a layer's prefix `(2, B, N, pre_seq_len, D)`, if it has one, before `(B, N, K, D)`."""
-    if prefix_states is None:
-        return past
-    pairs = zip(prefix_states.to(dtype), past.as_floats(dtype))
-    return KeyValues(*(torch.cat((prefix, states), dim=2) for prefix, states in pairs))
 
 
 def eager_attention_forward(
@@ -164,17 +156,32 @@ class SelfAttention(nn.Module):
         cache_position: Tensor | None = None,
     ) -> tuple[Tensor, Tensor | None]:
         """Return the attended `(B, S, H)` and, if asked for, the weights `(B, N, S, K)`."""
-        mixed = self.query_key_value(hidden_states).unflatten(-1, (-1, 3 * self.head_dim))
-        query_states, key_states, value_states = mixed.transpose(1, 2).chunk(3, dim=-1)
-        query_states = apply_rotary(query_states, *position_embeddings)  # (B, N, S, D)
-        past = KeyValues(apply_rotary(key_states, *position_embeddings), value_states)
-        del mixed, key_states, value_states  # a cache has them too, and prompts may be long
-        past = extend_cache(past_key_values, self.layer_idx, past, cache_position)
-        past = prepend_prefix(prefix_states, past, query_states.dtype)
-        attn_output, attn_weights = attend(
-            self, query_states, past, attention_mask, output_attentions
+        places = attention_mask, position_embeddings, prefix_states, past_key_values
+        mix = attend_rows if isinstance(past_key_values, RowCaches) else SelfAttention.mix
+        attn_output, attn_weights = mix(
+            self, self.query_key_value(hidden_states), *places, output_attentions, cache_position
         )
         return self.dense(attn_output.flatten(2)), attn_weights  # (B, S, N, D) -> (B, S, H)
+
+    def mix(
+        self,
+        mixed: Tensor,
+        attention_mask: Tensor | None,
+        position_embeddings: tuple[Tensor, Tensor],
+        prefix_states: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        output_attentions: bool = False,
+        cache_position: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor | None]:
+        """Attend between the two products: from `(B, S, 3 * H)` to `(B, S, N, D)`, and weights."""
+        heads = mixed.unflatten(-1, (-1, 3 * self.head_dim)).transpose(1, 2)
+        query_states, key_states, value_states = heads.chunk(3, dim=-1)
+        query_states = apply_rotary(query_states, *position_embeddings)  # (B, N, S, D)
+        past = KeyValues(apply_rotary(key_states, *position_embeddings), value_states)
+        del mixed, heads, key_states, value_states  # a cache has them too, and prompts may be long
+        past = extend_cache(past_key_values, self.layer_idx, past, cache_position)
+        past = prepend_prefix(prefix_states, past, query_states.dtype)
+        return attend(self, query_states, past, attention_mask, output_attentions)
 
 
 @try_first("attend")
@@ -265,6 +272,16 @@ class GLMBlock(GradientCheckpointingLayer):
         )
         mlp_input = self.post_attention_layernorm(attention_input * self.alpha + attn_output)
         return mlp_input * self.alpha + self.mlp(mlp_input), attn_weights
+
+
+class BlockInputs(NamedTuple):
+    """What the blocks get beside the cache."""
+
+    hidden_states: Tensor  # (B, S, H), at first the embeddings
+    attention_mask: Tensor | None  # (B, 1, S, K), added to the scores
+    position_embeddings: tuple[Tensor, Tensor]  # cosines and sines, (B, 1, P, S, D / P)
+    prefixes: Sequence[Tensor | None]  # one a block, (2, B, N, pre_seq_len, D)
+    cache_position: Tensor | None  # (S,), of a static cache
 
 
 class BlockStack(nn.ModuleList):
@@ -408,29 +425,20 @@ class ChatGLMModel(ChatGLMPreTrainedModel):
         output_hidden_states = _default(output_hidden_states, config.output_hidden_states)
         past_key_values = choose_cache(past_key_values, cache)
         use_cache = self._wants_cache(use_cache, past_key_values)
-        embeddings = self._embed(input_ids, inputs_embeds)
         if use_cache and past_key_values is None:
             past_key_values = ChatGLMCache()
-        position_ids, hidden_mask = locate(
-            input_ids,
-            embeddings,
-            attention_mask,
-            position_ids,
-            past_key_values,
-            self.special_ids,
-            config.num_positions,
+        inputs = self.prepare(
+            input_ids, inputs_embeds, attention_mask, position_ids, past_key_values, **kwargs
         )
-        watch_labels(self, kwargs.get("labels"), hidden_mask)
-        columns = find_static_columns(past_key_values, embeddings, kwargs.get("cache_position"))
         hidden_states, all_hidden_states, all_attentions = self.layers(
-            embeddings,
-            build_attention_bias(hidden_mask, embeddings.dtype, self.pre_seq_len or 0),
-            self.rotary_emb(position_ids, embeddings.dtype, past_key_values),
-            self._build_prefixes(embeddings),
+            inputs.hidden_states,
+            inputs.attention_mask,
+            inputs.position_embeddings,
+            inputs.prefixes,
             past_key_values,
             output_hidden_states,
             output_attentions=output_attentions,
-            cache_position=columns,
+            cache_position=inputs.cache_position,
         )
         hidden_states = self.final_layernorm(hidden_states)
         output = BaseModelOutputWithPast(
@@ -440,6 +448,35 @@ class ChatGLMModel(ChatGLMPreTrainedModel):
             **{CACHE_NAME: past_key_values if use_cache else None},
         )
         return output if _default(return_dict, config.return_dict) else output.to_tuple()
+
+    def prepare(
+        self,
+        input_ids: Tensor | None,
+        inputs_embeds: Tensor | None,
+        attention_mask: Tensor | None,
+        position_ids: Tensor | None,
+        past_key_values: Cache | None,
+        **kwargs: Any,
+    ) -> "BlockInputs":
+        """Work out what the blocks get; arguments as of `forward`."""
+        embeddings = self._embed(input_ids, inputs_embeds)
+        position_ids, hidden_mask = locate(
+            input_ids,
+            embeddings,
+            attention_mask,
+            position_ids,
+            past_key_values,
+            self.special_ids,
+            self.config.num_positions,
+        )
+        watch_labels(self, kwargs.get("labels"), hidden_mask)
+        return BlockInputs(
+            embeddings,
+            build_attention_bias(hidden_mask, embeddings.dtype, self.pre_seq_len or 0),
+            self.rotary_emb(position_ids, embeddings.dtype, past_key_values),
+            self._build_prefixes(embeddings),
+            find_static_columns(past_key_values, embeddings, kwargs.get("cache_position")),
+        )
 
     def _wants_cache(self, use_cache: bool | None, past_key_values: Cache | None) -> bool:
         """Say whether to cache; blocks that are run again for their gradients cannot.

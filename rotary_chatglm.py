@@ -27,6 +27,10 @@ class RotaryEmbedding(nn.Module):
         self, position_ids: Tensor, dtype: torch.dtype, past_key_values: Any = None
     ) -> tuple[Tensor, Tensor]:
         """Return cosines and sines, each `(B, 1, P, S, D / P)`, for `position_ids` `(B, P, S)`."""
+        if self.scaling is not None and getattr(past_key_values, "is_of_rows", False):
+            parts = [self(ids, dtype, row) for ids, row in past_key_values.split(position_ids, -1)]
+            cos, sin = (torch.cat(part, dim=3) for part in zip(*parts))  # each row has its length
+            return cos, sin
         exponents = torch.arange(0, self.rotary_dim, 2, device=position_ids.device).float()
         # Frequencies were half in training; half angles would be off by 0.5 rad at position 2047.
         frequencies = (1.0 / ROTARY_BASE ** (exponents / self.rotary_dim)).half().float()

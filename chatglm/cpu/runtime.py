@@ -94,13 +94,13 @@ class Runtime(NamedTuple):
 
     Attributes:
         fork: its `GOMP_parallel`.
-        team_size: the address of its `omp_get_num_threads`.
         yield_processor: the address of the system's `sched_yield`.
+        sleep: the address of its `usleep`, which takes microseconds.
     """
 
     fork: Any
-    team_size: int
     yield_processor: int
+    sleep: int
 
 
 @functools.cache
@@ -109,14 +109,14 @@ def find_runtime() -> Runtime | None:
     if sys.platform == "win32":
         return None
     library = ctypes.CDLL(None)
-    names = ("GOMP_parallel", "omp_get_num_threads", "sched_yield")
-    fork, team_size, yielding = (getattr(library, name, None) for name in names)
-    if fork is None or team_size is None or yielding is None:
+    names = ("GOMP_parallel", "sched_yield", "usleep")
+    fork, yielding, sleep = (getattr(library, name, None) for name in names)
+    if fork is None or yielding is None or sleep is None:
         return None
     fork.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint]
     fork.restype = None
     addresses = [
-        ctypes.cast(function, ctypes.c_void_p).value or 0 for function in (team_size, yielding)
+        ctypes.cast(function, ctypes.c_void_p).value or 0 for function in (yielding, sleep)
     ]
     return Runtime(fork, *addresses)
 

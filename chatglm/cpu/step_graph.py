@@ -19,35 +19,39 @@ from chatglm.cpu.compiler import find_kernel
 from chatglm.cpu.runtime import Call, find_runtime
 from chatglm.cpu.writer import KernelSource, KernelWriter
 
-SPINS_BEFORE_YIELD = 4000  # looks at a barrier before the processor is offered to others
+SPINS_BEFORE_YIELD = 4000  # looks at a stage's end before the processor is offered to others
+LOOKS_BEFORE_SLEEP = 4100  # looks, the last hundred with an offer each, before a thread sleeps
+SLEEP = 50  # microseconds; whoever has slept is given the processor soon
 
 
 def write_run_stages(writer: KernelWriter) -> None:
-    """Go through the stages, all threads together.
+    """Go through the stages, any number of threads together.
 
-    A stage is an address of a kernel and one of its slots. After a stage each thread counts itself
-    in, and waits until all have; the last one puts the stage's counter back for the next time. How
-    many threads there are the runtime knows, which may give fewer than were asked for.
+    A stage is an address of a kernel and one of its slots. A thread counts itself in, runs the
+    kernel, which returns when no block is left to claim, and counts itself out: the stage is done
+    when nobody is in. So a thread is waited for only while it has a block in hand, and one that the
+    system keeps off the processor finds the stages done that the others went through without it.
     """
     builder, at = writer.builder, writer.slot
-    threads = builder.sext(writer.call_address(at("team_size"), writer.i32), writer.i64)
+    released = writer.address(at("released"))
     with writer.loop(writer.const(0), at("count")) as index:
-        stage = writer.add(at("stages"), writer.times(index, 16))
-        kernel = writer.load(writer.address(stage), writer.i64)
-        slots = writer.load(writer.address(stage, 8), writer.i64)
-        writer.call_address(kernel, writer.ir.VoidType(), writer.address(slots))
-        turn, released = writer.add(index, 1), writer.address(at("released"))
-        arrivals = writer.address(at("arrivals"))
-        arrived = builder.atomic_rmw("add", arrivals, writer.i64(1), "acq_rel")
-        is_last = builder.icmp_signed("==", writer.add(arrived, 1), writer.times(turn, threads))
-        with builder.if_then(is_last):
-            writer.store(writer.const(0), writer.address(slots))
-            builder.atomic_rmw("xchg", released, turn, "acq_rel")
-        _wait(writer, released, turn)
+        turn = writer.add(index, 1)
+        done = builder.load_atomic(released, "acquire", 8, typ=writer.i64)
+        with writer.when(builder.icmp_signed("<", done, turn)):
+            inside = writer.address(writer.add(at("inside"), writer.times(index, 8)))
+            builder.atomic_rmw("add", inside, writer.i64(1), "acq_rel")
+            stage = writer.add(at("stages"), writer.times(index, 16))
+            kernel = writer.load(writer.address(stage), writer.i64)
+            slots = writer.load(writer.address(stage, 8), writer.i64)
+            writer.call_address(kernel, writer.ir.VoidType(), writer.address(slots))
+            found = builder.atomic_rmw("sub", inside, writer.i64(1), "acq_rel")
+            with writer.when(builder.icmp_signed("==", found, writer.const(1))):
+                builder.atomic_rmw("max", released, turn, "acq_rel")
+            _wait(writer, released, turn)
 
 
 def _wait(writer: KernelWriter, place: Any, value: Any) -> None:
-    """Look at a number until it is a value; offer the processor to others after a while."""
+    """Look at a number until it is a value or more; after a while yield, and then sleep."""
     builder, append = writer.builder, writer.function.append_basic_block
     before, head, again, tired, after = builder.block, append(), append(), append(), append()
     builder.branch(head)
@@ -63,14 +67,24 @@ def _wait(writer: KernelWriter, place: Any, value: Any) -> None:
     is_tired = builder.icmp_signed(">", looked, writer.const(SPINS_BEFORE_YIELD))
     builder.cbranch(is_tired, tired, head)
     builder.position_at_end(tired)
-    writer.call_address(writer.slot("yield"), writer.i32)
-    looks.add_incoming(looked, tired)
+    _rest(writer, looked)
+    looks.add_incoming(looked, builder.block)
     builder.branch(head)
     builder.position_at_end(after)
 
 
+def _rest(writer: KernelWriter, looked: Any) -> None:
+    """Offer the processor to others, the longer the more a thread has looked already."""
+    is_long = writer.builder.icmp_signed(">", looked, writer.const(LOOKS_BEFORE_SLEEP))
+    with writer.builder.if_else(is_long) as (then, otherwise):
+        with then:
+            writer.call_address(writer.slot("sleep"), writer.i32, writer.i32(SLEEP))
+        with otherwise:
+            writer.call_address(writer.slot("yield"), writer.i32)
+
+
 RUN_STAGES = KernelSource(
-    ("count", "stages", "arrivals", "released", "team_size", "yield"), write_run_stages
+    ("count", "stages", "inside", "released", "yield", "sleep"), write_run_stages
 )
 
 
@@ -96,15 +110,15 @@ class StepGraph:
         for call, slots in zip(calls, self._slots):
             pairs += [call.address, ctypes.addressof(slots)]
         self._stages = (ctypes.c_int64 * len(pairs))(*pairs)
-        # On cache lines of their own: the second one is looked at all the time.
-        self._counters = torch.zeros(64, dtype=torch.int64, device="cpu")
+        # The first number, on a cache line of its own, is looked at all the time.
+        self._counters = torch.zeros(32 + len(calls), dtype=torch.int64, device="cpu")
         self._run_stages = kernel.prepare(
             threads,
             count=len(calls),
             stages=ctypes.addressof(self._stages),
-            arrivals=self._counters.data_ptr(),
-            released=self._counters.data_ptr() + 256,
-            team_size=runtime.team_size,
+            inside=self._counters.data_ptr() + 256,
+            released=self._counters.data_ptr(),
+            sleep=runtime.sleep,
             **{"yield": runtime.yield_processor},
         )
 
@@ -117,6 +131,8 @@ class StepGraph:
     def run(self) -> None:
         """Run all stages; return when the last one is done."""
         self._counters.zero_()
+        for slots in self._slots:
+            slots[0] = 0  # a late thread may look at a stage's counter until the end of the run
         self._run_stages.run()
 
 

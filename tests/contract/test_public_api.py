@@ -28,6 +28,7 @@ PUBLIC_NAMES = {
         "QuantizedReservedLayer",
         "ReservedLayer",
         "extend_cache",
+        "prepend_prefix",
     },
     "checkpoint_chatglm": {
         "REMEDY",
@@ -65,6 +66,7 @@ PUBLIC_NAMES = {
         "choose_cache",
         "find_engine",
         "find_input_device",
+        "find_learned_prompt",
         "find_twin",
         "keep_float_norms",
         "keep_whole",
@@ -110,7 +112,14 @@ PUBLIC_NAMES = {
         "find_int8_product",
     },
     "rotary_chatglm": {"RotaryEmbedding", "apply_rotary"},
-    "rows_chatglm": {"PromptReading", "Row", "decode_rows", "read_prompt"},
+    "rows_chatglm": {
+        "PromptReading",
+        "Row",
+        "RowCaches",
+        "attend_rows",
+        "decode_rows",
+        "read_prompt",
+    },
     "scoring_chatglm": {
         "AnswerScores",
         "ScoringMixin",
