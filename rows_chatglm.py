@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from .cache_chatglm import ChatGLMCache
+from .environment_chatglm import find_input_device
 from .masking_chatglm import count_cached_tokens
 
 
@@ -69,7 +70,7 @@ class PromptReading:
     @torch.no_grad()
     def advance(self) -> bool:
         """Run the next block; return whether the prompt is read."""
-        ids = torch.tensor([self.row.input_ids], device=self.model.device)
+        ids = torch.tensor([self.row.input_ids], device=find_input_device(self.model))
         output = self.model(ids, past_key_values=self.row.cache, use_cache=True, logits_to_keep=1)
         self.logits = output.logits[:, -1]
         return True
@@ -106,7 +107,7 @@ def decode_rows(model: Any, rows: Sequence[Row]) -> list[Tensor]:
     """
     logits = []
     for row in rows:
-        ids = torch.tensor([row.pending], device=model.device)
+        ids = torch.tensor([row.pending], device=find_input_device(model))
         output = model(ids, past_key_values=row.cache, use_cache=True)
         logits.append(output.logits[0])
     return logits

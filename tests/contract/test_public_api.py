@@ -22,6 +22,15 @@ AUTO_MAP = {
     "AutoModelForSequenceClassification": "modeling_chatglm.ChatGLMForSequenceClassification",
 }
 PUBLIC_NAMES = {
+    "answer_text_chatglm": {
+        "HANZI",
+        "StopOnText",
+        "cut_at_stops",
+        "finish_answer",
+        "has_settled_stop",
+        "settle_answer",
+        "tidy_answer",
+    },
     "cache_chatglm": {
         "ChatGLMCache",
         "KeyValues",
@@ -50,9 +59,16 @@ PUBLIC_NAMES = {
     "conversation_chatglm": {
         "ChatMixin",
         "ChatOverflowWarning",
-        "StopOnText",
         "check_history",
-        "cut_at_stops",
+    },
+    "decoding_chatglm": {"Answer", "RowDecoder", "find_limit", "stream_answer"},
+    "drafting_chatglm": {"PromptLookup"},
+    "drawing_chatglm": {
+        "Draw",
+        "build_processors",
+        "find_foreign_options",
+        "make_cache",
+        "settle",
     },
     "environment_chatglm": {
         "CACHE_NAME",
