@@ -17,7 +17,14 @@ import torch
 from torch import Tensor
 
 from .drafting_chatglm import PromptLookup
-from .drawing_chatglm import Draw, build_processors, find_foreign_options, make_cache, settle
+from .drawing_chatglm import (
+    Draw,
+    build_processors,
+    draw_token,
+    find_foreign_options,
+    make_cache,
+    settle,
+)
 from .environment_chatglm import find_input_device
 from .rows_chatglm import PromptReading, Row, decode_rows
 
@@ -121,11 +128,9 @@ class Answer:
         for processor in self.processors:
             scores = processor(known, scores)
         if self.do_sample:
-            shares = scores.softmax(dim=-1)
-            drawn = torch.multinomial(shares, num_samples=1, generator=self.generator)
+            token = draw_token(scores.softmax(dim=-1), self.generator)
         else:
-            drawn = scores.argmax(dim=-1)
-        token = int(drawn)
+            token = int(scores.argmax(dim=-1))
         self._note(token)
         return token
 

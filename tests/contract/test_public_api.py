@@ -66,7 +66,9 @@ PUBLIC_NAMES = {
     "drawing_chatglm": {
         "Draw",
         "build_processors",
+        "draw_token",
         "find_foreign_options",
+        "is_draw_known",
         "make_cache",
         "settle",
     },
@@ -100,10 +102,11 @@ PUBLIC_NAMES = {
     },
     "generation_chatglm": {
         "GLMGenerationMixin",
+        "HighestLogitsWarper",
         "InvalidScoreLogitsProcessor",
         "NucleusLogitsWarper",
         "check_options",
-        "replace_top_p",
+        "replace_warpers",
     },
     "modeling_chatglm": {
         "ChatGLMForConditionalGeneration",
