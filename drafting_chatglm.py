@@ -45,7 +45,9 @@ class PromptLookup:
         count = min(self.count, room)
         if size == 0 or count < 1 or not self._is_worth_it(size):
             return []
-        return input_ids[place : place + count]
+        # What begins to come around goes on doing so.
+        period = len(input_ids) - place
+        return [input_ids[place + i % period] for i in range(count)]
 
     def _find_place(self, input_ids: list[int]) -> tuple[int, int]:
         """Return behind which place the last tokens stood before, and how many of them."""

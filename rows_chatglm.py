@@ -51,7 +51,7 @@ class Row:
         """Forget all tokens behind so many, cached ones too, as of a draft that was not taken."""
         del self.input_ids[length:]
         if self.num_cached > length:
-            self.cache.crop(length)
+            self.cache.crop(length - self.num_cached)  # the number to remove, on every release
 
 
 class PromptReading:
