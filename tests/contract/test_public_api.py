@@ -42,6 +42,7 @@ PUBLIC_NAMES = {
         "REMEDY",
         "WEIGHT_FILES",
         "Checkpoint",
+        "LatePatterns",
         "PendingTensor",
         "StoredTensor",
         "UnreadableWeightsError",
@@ -54,6 +55,7 @@ PUBLIC_NAMES = {
         "read_object",
         "read_weight_map",
         "whole_shape",
+        "without_patterns",
     },
     "configuration_chatglm": {"ChatGLMConfig"},
     "conversation_chatglm": {
