@@ -156,7 +156,9 @@ class ChatMixin:
                 question piece by piece, and reads that as the first round. It reads each text
                 once more for it, and writes an eighth of the window for each window of text.
             do_sample, top_p, temperature: a temperature or a `top_p` of 0 means no sampling.
-            kwargs: anything `generate` takes that leaves an answer a text. What a
+            kwargs: anything `generate` takes that leaves an answer a text. With
+                `prompt_lookup_num_tokens` up to so many tokens are guessed from the text so far and
+                read at once where that pays; the answer is the one without. What a
                 `generation_config` says holds where an argument has its default. None is the
                 default everywhere.
 
