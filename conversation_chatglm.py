@@ -1,8 +1,9 @@
-"""Talking: the prompt format, the chat methods and the tidying of answers.
+"""Talking: the prompt format, and the chat methods.
 
 Owns `build_prompt`, the only prompt format in the project, what counts as a history and what of it
-is read where the window is full, where an answer ends, and what its text looks like. Knows nothing
-of layers, masks or decoding steps: tokens come from `generation_chatglm`.
+is read where the window is full. Knows nothing of layers, masks or decoding steps: tokens come from
+`decoding_chatglm`, or from `generation_chatglm` where something is asked for that only transformers
+knows; what is shown of them says `answer_text_chatglm`.
 """
 
 import bisect
@@ -13,29 +14,18 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
-from transformers import (
-    LogitsProcessor,
-    LogitsProcessorList,
-    StoppingCriteria,
-    StoppingCriteriaList,
-)
+from transformers import LogitsProcessor, LogitsProcessorList, StoppingCriteriaList
 
+from .answer_text_chatglm import HANZI, StopOnText, finish_answer, settle_answer, tidy_answer
+from .decoding_chatglm import stream_answer
+from .drawing_chatglm import find_foreign_options
 from .environment_chatglm import acts_with_adapters, find_input_device
 from .generation_chatglm import InvalidScoreLogitsProcessor, check_options
 
 History = list[tuple[str, str]]
 
 ROUND_HEAD, ROUND = "[Round {}]\n", "问：{}\n答：{}"
-TRAINING_TIME_MARK, TRAINING_TIME = "[[训练时间]]", "2023年"
-FULL_WIDTH = {",": "，", "!": "！", ":": "：", ";": "；", "?": "？"}
-HANZI = "[\u4e00-\u9fff]"
 WORD_START = "\u2581"  # SentencePiece's piece of a lone space
-BROKEN_CHARACTER = "\ufffd"  # what half a character's bytes decode to
-# What later tokens may still change at the end of a decoded text: a space, which is dropped before
-# "." and "n't" and the like, and an apostrophe, which has just lost the spaces on both sides; and
-# again what stands before those (" n ' t" becomes "n't").
-UNSETTLED_SPACING = re.compile(r"( ('[vr]?|n'?)?|')+\Z")
 
 # What becomes of a conversation that does not fit.
 OVERFLOW = ("error", "rounds", "summarize")
@@ -76,44 +66,6 @@ class ChatOverflowWarning(RuntimeWarning):
         self.summary = summary
 
 
-class StopOnText(StoppingCriteria):
-    """Stops each row once its new text holds one of the given strings, as decoded or as shown.
-
-    Args:
-        tokenizer: decodes the new ids.
-        stops: the strings.
-        prompt_length: columns of the prompt, which are not searched.
-    """
-
-    def __init__(self, tokenizer: Any, stops: Sequence[str], prompt_length: int) -> None:
-        self.tokenizer = tokenizer
-        self.stops = stops
-        self.prompt_length = prompt_length
-        # Characters, of which the end may not have been settled when it was searched last.
-        self.overlap = max(map(len, stops)) + len(TRAINING_TIME_MARK) + 4
-        self.searched = 0
-
-    def __call__(self, input_ids: Tensor, scores: Tensor, **kwargs: Any) -> Tensor:
-        """Return which rows are done, `(B,)`."""
-        rows = input_ids[:, self.prompt_length :].tolist()
-        is_done = [self._is_done(row) for row in rows]
-        self.searched = len(rows[0])
-        return torch.tensor(is_done, device=input_ids.device)
-
-    def _is_done(self, answer_ids: list[int]) -> bool:
-        """Search the end of an answer, to which drafts may have added several tokens at once."""
-        known = min(self.searched, len(answer_ids))
-        start = known
-        while start and len(self.tokenizer.decode(answer_ids[start:known]).strip()) < self.overlap:
-            start = max(0, start - self.overlap)
-        # A text that begins in the middle may look otherwise there than in the whole answer.
-        return self._has_stop(answer_ids[start:]) and self._has_stop(answer_ids)
-
-    def _has_stop(self, answer_ids: list[int]) -> bool:
-        """Say whether what no later token changes holds one of the strings."""
-        return has_settled_stop(self.tokenizer.decode(answer_ids), self.stops)
-
-
 class Reading(NamedTuple):
     """What the model is given of a conversation."""
 
@@ -124,13 +76,18 @@ class Reading(NamedTuple):
 
 
 class ChatCall(NamedTuple):
-    """A conversation made ready for `generate`."""
+    """A conversation made ready to be answered."""
 
     options: dict[str, Any]
     rounds: History
     stops: list[str]
     prompt_length: int
     score_guard: InvalidScoreLogitsProcessor
+
+    @property
+    def decoding_options(self) -> dict[str, Any]:
+        """The options without the prompt."""
+        return {n: x for n, x in self.options.items() if n not in ("input_ids", "attention_mask")}
 
 
 class ChatMixin:
@@ -164,11 +121,7 @@ class ChatMixin:
     @staticmethod
     def process_response(response: str) -> str:
         """Tidy an answer: strip it, fill in the training time, widen punctuation beside hanzi."""
-        response = response.strip().replace(TRAINING_TIME_MARK, TRAINING_TIME)
-        for narrow, wide in FULL_WIDTH.items():
-            response = re.sub(f"({HANZI}){re.escape(narrow)}", rf"\g<1>{wide}", response)
-            response = re.sub(f"{re.escape(narrow)}({HANZI})", rf"{wide}\g<1>", response)
-        return response
+        return tidy_answer(response)
 
     @acts_with_adapters
     @torch.no_grad()
@@ -203,7 +156,9 @@ class ChatMixin:
                 question piece by piece, and reads that as the first round. It reads each text
                 once more for it, and writes an eighth of the window for each window of text.
             do_sample, top_p, temperature: a temperature or a `top_p` of 0 means no sampling.
-            kwargs: anything `generate` takes that leaves an answer a text. What a
+            kwargs: anything `generate` takes that leaves an answer a text. With
+                `prompt_lookup_num_tokens` up to so many tokens are guessed from the text so far and
+                read at once where that pays; the answer is the one without. What a
                 `generation_config` says holds where an argument has its default. None is the
                 default everywhere.
 
@@ -220,9 +175,9 @@ class ChatMixin:
         kwargs |= sampling | {"max_length": max_length, "logits_processor": logits_processor}
         kwargs["num_beams"] = num_beams
         call = self._prepare_chat(tokenizer, query, history, stop, overflow, kwargs)
-        outputs = self.generate(**call.options)
+        answer_ids = _answer(self, call)
         self._warn_of_broken_scores(call)
-        decoded = tokenizer.decode(outputs[0][call.prompt_length :].tolist())
+        decoded = tokenizer.decode(answer_ids)
         response = finish_answer(decoded, call.stops)
         return response, [*call.rounds, (query, response)]
 
@@ -277,8 +232,8 @@ class ChatMixin:
         """Yield what is settled after every token, and the whole answer at the end."""
         decoded, shown, num_yields = "", "", 0
         try:
-            for outputs in self.stream_generate(**call.options):
-                decoded = tokenizer.decode(outputs[0][call.prompt_length :].tolist())
+            for answer_ids in _stream_answer_ids(self, call):
+                decoded = tokenizer.decode(answer_ids)
                 settled = settle_answer(decoded, call.stops)
                 if settled != shown or not deltas:
                     yield settled[len(shown) if deltas else 0 :], [*call.rounds, (query, settled)]
@@ -383,6 +338,31 @@ class ChatMixin:
                 )
 
 
+def _answer(model: Any, call: ChatCall) -> list[int]:
+    """Return the ids of an answer, with its end."""
+    options = call.decoding_options
+    if find_foreign_options(model, options):
+        return model.generate(**call.options)[0][call.prompt_length :].tolist()
+    answer_ids: list[int] = []
+    for answer in stream_answer(model, call.options["input_ids"][0].tolist(), options):
+        answer_ids = answer.answer_ids
+    return answer_ids
+
+
+def _stream_answer_ids(model: Any, call: ChatCall) -> Iterator[list[int]]:
+    """Yield the ids of an answer so far after every step, without what ends it."""
+    options = call.decoding_options
+    if find_foreign_options(model, options):
+        for outputs in model.stream_generate(**call.options):
+            yield outputs[0][call.prompt_length :].tolist()
+        return
+    for answer in stream_answer(model, call.options["input_ids"][0].tolist(), options):
+        has_end = answer.finish_reason == "stop"
+        answer_ids = answer.answer_ids[: -1 if has_end else None]
+        if answer_ids:
+            yield answer_ids
+
+
 def check_history(history: Sequence[Sequence[str]] | None) -> History:
     """Return a copy of a history as `(question, answer)` pairs.
 
@@ -400,77 +380,6 @@ def check_history(history: Sequence[Sequence[str]] | None) -> History:
         if not is_pair or not all(isinstance(text, str) for text in pair):
             raise ValueError(f"history[{i}] must be a (question, answer) pair, got {pair!r}.")
     return [(question, answer) for question, answer in history]
-
-
-def cut_at_stops(text: str, stops: Sequence[str]) -> str:
-    """Return the text up to the first of the stop texts."""
-    ends = [text.find(stop) for stop in stops]
-    return text[: min((end for end in ends if end >= 0), default=len(text))]
-
-
-def finish_answer(decoded: str, stops: Sequence[str]) -> str:
-    """Return what is shown of a whole answer: tidied, and cut at the first stop text.
-
-    A stop text counts as it is shown ("\uff0c") and as the model wrote it (","); if both are there,
-    the earlier one.
-
-    Args:
-        decoded: the tokenizer's text of the answer.
-        stops: texts that end it.
-    """
-    decoded = decoded.rstrip(BROKEN_CHARACTER)  # Half a character at the very end is no text.
-    shown = ChatMixin.process_response(decoded)
-    cuts = []
-    if _has_any(shown, stops):
-        cuts.append(cut_at_stops(shown, stops).strip())
-    if _has_any(decoded, stops):
-        cuts.append(ChatMixin.process_response(cut_at_stops(decoded, stops)))
-    return min(cuts, key=len, default=shown)
-
-
-def settle_answer(decoded: str, stops: Sequence[str]) -> str:
-    """Return the part of an unfinished answer that is shown and that no later token changes.
-
-    Args:
-        decoded: the tokenizer's text of the answer so far.
-        stops: texts that will end it.
-    """
-    if has_settled_stop(decoded, stops):
-        return finish_answer(decoded, stops)
-    shown = _settle_tidying(_drop_beginning(_settle_decoding(decoded), stops))
-    return _drop_beginning(shown, stops).rstrip()
-
-
-def has_settled_stop(decoded: str, stops: Sequence[str]) -> bool:
-    """Say whether an unfinished answer holds a stop text that no later token takes away."""
-    settled = _settle_decoding(decoded)
-    return _has_any(settled, stops) or _has_any(_settle_tidying(settled), stops)
-
-
-def _settle_decoding(decoded: str) -> str:
-    """Hold back half a character, and white space that decoding may drop."""
-    return UNSETTLED_SPACING.sub("", decoded.rstrip(BROKEN_CHARACTER))
-
-
-def _settle_tidying(decoded: str) -> str:
-    """Tidy a settled text; hold back half a mark, and punctuation whose width is still open."""
-    shown = ChatMixin.process_response(decoded)
-    shown = shown[:-1] if shown.endswith(tuple(FULL_WIDTH)) else shown
-    return _drop_beginning(shown, [TRAINING_TIME_MARK])
-
-
-def _drop_beginning(text: str, wholes: Sequence[str]) -> str:
-    """Drop from the end of a text what may become one of `wholes`."""
-    longest = max(map(len, wholes), default=0)
-    for start in range(max(0, len(text) - longest + 1), len(text)):
-        if any(whole.startswith(text[start:]) for whole in wholes):
-            return text[:start]
-    return text
-
-
-def _has_any(text: str, stops: Sequence[str]) -> bool:
-    """Say whether a text holds one of the stop texts."""
-    return any(stop in text for stop in stops)
 
 
 def _pop_stop_texts(stop: str | Sequence[str] | None, options: dict[str, Any]) -> list[str]:
@@ -633,4 +542,4 @@ def _warn_of_overflow(reading: Reading, whole: Reading, limit: int, room: int) -
         warnings.warn(warning, stacklevel=5)
 
 
-__all__ = ["ChatMixin", "ChatOverflowWarning", "StopOnText", "check_history", "cut_at_stops"]
+__all__ = ["ChatMixin", "ChatOverflowWarning", "check_history"]

@@ -24,12 +24,15 @@ from transformers.modeling_outputs import (
 )
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+# Not used here, as others below: transformers copies the files that this one imports alone.
+from .answer_text_chatglm import StopOnText  # noqa: F401
 from .cache_chatglm import ChatGLMCache, KeyValues, extend_cache, prepend_prefix
-
-# Not used here, as two more below: transformers copies the files that this one imports alone.
 from .checkpoint_chatglm import StoredTensor  # noqa: F401
 from .configuration_chatglm import ChatGLMConfig, WeightFormat
 from .conversation_chatglm import ChatMixin
+from .decoding_chatglm import RowDecoder  # noqa: F401
+from .drafting_chatglm import PromptLookup  # noqa: F401
+from .drawing_chatglm import Draw  # noqa: F401
 from .environment_chatglm import (
     CACHE_NAME,
     CACHE_NAMES,

@@ -35,6 +35,7 @@ from .checkpoint_chatglm import (
     StoredTensor,
     check_settings,
     open_shards,
+    without_patterns,
 )
 from .configuration_chatglm import (
     GROUP_SIZES,
@@ -392,7 +393,7 @@ class QuantizedLoadingMixin:
         if weight_format is not None:
             kwargs["quantization_config"] = {"quant_method": METHOD, **weight_format}
         asked = _read_format(kwargs)
-        with loading_own_dtype(kwargs):
+        with loading_own_dtype(kwargs), without_patterns():
             loaded = cast(Any, super()).from_pretrained(path, *args, **kwargs)
         model = loaded[0] if isinstance(loaded, tuple) else loaded
         if asked is not None:

@@ -8,6 +8,8 @@ training leans on in `test_training_hooks`.
 
 import copy
 import importlib
+import itertools
+import re
 from collections import Counter
 from pathlib import Path
 from types import SimpleNamespace
@@ -18,6 +20,7 @@ import torch
 import transformers
 from chatglm_6b import cache_chatglm, environment_chatglm
 from chatglm_6b.cache_chatglm import ChatGLMCache, ReservedLayer
+from chatglm_6b.checkpoint_chatglm import LatePatterns
 from chatglm_6b.configuration_chatglm import ChatGLMConfig
 from chatglm_6b.environment_chatglm import CACHE_NAME, CACHE_NAMES, find_input_device
 from chatglm_6b.modeling_chatglm import ChatGLMForConditionalGeneration, GLMBlock
@@ -508,3 +511,58 @@ def test_another_llvmlite_ends_in_the_fall_back(hook: str, monkeypatch: pytest.M
     monkeypatch.delattr(importlib.import_module(module), name)
     torch.testing.assert_close(layer(states), expected, rtol=0.05, atol=0.05)
     assert lines and all(name in line for line in lines), lines
+
+
+@pytest.mark.parametrize(
+    "hook",
+    [
+        "conversion_mapping._checkpoint_conversion_mapping_cache",
+        "conversion_mapping._build_checkpoint_conversion_mapping",
+    ],
+)
+@pytest.mark.skipif(IS_OLD, reason="4 has no patterns")
+def test_the_patterns_of_other_models_are_late(hook: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A load of ours compiles none, and whoever asks for another model's gets them."""
+    conversions = importlib.import_module("transformers.conversion_mapping")
+    cache, build = (
+        "_checkpoint_conversion_mapping_cache",
+        "_build_checkpoint_conversion_mapping",
+    )
+    assert hasattr(conversions, hook.rpartition(".")[2]), f"{hook} is gone"
+    compiled = getattr(conversions, build)()
+    names = {cls.__name__ for cls in ChatGLMForConditionalGeneration.__mro__} | {"chatglm"}
+    assert not names & set(compiled), "there are patterns for this family now"
+    old = [rule.source_patterns for rule in compiled["legacy"]]
+    model = build_model()
+    assert not any(
+        re.search(pattern, name)
+        for pattern in itertools.chain.from_iterable(old)
+        for name in model.state_dict()
+    ), "an old name is one of ours"
+    calls: list[int] = []
+    monkeypatch.setattr(conversions, build, lambda: calls.append(1) or dict(compiled))
+    monkeypatch.setattr(conversions, cache, None)
+    state = {"state_dict": model.state_dict()}
+    ChatGLMForConditionalGeneration.from_pretrained(None, config=model.config, **state)
+    assert not calls, f"{hook} is not what a load asks"
+    for name in ("legacy", "glm4_moe"):
+        found = conversions.get_checkpoint_conversion_mapping(name)
+        assert len(found) == len(compiled[name]) and calls == [1]
+    assert getattr(conversions, cache).keys() == compiled.keys()
+    monkeypatch.setattr(conversions, "USER_REGISTERED_MAPPINGS", set(), raising=False)
+    conversions.register_checkpoint_conversion_mapping("chatglm", [])
+    assert conversions.get_checkpoint_conversion_mapping("chatglm") == []
+
+
+@pytest.mark.skipif(IS_OLD, reason="4 has no patterns")
+@pytest.mark.parametrize("ask", ["has", "gets", "sets"])
+def test_late_patterns_are_there_for_others(ask: str) -> None:
+    kept: list[Any] = []
+    late = LatePatterns(lambda: {"other": [1]}, kept.append)
+    asked = {
+        "has": lambda: "other" in late,
+        "gets": lambda: late["other"] == [1],
+        "sets": lambda: late.__setitem__("mine", [2]) is None,
+    }[ask]()
+    mine = {"mine": [2]} if ask == "sets" else {}
+    assert asked and kept == [{"other": [1], **mine}]

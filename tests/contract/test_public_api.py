@@ -22,6 +22,15 @@ AUTO_MAP = {
     "AutoModelForSequenceClassification": "modeling_chatglm.ChatGLMForSequenceClassification",
 }
 PUBLIC_NAMES = {
+    "answer_text_chatglm": {
+        "HANZI",
+        "StopOnText",
+        "cut_at_stops",
+        "finish_answer",
+        "has_settled_stop",
+        "settle_answer",
+        "tidy_answer",
+    },
     "cache_chatglm": {
         "ChatGLMCache",
         "KeyValues",
@@ -34,6 +43,7 @@ PUBLIC_NAMES = {
         "REMEDY",
         "WEIGHT_FILES",
         "Checkpoint",
+        "LatePatterns",
         "PendingTensor",
         "StoredTensor",
         "UnreadableWeightsError",
@@ -46,14 +56,24 @@ PUBLIC_NAMES = {
         "read_object",
         "read_weight_map",
         "whole_shape",
+        "without_patterns",
     },
     "configuration_chatglm": {"ChatGLMConfig"},
     "conversation_chatglm": {
         "ChatMixin",
         "ChatOverflowWarning",
-        "StopOnText",
         "check_history",
-        "cut_at_stops",
+    },
+    "decoding_chatglm": {"Answer", "RowDecoder", "find_limit", "stream_answer"},
+    "drafting_chatglm": {"PromptLookup"},
+    "drawing_chatglm": {
+        "Draw",
+        "build_processors",
+        "draw_token",
+        "find_foreign_options",
+        "is_draw_known",
+        "make_cache",
+        "settle",
     },
     "environment_chatglm": {
         "CACHE_NAME",
@@ -86,10 +106,11 @@ PUBLIC_NAMES = {
     },
     "generation_chatglm": {
         "GLMGenerationMixin",
+        "HighestLogitsWarper",
         "InvalidScoreLogitsProcessor",
         "NucleusLogitsWarper",
         "check_options",
-        "replace_top_p",
+        "replace_warpers",
     },
     "modeling_chatglm": {
         "ChatGLMForConditionalGeneration",

@@ -14,7 +14,8 @@ from typing import Any
 
 import pytest
 import torch
-from chatglm_6b.conversation_chatglm import ChatMixin, StopOnText, check_history, cut_at_stops
+from chatglm_6b.answer_text_chatglm import StopOnText, cut_at_stops
+from chatglm_6b.conversation_chatglm import ChatMixin, check_history
 from chatglm_6b.generation_chatglm import InvalidScoreLogitsProcessor
 from chatglm_6b.tokenization_chatglm import ChatGLMTokenizer
 from conftest import PRESETS, ROOT, SHARED, build_model

@@ -5,16 +5,19 @@ from typing import Any
 
 import pytest
 import torch
-from chatglm_6b import generation_chatglm
+from chatglm_6b import drawing_chatglm, generation_chatglm
+from chatglm_6b.drawing_chatglm import draw_token
 from chatglm_6b.generation_chatglm import (
+    HighestLogitsWarper,
     InvalidScoreLogitsProcessor,
     NucleusLogitsWarper,
-    replace_top_p,
+    replace_warpers,
 )
 from conftest import build_model
 from torch import Tensor
 from transformers.generation.logits_process import (
     LogitsProcessorList,
+    MinPLogitsWarper,
     TopKLogitsWarper,
     TopPLogitsWarper,
 )
@@ -71,6 +74,50 @@ def test_the_nucleus_is_that_of_transformers(kind: str, size: int) -> None:
                 assert_same(scores, top_p, min_tokens_to_keep=min_tokens_to_keep)
 
 
+@pytest.mark.parametrize("size", [1, 2, 17, 320, 5003])
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_highest_are_those_of_transformers(kind: str, size: int) -> None:
+    rows = draw_rows(kind, size, torch.Generator().manual_seed(size))
+    for top_k in (1, 2, 50, 6000):
+        for scores in (rows, rows[1:2]):
+            given = scores.clone()
+            expected = TopKLogitsWarper(top_k, filter_value=-9.0)(NO_IDS, given)
+            actual = HighestLogitsWarper(top_k, filter_value=-9.0)(NO_IDS, scores)
+            assert torch.equal(actual.isnan(), expected.isnan())
+            assert torch.equal(actual.nan_to_num(), expected.nan_to_num())
+            assert torch.equal(scores.nan_to_num(), given.nan_to_num())
+
+
+@pytest.mark.parametrize("kind", ["random", "flat", "peaked", "tied", "forbidden"])
+def test_tokens_are_drawn_as_torch_draws_them(kind: str) -> None:
+    """And the next draw too: the generator is left where torch leaves it."""
+    source, ours, torchs = (torch.Generator().manual_seed(seed) for seed in (1, 2, 2))
+    for size in (1, 5, 320, 9001):
+        for row in draw_rows(kind, size, source)[:2].split(1):
+            shares = row.softmax(dim=-1)
+            for _ in range(20):
+                wanted = int(torch.multinomial(shares, 1, generator=torchs))
+                assert draw_token(shares, ours) == wanted
+    assert torch.equal(ours.get_state(), torchs.get_state())
+    torch.manual_seed(3)
+    wanted = int(torch.multinomial(shares, 1))
+    torch.manual_seed(3)
+    assert draw_token(shares) == wanted
+
+
+@pytest.mark.parametrize("kind", ["nan", "zeros"])
+def test_shares_that_are_none_are_refused_as_torch_refuses_them(kind: str) -> None:
+    shares = torch.zeros(1, 9) if kind == "zeros" else torch.full((1, 9), float("nan"))
+    with pytest.raises(RuntimeError, match="prob"):
+        draw_token(shares)
+
+
+def test_another_torch_draws_itself(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(drawing_chatglm, "is_draw_known", lambda: False)
+    monkeypatch.setattr(drawing_chatglm, "_draw_first", lambda *args: 99)
+    assert draw_token(torch.tensor([[0.0, 1.0, 0.0]])) == 1
+
+
 def test_what_is_cut_gets_the_given_value() -> None:
     scores = torch.tensor([[1.0, 5.0, 3.0]])
     assert assert_same(scores, 0.5, filter_value=-7.0).tolist() == [[-7.0, 5.0, -7.0]]
@@ -98,10 +145,18 @@ def test_only_transformers_own_warper_is_replaced() -> None:
     class Other(TopPLogitsWarper):
         """Somebody's own."""
 
-    given = LogitsProcessorList([TopKLogitsWarper(5), TopPLogitsWarper(0.3, -9.0, 2), Other(0.5)])
-    quick = replace_top_p(given)
+    given = LogitsProcessorList(
+        [
+            MinPLogitsWarper(0.5),
+            TopPLogitsWarper(0.3, -9.0, 2),
+            Other(0.5),
+            TopKLogitsWarper(5, -8.0),
+        ]
+    )
+    quick = replace_warpers(given)
     assert (quick[0], quick[2]) == (given[0], given[2])
-    assert type(quick[1]) is NucleusLogitsWarper
+    assert type(quick[1]) is NucleusLogitsWarper and type(quick[3]) is HighestLogitsWarper
+    assert vars(quick[3]) == vars(given[3])
     assert vars(quick[1]) == vars(given[1])
 
 
@@ -126,8 +181,8 @@ def test_a_seed_draws_the_tokens_it_drew(
     monkeypatch.setattr(NucleusLogitsWarper, "_cut", lambda *a: calls.append(1) or cut(*a))
     sampling = {"do_sample": True, "top_p": 0.8, "top_k": 0, "max_new_tokens": 12}
     outputs = []
-    for replace in (replace_top_p, lambda processors: processors):
-        monkeypatch.setattr(generation_chatglm, "replace_top_p", replace)
+    for replace in (replace_warpers, lambda processors: processors):
+        monkeypatch.setattr(generation_chatglm, "replace_warpers", replace)
         torch.manual_seed(3)
         outputs.append(model.generate(prompt, **{**sampling, **options}).tolist())
         monkeypatch.setattr(NucleusLogitsWarper, "_cut", cut)

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from chatglm_6b.conversation_chatglm import finish_answer, has_settled_stop
+from chatglm_6b.answer_text_chatglm import finish_answer, has_settled_stop
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from scripted_model import (

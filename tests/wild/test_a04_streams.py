@@ -10,7 +10,8 @@ from typing import Any
 
 import pytest
 import torch
-from chatglm_6b.conversation_chatglm import ChatMixin, finish_answer, settle_answer
+from chatglm_6b.answer_text_chatglm import finish_answer, settle_answer
+from chatglm_6b.conversation_chatglm import ChatMixin
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from scripted_model import (
