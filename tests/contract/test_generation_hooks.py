@@ -405,3 +405,9 @@ def test_defaults_that_nobody_chose_are_known(hook: str) -> None:
     """What the package door completes is what a configuration was made up from, and no other."""
     assert build_model().generation_config._from_model_config is True, f"{hook} is gone"
     assert not getattr(GenerationConfig(top_k=3), "_from_model_config", False)
+
+
+@pytest.mark.parametrize("hook", ["process.syscall"])
+@pytest.mark.skipif(sys.platform != "linux", reason="the system call is Linux's")
+def test_the_system_can_be_asked_for_tiles(hook: str) -> None:
+    assert hasattr(ctypes.CDLL(None), "syscall"), f"{hook} is gone"
