@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks import bench_generate, bench_tokenizer
-from benchmarks.full_size import save_folder
+from benchmarks import bench_generate, bench_tokenizer, contenders, fresh, phases
+from benchmarks.full_size import Recipe, save_folder
 from benchmarks.results import Recorder, read_rows
 from benchmarks.workers import Worker
 from chatglm.benching import command
@@ -30,11 +30,11 @@ TINY = ["--layers", "1", "--rounds", "1", "--tokens", "2", "--threads", "1"]
 
 
 def test_recipes_are_read_from_words() -> None:
-    recipe = bench_generate.parse_recipe("bits=8,group_size=32,embeddings=1,dtype=bfloat16")
-    assert recipe == bench_generate.Recipe(8, 32, True, "bfloat16")
+    recipe = contenders.parse_recipe("bits=8,group_size=32,embeddings=1,dtype=bfloat16")
+    assert recipe == Recipe(8, 32, True, "bfloat16")
     assert str(recipe) == "INT8 g32 + embeddings, bfloat16"
-    assert bench_generate.parse_recipe("") == bench_generate.Recipe()
-    alone = bench_generate.parse_recipe("dtype=bfloat16,alone=1")
+    assert contenders.parse_recipe("") == Recipe()
+    alone = contenders.parse_recipe("dtype=bfloat16,alone=1")
     assert alone.alone is True and str(alone) == "INT4, bfloat16, files alone"
 
 
@@ -50,7 +50,7 @@ def test_phases_are_measured_side_by_side(tmp_path: Path, monkeypatch: pytest.Mo
     words = [*TINY, "--only", "prefill", "decode", "--prompts", "6", "--contexts", "9", "--write"]
     monkeypatch.setattr(bench_generate, "RESULTS", path)
     probe = [sys.executable, "-c", PROBE]
-    monkeypatch.setattr(bench_generate, "start_probe", lambda threads: Worker("probe", probe))
+    monkeypatch.setattr(phases, "start_probe", lambda threads: Worker("probe", probe))
     assert bench_generate.main([*words, "--ours", "hidden=64,bits=8"]) == 0
     cells = {(row.contender, row.case, row.unit): row for row in read_rows(path)}
     time, size, rate = (
@@ -65,21 +65,21 @@ def test_phases_are_measured_side_by_side(tmp_path: Path, monkeypatch: pytest.Mo
 
 def test_a_contender_does_without_the_engine() -> None:
     """In a process of its own: what of the engine it has imported stays out of reach there."""
-    recipe = bench_generate.parse_recipe("hidden=64,dtype=bfloat16,alone=1")._replace(layers=1)
-    with bench_generate.start_ours(recipe, 1) as worker:
+    recipe = contenders.parse_recipe("hidden=64,dtype=bfloat16,alone=1")._replace(layers=1)
+    with contenders.start_ours(recipe, 1) as worker:
         assert worker.name == "ours INT4, bfloat16, files alone"
         assert worker.ask("decode", context=9, tokens=2)["seconds"]
         assert worker.facts["engine"] is False
-    with bench_generate.start_ours(recipe._replace(alone=False), 1) as worker:
+    with contenders.start_ours(recipe._replace(alone=False), 1) as worker:
         assert worker.facts["engine"] is True
 
 
 def test_a_process_answers_from_a_folder_and_is_watched(tmp_path: Path) -> None:
     folder = tmp_path / "random_model"
     folder.mkdir()
-    save_folder(folder, bench_generate.Recipe(layers=1, hidden=64, dtype="float16"))
+    save_folder(folder, Recipe(layers=1, hidden=64, dtype="float16"))
     args = bench_generate.make_parser().parse_args(TINY)
-    said, curve = bench_generate.run_first_answer(folder, args, bench_generate.Recipe(), context=40)
+    said, curve = fresh.run_first_answer(folder, args, Recipe(), context=40)
     assert 0 < said["loaded"] < said["answered"] < said["done"]
     assert said["done"] - 1 < curve[-1][0] <= said["done"]
     assert 10**8 < max(resident for _, resident in curve) <= 1.01 * said["peak"]
@@ -100,7 +100,7 @@ def test_starts_and_their_memory_are_recorded(
         return said, [(0.1 * step, step * 10**7) for step in range(200)]
 
     monkeypatch.setattr(bench_generate, "RESULTS", path)
-    monkeypatch.setattr(bench_generate, "run_first_answer", answer)
+    monkeypatch.setattr(fresh, "run_first_answer", answer)
     words = [*TINY, "--rounds", "3", "--only", "start", "memory", "--write"]
     assert bench_generate.main([*words, "--ours", "hidden=64"]) == 0
     assert contexts == [0, 0, 0, 0, 2048]  # one that warms the disk cache, three, a long chat
@@ -122,10 +122,10 @@ def test_another_checkout_starts_in_turns_with_ours(
         return {"loaded": seconds - 1, "answered": seconds}, []
 
     monkeypatch.setattr(bench_generate, "RESULTS", path)
-    monkeypatch.setattr(bench_generate, "run_first_answer", answer)
+    monkeypatch.setattr(fresh, "run_first_answer", answer)
     words = [*TINY, "--rounds", "2", "--only", "start", "--write", "--checkout", str(tmp_path)]
     assert bench_generate.main([*words, "--ours", "hidden=64"]) == 0
-    assert asked == 3 * [bench_generate.ROOT, tmp_path]
+    assert asked == 3 * [fresh.ROOT, tmp_path]
     ours, peer = [row for row in read_rows(path) if row.case == "start to answer"]
     assert (ours.value, ours.ratio, ours.baseline) == (2, 1.5, peer.contender)
     assert peer.value == 3 and peer.ratio is None
