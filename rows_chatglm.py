@@ -50,7 +50,7 @@ class Row:
         """Forget all tokens behind so many, cached ones too, as of a draft that was not taken."""
         del self.input_ids[length:]
         if self.num_cached > length:
-            self.cache.crop(length)
+            self.cache.crop(length - self.num_cached)  # by how many: 5.24 takes no length
 
 
 class PromptReading:

@@ -1,22 +1,33 @@
 """Measures the phases of the whole model, with all contenders side by side in the same rounds.
 
-Owns what a contender is asked for and how the answers of the rounds become figures. Does not know
-how contenders are started (`contenders`), nor what a fresh process takes (`fresh`).
+Owns which sizes are measured and how the answers of the rounds become figures. Does not know
+how contenders are started and asked (`contenders`), what rows and busy neighbours cost
+(`beside`), nor what a fresh process takes (`fresh`).
 """
 
 import argparse
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 
-from benchmarks.contenders import parse_recipe, start_all, start_ours
+from benchmarks.beside import measure_company, measure_rows
+from benchmarks.contenders import (
+    Side,
+    ask_decode,
+    ask_prefill,
+    parse_recipe,
+    start_all,
+    start_ours,
+)
 from benchmarks.results import Case, Recorder
 from benchmarks.workers import (
     Round,
     Spread,
+    Turn,
     Worker,
     compare_rounds,
     rate_rounds,
     run_rounds,
+    run_turns,
     share_of_probe,
     start_probe,
 )
@@ -65,50 +76,73 @@ def record_rounds(
     recorder.add(Case("probe", name, "", size, batch, len(rounds), load), rates, "GB/s")
 
 
-def ask_prefill(tokens: int, batch: int = 1) -> Callable[[Worker], float]:
-    """Return the task of reading prompts."""
-    return lambda worker: worker.ask("prefill", tokens=tokens, batch=batch)["seconds"]
-
-
-def ask_decode(context: int, tokens: int, batch: int = 1) -> Callable[[Worker], float]:
-    """Return the task of decoding so many tokens; its figure is the middle one."""
-
-    def ask(worker: Worker) -> float:
-        answer = worker.ask("decode", context=context, tokens=tokens, batch=batch)
-        return Spread.of(answer["seconds"]).median
-
-    return ask
-
-
 def measure_phases(args: argparse.Namespace, recorder: Recorder) -> None:
-    """Measure prompts, contexts and batches with all contenders side by side."""
+    """Measure prompts, contexts, batches and rows with all contenders side by side."""
     with ExitStack() as stack:
-        probe = stack.enter_context(start_probe(args.threads))
+        probe = stack.enter_context(start_probe(args.threads, args.probe_floats))
         workers = start_all(args, stack)
         for worker in workers:
             case = Case(worker.name, "making the model", worker.facts["versions"])
             recorder.add(case, Spread.of([worker.load_seconds]), "s")
-        for case, size, batch, task in iter_phases(args):
-            able = [w for w in workers if batch == 1 or w.name.startswith("ours")]
-            rounds = run_rounds(able, probe, task, args.rounds)
-            positions = 0 if case.startswith("prefill") else size + args.tokens // 2
-            record_rounds(recorder, able, rounds, (case, size, batch), positions)
+        side = Side(workers, probe, recorder, args)
+        for name, measure in MEASURES.items():
+            if name in args.only:
+                measure(side)
 
 
-def iter_phases(
-    args: argparse.Namespace,
-) -> Iterator[tuple[str, int, int, Callable[[Worker], float]]]:
-    """Yield case, size, batch and task of what is measured side by side."""
-    if "prefill" in args.only:
-        for tokens in args.prompts:
-            yield "prefill", tokens, 1, ask_prefill(tokens)
-    if "decode" in args.only:
-        for context in args.contexts:
-            yield "decode", context, 1, ask_decode(context, args.tokens)
-    if "batch" in args.only:
-        for batch in args.batches:
-            yield "prefill", BATCH_CONTEXT, batch, ask_prefill(BATCH_CONTEXT, batch)
-            yield "decode", BATCH_CONTEXT, batch, ask_decode(BATCH_CONTEXT, args.tokens, batch)
+def measure_prefill(side: Side) -> None:
+    """Measure prompts up to their first token, and how much of that is the products' time."""
+    for tokens in side.args.prompts:
+        rounds = run_rounds(side.workers, side.probe, ask_prefill(tokens), side.args.rounds)
+        record_rounds(side.recorder, side.workers, rounds, ("prefill", tokens, 1))
+        for worker in side.able("products"):
+            record_ceiling(side, worker, tokens)
+
+
+def record_ceiling(side: Side, worker: Worker, tokens: int) -> None:
+    """Record a prompt's time beside that of its products alone, measured in turns."""
+    turns = [
+        Turn(worker.name, worker, ask_prefill(tokens)),
+        Turn("products", worker, lambda asked: asked.ask("products", tokens=tokens)["seconds"]),
+    ]
+    rounds = run_turns(turns, side.probe, side.args.rounds)
+    load = max(round_.foreign_load for round_ in rounds)
+    versions = worker.facts["versions"]
+    case = Case(worker.name, "prefill", versions, tokens, 1, len(rounds), load)
+    share = compare_rounds(rounds, worker.name, "products")
+    side.recorder.add(case, share, "of its products")
+
+
+def measure_decode(side: Side) -> None:
+    """Measure a token behind contexts."""
+    for context in side.args.contexts:
+        task = ask_decode(context, side.args.tokens)
+        rounds = run_rounds(side.workers, side.probe, task, side.args.rounds)
+        positions = context + side.args.tokens // 2
+        record_rounds(side.recorder, side.workers, rounds, ("decode", context, 1), positions)
+
+
+def measure_batches(side: Side) -> None:
+    """Measure padded batches, which peers have none of."""
+    ours = [worker for worker in side.workers if worker.name.startswith("ours")]
+    for batch in side.args.batches:
+        positions = BATCH_CONTEXT + side.args.tokens // 2
+        tasks = (
+            ("prefill", 0, ask_prefill(BATCH_CONTEXT, batch)),
+            ("decode", positions, ask_decode(BATCH_CONTEXT, side.args.tokens, batch)),
+        )
+        for name, read, task in tasks:
+            rounds = run_rounds(ours, side.probe, task, side.args.rounds)
+            record_rounds(side.recorder, ours, rounds, (name, BATCH_CONTEXT, batch), read)
+
+
+MEASURES: dict[str, Callable[[Side], None]] = {
+    "decode": measure_decode,
+    "prefill": measure_prefill,
+    "rows": measure_rows,
+    "company": measure_company,
+    "batch": measure_batches,
+}
 
 
 def measure_overhead(args: argparse.Namespace, recorder: Recorder) -> None:
