@@ -35,7 +35,7 @@ from benchmarks.workers import Spread
 
 # Columns and rows of a block's matrices and of the head.
 SHAPES = ("4096x12288", "4096x4096", "4096x16384", "16384x4096", "4096x130528")
-ROWS = (1, 8, 32, 64, 512)
+ROWS = (1, 3, 8, 16, 32, 64, 512)
 ROTATED_BYTES = 2**28  # more than the caches hold
 CHECKED_OUTPUTS = 256
 BASELINE = "torch float32"

@@ -107,7 +107,7 @@ def measure_company(side: Side) -> None:
 def record_company(side: Side, worker: Worker, rounds: Sequence[Round], busy: int) -> None:
     """Record a contender's token beside so many busy processes, ours with ratios to the peers."""
     load = max(round_.foreign_load for round_ in rounds)
-    versions, name = worker.facts["versions"], f"decode beside {busy} busy"
+    versions, name = worker.facts["versions"], f"beside {busy} busy"
     case = Case(worker.name, name, versions, COMPANY_CONTEXT, 1, len(rounds), load)
     times = Spread.of([round_.seconds[worker.name] for round_ in rounds]).scaled(1000)
     peers = [other.name for other in side.workers if not other.name.startswith("ours")]

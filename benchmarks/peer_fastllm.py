@@ -8,7 +8,8 @@ quantizes while it loads (it reads neither the official shards nor the tokenizer
 the calls of its Python package. Standard library only, beside `ftllm` itself: it runs in the peer's
 environment.
 
-A context cannot be put into its cache: the prompt of timed tokens is read before, in every round.
+A context cannot be put into its cache, and reading it takes minutes: it is read once, and what is
+answered goes on from round to round. The context grows by the tokens of the rounds before.
 """
 
 import argparse
@@ -20,6 +21,7 @@ import random
 import shutil
 import struct
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +35,8 @@ DEVIATION = 0.02
 HEAD = "lm_head.weight"
 # What the library is asked to make of the weights.
 DTYPE, GROUP_SIZE = "int4", 128
-PIECE = 64
+PIECE = 64  # tokens that are fetched at once at most
+ROOM = 2000  # tokens of an answer that goes on from round to round
 
 
 def write_folder(folder: Path, shape: Shape) -> int:
@@ -65,12 +68,14 @@ def write_folder(folder: Path, shape: Shape) -> int:
     return read
 
 
-def write_configuration(folder: Path, shape: Shape) -> None:
+def write_configuration(
+    folder: Path, shape: Shape, special_ids: Mapping[str, int] | None = None
+) -> None:
     """Put what the peer wants to find beside the weights into a folder."""
     config = json.loads(PRESET.read_text(encoding="utf-8"))
     config |= {"num_layers": shape.layers, "hidden_size": shape.hidden}
     config |= {"inner_hidden_size": shape.inner, "num_attention_heads": shape.heads}
-    config |= {"vocab_size": shape.vocabulary}
+    config |= {"vocab_size": shape.vocabulary, **(special_ids or {})}
     (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
     for name in ("tokenizer_config.json", "generation_config.json"):
         shutil.copy(PRESET.parent / name, folder)
@@ -106,6 +111,8 @@ class FastLLM:
         self.model: Any = llm.model("", id=number)
         self.threads = threads
         self.buffer: Any = (ctypes.c_int * PIECE)()
+        self.context, self.handle = 0, -1  # of an answer that goes on
+        self.answer(self._mark(draw_ids(8)), 2)  # its threads are bound when they are first used
         free_threads()
 
     def describe(self) -> dict[str, Any]:
@@ -119,35 +126,49 @@ class FastLLM:
     def prefill(self, tokens: int, batch: int = 1) -> dict[str, Any]:
         """Return the seconds from a prompt of so many tokens to the first of its answer."""
         _check_batch(batch)
+        self._stop()
         ids = self._mark(draw_ids(tokens))
         began = time.perf_counter()
         handle = self._launch(ids, 1)
-        self._fetch(handle)
+        token = self._fetch(handle)
         seconds = time.perf_counter() - began
+        if not token:
+            raise ValueError(f"the prompt of {tokens} tokens has no answer")
         self._finish(handle)
         return {"seconds": seconds}
 
     def decode(self, context: int, tokens: int, batch: int = 1) -> dict[str, Any]:
-        """Return the seconds of each of so many tokens behind a prompt that it reads first."""
+        """Return the seconds of each of so many tokens behind a context."""
         _check_batch(batch)
-        ids = self._mark(draw_ids(context))
-        handle = self._launch(ids, tokens + 2)
-        moments: list[float] = []
-        while len(moments) < tokens + 2:
-            new = self._fetch(handle)
+        if context != self.context:
+            self._stop()
+            self.handle = self._launch(self._mark(draw_ids(context)), ROOM)
+            self.context = context
+        # What the prompt or the time between two requests gave, and one that finds caches cold.
+        self._fetch(self.handle)
+        self._fetch(self.handle)
+        moments = [time.perf_counter()]
+        while len(moments) <= tokens:
+            new = self._fetch(self.handle)
+            if not new:
+                raise ValueError(f"the answer behind {context} tokens ended, within {ROOM}")
             moments += [time.perf_counter()] * len(new)
-        self._finish(handle)
-        # The first came with the prompt, and the second finds the caches cold.
-        return {"seconds": [b - a for a, b in itertools.pairwise(moments[1:])]}
+        return {"seconds": [b - a for a, b in itertools.pairwise(moments)]}
+
+    def _stop(self) -> None:
+        """End the answer that goes on, if there is one."""
+        if self.context:
+            self.library.abort_response_llm_model(self.model.model, self.handle)
+            self._finish(self.handle)
+        self.context = 0
 
     def answer(self, input_ids: list[int], tokens: int) -> dict[str, Any]:
         """Return the greedy answer to a prompt that ends as GLM's do."""
         handle = self._launch(input_ids, tokens)
         ids: list[int] = []
-        while len(ids) < tokens and (new := self._fetch(handle)):
+        while new := self._fetch(handle):
             ids += new
-        self._finish(handle)
-        return {"ids": ids[:tokens]}
+        return {"ids": ids}
 
     def _mark(self, ids: list[int]) -> list[int]:
         """Return a prompt with GLM's two markers at its end."""
@@ -164,7 +185,7 @@ class FastLLM:
         )
 
     def _fetch(self, handle: int) -> list[int]:
-        """Wait for the next tokens of an answer; none are left if it is at its end."""
+        """Wait for the next tokens of an answer; none are there at its end, which comes once."""
         fetch = self.library.fetch_response_tokens_batch_llm_model
         while True:
             count = fetch(self.model.model, handle, self.buffer, PIECE)
