@@ -131,8 +131,18 @@ def check_all(args: argparse.Namespace) -> None:
             questions = draw_questions(model, length)
             expected = [judge(ids) for ids in questions]
             for peer in peers:
-                found = [peer.ask("answer", input_ids=q, tokens=TOKENS)["ids"] for q in questions]
+                found = [ask_peer(peer, ids) for ids in questions]
                 record(recorder, peer, length, compare(expected, found))
+
+
+def ask_peer(peer: Worker, ids: list[int]) -> list[int]:
+    """Return what a peer answers; nothing if it cannot, which it says."""
+    try:
+        return peer.ask("answer", input_ids=ids, tokens=TOKENS)["ids"]
+    except ValueError as error:
+        reason = str(error).rpartition(": ")[2]
+        print(f"{peer.name} has no answer to a prompt of {len(ids)} tokens: {reason}")
+        return []
 
 
 def record(recorder: Recorder, peer: Worker, length: int, shares: tuple[float, float]) -> None:

@@ -35,6 +35,7 @@ DEVIATION = 0.02
 HEAD = "lm_head.weight"
 # What the library is asked to make of the weights.
 DTYPE, GROUP_SIZE = "int4", 128
+PATIENCE, ANSWER_PATIENCE = 900, 30  # seconds that a token may take, of a long prompt or a short
 PIECE = 64  # tokens that are fetched at once at most
 ROOM = 2000  # tokens of an answer that goes on from round to round
 
@@ -111,6 +112,7 @@ class FastLLM:
         self.model: Any = llm.model("", id=number)
         self.threads = threads
         self.buffer: Any = (ctypes.c_int * PIECE)()
+        self.patience = PATIENCE
         self.context, self.handle = 0, -1  # of an answer that goes on
         self.answer(self._mark(draw_ids(8)), 2)  # its threads are bound when they are first used
         free_threads()
@@ -163,7 +165,11 @@ class FastLLM:
         self.context = 0
 
     def answer(self, input_ids: list[int], tokens: int) -> dict[str, Any]:
-        """Return the greedy answer to a prompt that ends as GLM's do."""
+        """Return the greedy answer to a prompt that ends as GLM's do.
+
+        Some never end: then nothing comes of them, not even an error.
+        """
+        self.patience = ANSWER_PATIENCE
         handle = self._launch(input_ids, tokens)
         ids: list[int] = []
         while new := self._fetch(handle):
@@ -187,10 +193,13 @@ class FastLLM:
     def _fetch(self, handle: int) -> list[int]:
         """Wait for the next tokens of an answer; none are there at its end, which comes once."""
         fetch = self.library.fetch_response_tokens_batch_llm_model
-        while True:
+        end = time.monotonic() + self.patience
+        while time.monotonic() < end:
             count = fetch(self.model.model, handle, self.buffer, PIECE)
             if count:
                 return list(self.buffer[: max(count, 0)])
+        self.library.abort_response_llm_model(self.model.model, handle)
+        raise ValueError(f"no token came within {self.patience} s")
 
     def _finish(self, handle: int) -> None:
         """Wait until the library has let go of an answer."""

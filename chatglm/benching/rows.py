@@ -29,7 +29,7 @@ def make_row(model: Any, context: int) -> Any:
     Raises:
         ValueError: for a context shorter than a prompt can be.
     """
-    prompt = draw_prompt(model, context)[0].tolist()
+    prompt: list[int] = draw_prompt(model, context)[0].tolist()  # pyright: ignore[reportUnknownMemberType]
     return import_rows(model).Row(prompt, fill_cache(model, context))
 
 
@@ -45,7 +45,7 @@ def time_rows(model: Any, rows: Sequence[Any], tokens: int) -> list[float]:
     lengths = [len(row.input_ids) for row in rows]
     for row in rows:
         row.append(row.input_ids[0])
-    seconds = []
+    seconds: list[float] = []
     for _ in range(tokens + 1):
         began = time.perf_counter()
         logits = decode_rows(model, rows)
