@@ -9,12 +9,12 @@ Shapes: `N` rows, `S` tokens of a context.
 import importlib
 import time
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
 
-from chatglm.benching.measuring import draw_prompt, fill_cache
+from chatglm.benching.measuring import add_states, draw_prompt
 
 
 def import_rows(model: Any) -> Any:
@@ -29,8 +29,10 @@ def make_row(model: Any, context: int) -> Any:
     Raises:
         ValueError: for a context shorter than a prompt can be.
     """
-    prompt: list[int] = draw_prompt(model, context)[0].tolist()  # pyright: ignore[reportUnknownMemberType]
-    return import_rows(model).Row(prompt, fill_cache(model, context))
+    prompt = draw_prompt(model, context)[0]
+    row = import_rows(model).PromptReading(model, cast(Any, prompt).tolist()).row
+    add_states(model, row.cache, context)
+    return row
 
 
 def time_rows(model: Any, rows: Sequence[Any], tokens: int) -> list[float]:
