@@ -1,13 +1,14 @@
 """Speed of single matrix products: every shape of the 6B model, every back end that is here.
 
     python -m benchmarks.bench_kernels [--shapes 4096x12288 ...] [--rows 1 8 ...] [--backends NAME
-        ...] [--rounds N] [--threads N] [--write]
+        ...] [--rounds N] [--threads N] [--quick] [--write]
 
 Of each product: seconds, the weights' bytes a second and their share of the bandwidth probe's
 beside it, operations a second (two a weight and row), and the error against the exact product with
 Gaussian input. Each back end has so many copies of its matrix, used in turn, that no cache holds
 them; the back ends take turns within a round, and the probe reads before and after each of them.
-`--write` appends to benchmarks/results.csv.
+`--write` appends to benchmarks/results.csv. `--quick` tries every back end with a small matrix in
+seconds; its figures mean nothing and are not written.
 """
 
 import argparse
@@ -29,17 +30,25 @@ from benchmarks.kernels import (
     multiply_exactly,
     relative_error,
 )
-from benchmarks.probe import Probe
+from benchmarks.probe import FLOATS, Probe
 from benchmarks.results import RESULTS, Case, Recorder
 from benchmarks.workers import Spread
 
 # Columns and rows of a block's matrices and of the head.
 SHAPES = ("4096x12288", "4096x4096", "4096x16384", "16384x4096", "4096x130528")
-ROWS = (1, 8, 32, 64, 512)
+ROWS = (1, 3, 8, 16, 32, 64, 512)
 ROTATED_BYTES = 2**28  # more than the caches hold
 CHECKED_OUTPUTS = 256
 BASELINE = "torch float32"
 LEAST_SECONDS = 0.02  # that a measurement takes
+# What `--quick` puts in the place of the options' values.
+QUICK = {
+    "shapes": ["256x384"],
+    "rows": [1, 3],
+    "rounds": 1,
+    "rotated_bytes": 0,
+    "probe_floats": 2**18,
+}
 
 
 class Rotation:
@@ -169,12 +178,25 @@ def find_backends(names: Sequence[str] | None) -> list[Backend]:
     return [known[name] for name in names or known if known[name].is_installed]
 
 
+def make_quick(args: argparse.Namespace) -> None:
+    """Put sizes in the options with which every back end is tried in seconds.
+
+    Raises:
+        ValueError: if the figures are to be written.
+    """
+    if args.write:
+        raise ValueError("--quick tries the lines, and its figures mean nothing: leave out --write")
+    vars(args).update(QUICK)
+
+
 def measure_all(args: argparse.Namespace) -> None:
     """Measure every shape with every number of rows."""
+    if args.quick:
+        make_quick(args)
     torch.set_num_threads(args.threads)
     backends, shapes = find_backends(args.backends), [(s, *parse_shape(s)) for s in args.shapes]
     recorder = Recorder("bench_kernels", 0, args.threads, RESULTS if args.write else None)
-    probe = Probe(args.threads)
+    probe = Probe(args.threads, args.probe_floats)
     for shape, columns, rows in shapes:
         integers = draw_integers(rows, columns)
         rotations = [Rotation(backend, integers, args.rotated_bytes) for backend in backends]
@@ -193,6 +215,8 @@ def make_parser() -> argparse.ArgumentParser:
     add("--rounds", type=int, default=5, help="of each figure (5)")
     add("--threads", type=int, default=os.cpu_count() or 1)
     add("--rotated-bytes", type=int, default=ROTATED_BYTES, help="of a back end's copies (2**28)")
+    add("--probe-floats", type=int, default=FLOATS, help="values that the probe reads (2**28)")
+    add("--quick", action="store_true", help="a small matrix, one round: to try the lines")
     add("--write", action="store_true", help="append to benchmarks/results.csv")
     return parser
 

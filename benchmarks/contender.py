@@ -1,15 +1,20 @@
 """Our model as a contender of `benchmarks.serving`: random, of the 6B shape, on the CPU.
 
-python -m benchmarks.contender [--bits 4] [--dtype float32] [--layers 28] [--alone] [--threads N]
+python -m benchmarks.contender [--bits 4] [--dtype float32] [--layers 28] [--alone] [--copies]
+    [--threads N]
 """
 
 import argparse
 import os
+from collections import Counter
+from collections.abc import Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import torch
 import transformers
 
+from benchmarks.copying import draw_text, make_copier
 from benchmarks.full_size import (
     Recipe,
     add_recipe_options,
@@ -21,6 +26,7 @@ from benchmarks.full_size import (
 )
 from benchmarks.serving import serve
 from chatglm.benching.measuring import (
+    TokenClock,
     count_position_bytes,
     count_step_bytes,
     draw_prompt,
@@ -28,6 +34,7 @@ from chatglm.benching.measuring import (
     time_answer,
     time_tokens,
 )
+from chatglm.benching.rows import make_row, time_products, time_rows
 
 
 class Contender:
@@ -36,9 +43,10 @@ class Contender:
     Args:
         recipe: what model.
         threads: of torch.
+        copies: whether the model copies (`copying`).
     """
 
-    def __init__(self, recipe: Recipe, threads: int) -> None:
+    def __init__(self, recipe: Recipe, threads: int, copies: bool = False) -> None:
         if recipe.alone:
             leave_engine_out()
         torch.set_num_threads(threads)
@@ -46,6 +54,8 @@ class Contender:
         # Counted before there are values: kernels may keep weights in other forms.
         self.step_bytes = count_step_bytes(outline_model(recipe))
         self.model = make_model(recipe)
+        self.period = make_copier(self.model) if copies else 0
+        self.made: dict[int, list[Any]] = {}
         never_end(self.model)
 
     def describe(self) -> dict[str, Any]:
@@ -70,6 +80,39 @@ class Contender:
         options = {"do_sample": True, "top_p": top_p, "top_k": 0} if top_p else {}
         return {"seconds": time_tokens(self.model, context, tokens, batch, **options)}
 
+    def rows(self, contexts: Sequence[int], tokens: int) -> dict[str, Any]:
+        """Return the seconds of each of so many steps of rows behind these contexts."""
+        for context, count in Counter(contexts).items():
+            made = self.made.setdefault(context, [])
+            made += [make_row(self.model, context) for _ in range(count - len(made))]
+        left = {context: list(rows) for context, rows in self.made.items()}
+        rows = [left[context].pop() for context in contexts]
+        return {"seconds": time_rows(self.model, rows, tokens)}
+
+    def products(self, tokens: int) -> dict[str, Any]:
+        """Return the seconds of all blocks' products for so many tokens, and of nothing else."""
+        engine = load_class("environment_chatglm.find_engine")()
+        with nullcontext() if engine is None else engine.fast_products():
+            return {"seconds": time_products(self.model, tokens)}
+
+    def look_up(self, context: int, tokens: int, text: str, drafts: int) -> dict[str, Any]:
+        """Return the seconds of an answer beyond its first token, and its ids.
+
+        Args:
+            context: tokens of the prompt.
+            tokens: of the answer, beyond the first.
+            text: of the prompt, one of `copying.TEXTS`.
+            drafts: tokens that are looked up at once; 0 for none.
+        """
+        prompt = draw_text(self.model, context, text, self.period)
+        options = {"prompt_lookup_num_tokens": drafts} if drafts else {}
+        clock = TokenClock()
+        output = self.model.generate(
+            prompt, do_sample=False, max_new_tokens=tokens + 1, streamer=clock, **options
+        )
+        # The first token comes with the prompt, whose time is not what is asked for.
+        return {"seconds": clock.times[-1] - clock.times[1], "ids": output[0, context:].tolist()}
+
 
 def main() -> None:
     """Serve a model."""
@@ -77,8 +120,9 @@ def main() -> None:
     add_recipe_options(parser)
     parser.add_argument("--alone", action="store_true", help="the model's files, no engine")
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
+    parser.add_argument("--copies", action="store_true", help="a model that copies its prompt")
     args = parser.parse_args()
-    serve(lambda: Contender(read_recipe(args), args.threads))
+    serve(lambda: Contender(read_recipe(args), args.threads, args.copies))
 
 
 if __name__ == "__main__":

@@ -4,8 +4,9 @@
         [--alone]
 
 Prints one JSON line: the seconds from `--began` (`time.monotonic` of whoever started it) until the
-model was loaded, until the first token of an answer was decoded to text and until all was done, and
-the most memory that was resident then. With `--context` it goes on to a prompt that long and some
+model was loaded, until the first token of an answer was decoded to text and until all was done,
+the most memory that was resident then, and the bytes of the weights and of a position's keys and
+values. With `--context` it goes on to a prompt that long and some
 tokens behind it, as the memory of a long chat needs.
 """
 
@@ -34,7 +35,12 @@ def main() -> None:
     import transformers
 
     from benchmarks.full_size import leave_engine_out
-    from chatglm.benching.measuring import draw_prompt, never_end, time_answer
+    from chatglm.benching.measuring import (
+        count_position_bytes,
+        draw_prompt,
+        never_end,
+        time_answer,
+    )
     from chatglm.loading import load_model
     from chatglm.process_memory import read_peak
 
@@ -45,6 +51,8 @@ def main() -> None:
     transformers.logging.disable_progress_bar()
     model, tokenizer = load_model(args.folder, device="cpu", dtype=args.dtype)
     loaded = time.monotonic() - args.began
+    # Counted before a pass: kernels may keep weights in other forms.
+    weights = sum(parameter.nbytes for parameter in model.parameters())
     inputs = tokenizer(model.build_prompt(QUESTION), return_tensors="pt")
     output = model.generate(**inputs, max_new_tokens=1, do_sample=False)
     tokenizer.decode(output[0, inputs["input_ids"].shape[1] :])
@@ -54,6 +62,8 @@ def main() -> None:
         prompt = draw_prompt(model, args.context - TOKENS_BEHIND)
         time_answer(model, prompt, TOKENS_BEHIND)
     said = {"loaded": loaded, "answered": answered, "peak": read_peak()}
+    said["weights"] = weights
+    said["position"] = count_position_bytes(model)
     print(json.dumps({**said, "done": time.monotonic() - args.began}))
 
 

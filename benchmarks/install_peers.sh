@@ -1,12 +1,14 @@
 #!/usr/bin/env bash
 # Makes an environment with the peers of the benchmarks, by name from PyPI.
-#   benchmarks/install_peers.sh FOLDER [kernels]
+#   benchmarks/install_peers.sh FOLDER [kernels | fastllm]
 # FOLDER/bin/python then is what `bench_generate --chatglm-cpp` takes. With `kernels` also the
-# packages of single kernels (several hundred MB); run bench_kernels with that same Python.
+# packages of single kernels (several hundred MB); run bench_kernels with that same Python. With
+# `fastllm` that peer alone, a wheel of 216 MB: FOLDER/bin/python is what `--fastllm` takes.
 set -euo pipefail
 
 readonly VERSION=0.4.2
-readonly FOLDER=${1:?usage: install_peers.sh FOLDER [kernels]}
+readonly FASTLLM_VERSION=1.9.0
+readonly FOLDER=${1:?usage: install_peers.sh FOLDER [kernels | fastllm]}
 readonly PYTHON=${PYTHON:-python3}
 root=$(cd "$(dirname "$0")/.." && pwd)
 readonly root
@@ -14,6 +16,13 @@ readonly root
 "$PYTHON" -m venv "$FOLDER"
 pip=$(cd "$FOLDER" && pwd)/bin/pip
 readonly pip
+if [ "${2:-}" = fastllm ]; then
+    # Without what its wheel asks for beside these: CUDA, and the pages of its web server.
+    "$pip" install --quiet --no-deps "ftllm==$FASTLLM_VERSION"
+    "$pip" install --quiet numpy pillow requests transformers psutil
+    echo "$FOLDER/bin/python"
+    exit
+fi
 work=$(mktemp -d)
 readonly work
 trap 'rm -rf "$work"' EXIT

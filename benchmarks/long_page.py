@@ -13,7 +13,7 @@ from typing import Any
 
 from benchmarks.long_dialogue import OTHER_NAMES, TAUGHT_NAMES
 from benchmarks.long_prompts import BOTH_ROWS, RUN
-from benchmarks.plots import draw_plot
+from benchmarks.plots import draw_panels
 from benchmarks.records import read_json, take_records
 from benchmarks.results import ROOT
 from recipes.mini.report import insert_report
@@ -73,7 +73,7 @@ def draw_prompts(run: dict[str, Any]) -> str:
         if name != BOTH_ROWS
     }
     labels = ("tokens of the prompt", "perplexity of the answer")
-    return draw_plot(labels, {name: line for name, line in lines.items() if line}, is_log=True)
+    return draw_panels(labels, {name: line for name, line in lines.items() if line}, is_log=True)
 
 
 def summarize(rows: Sequence[Sequence[Any]]) -> list[object]:
@@ -136,7 +136,7 @@ def draw_time(run: dict[str, Any]) -> str:
             (float(end), statistics.median(row[0] for row in rows[end - PART : end]))
             for end in ends
         ]
-    return draw_plot(
+    return draw_panels(
         ("round", "processor seconds"), {name: line for name, line in lines.items() if line}
     )
 
@@ -148,7 +148,7 @@ def draw_answers(run: dict[str, Any]) -> str:
         name: sorted((float(end), 100 * n / count) for end, n in part["probes"].items())
         for name, part in run["variants"].items()
     }
-    return draw_plot(("round", "% of the answers right to the letter"), lines)
+    return draw_panels(("round", "% of the answers right to the letter"), lines)
 
 
 def build_files(record: dict[str, Any]) -> dict[str, str]:

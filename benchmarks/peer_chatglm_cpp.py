@@ -18,7 +18,7 @@ import os
 import random
 import struct
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
@@ -83,29 +83,36 @@ def iter_tensors(shape: Shape) -> Iterator[tuple[str, tuple[int, ...], float]]:
     yield "transformer.final_layernorm.bias", (hidden,), 0.0
 
 
-def write_model(path: Path, shape: Shape, vocabulary: Path) -> int:
-    """Write a random model file, and return the bytes of its tensors that a token reads.
+def write_model(
+    path: Path, shape: Shape, vocabulary: Path, weights: Mapping[str, bytes] | None = None
+) -> int:
+    """Write a model file, and return the bytes of its tensors that a token reads.
 
     Args:
         path: the file.
         shape: of the model.
         vocabulary: a SentencePiece model, which the format carries.
+        weights: float32 values by name; None for random q4_0.
     """
     scale = struct.pack("<e", SCALE)
     generator = random.Random(0)
     pattern = b"".join(scale + generator.randbytes(GROUP_SIZE // 2) for _ in range(PATTERN_GROUPS))
     read = 0
     with path.open("wb") as file:
-        _write_head(file, shape, vocabulary.read_bytes())
+        _write_head(file, shape, vocabulary.read_bytes(), Q4_0 if weights is None else F32)
         for name, sizes, value in iter_tensors(shape):
-            read += _write_tensor(file, name, sizes, value, pattern)
+            if weights is None:
+                read += _write_tensor(file, name, sizes, value, pattern)
+            else:
+                _write_name(file, name, sizes, F32)
+                read += file.write(weights[name])
     return read
 
 
-def _write_head(file: BinaryIO, shape: Shape, vocabulary: bytes) -> None:
+def _write_head(file: BinaryIO, shape: Shape, vocabulary: bytes, kind: int) -> None:
     """Write the magic, the kind of model (1), its version (2), its sizes and the vocabulary."""
     sizes = (shape.vocabulary, shape.hidden, shape.heads, shape.heads, shape.layers, shape.inner)
-    file.write(b"ggml" + struct.pack("<3i", 1, 2, Q4_0) + struct.pack("<6i", *sizes))
+    file.write(b"ggml" + struct.pack("<3i", 1, 2, kind) + struct.pack("<6i", *sizes))
     ends = (shape.context, shape.eos_id, shape.pad_id)
     file.write(struct.pack("<fif3i", 1e-5, 0, 10000.0, *ends))
     file.write(struct.pack("<i", len(vocabulary)) + vocabulary)
@@ -116,15 +123,20 @@ def _write_tensor(
 ) -> int:
     """Write one tensor, and return the bytes of its values."""
     kind = Q4_0 if len(sizes) == 2 else F32
-    file.write(struct.pack("<i", len(name)) + name.encode())
-    file.write(struct.pack(f"<{2 + len(sizes)}i", len(sizes), *sizes, kind))
-    file.write(bytes(-file.tell() % ALIGNMENT))
+    _write_name(file, name, sizes, kind)
     if kind == F32:
         return file.write(struct.pack("<f", value) * sizes[0])
     missing = total = sizes[0] * sizes[1] // GROUP_SIZE * (2 + GROUP_SIZE // 2)
     while missing > 0:
         missing -= file.write(pattern[:missing])
     return total
+
+
+def _write_name(file: BinaryIO, name: str, sizes: tuple[int, ...], kind: int) -> None:
+    """Write what stands before a tensor's values."""
+    file.write(struct.pack("<i", len(name)) + name.encode())
+    file.write(struct.pack(f"<{2 + len(sizes)}i", len(sizes), *sizes, kind))
+    file.write(bytes(-file.tell() % ALIGNMENT))
 
 
 class ChatGLMCpp:
@@ -168,6 +180,14 @@ class ChatGLMCpp:
             ids.append(self._step(ids, len(ids) - 1, context))
             seconds.append(time.perf_counter() - began)
         return {"seconds": seconds[1:]}
+
+    def answer(self, input_ids: list[int], tokens: int) -> dict[str, Any]:
+        """Return the greedy answer to a prompt that ends as GLM's do."""
+        ids, past = [*input_ids], 0
+        for _ in range(tokens):
+            ids.append(self._step(ids, past, len(input_ids)))
+            past = len(ids) - 1
+        return {"ids": ids[len(input_ids) :]}
 
     def _touch(self, context: int) -> None:
         """Have every page of the cache's first `context` places be memory of its own."""

@@ -1,6 +1,6 @@
 """How fast this machine reads its memory: the limit that decoding is measured against.
 
-    python -m benchmarks.probe [--threads N] [--serve]
+    python -m benchmarks.probe [--threads N] [--floats N] [--serve]
 
 Reads a gigabyte of float32 with as many threads as the contenders have, by torch's sum and, where
 llvmlite can be imported, by a vector sum of our own; the faster of all repetitions counts. A
@@ -136,12 +136,13 @@ def main() -> None:
     """Print the bandwidth, or serve."""
     parser = argparse.ArgumentParser(description="Read bandwidth of this machine.")
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
+    parser.add_argument("--floats", type=int, default=FLOATS, help="that are read (2**28)")
     parser.add_argument("--serve", action="store_true", help="answer JSON lines")
     args = parser.parse_args()
     if args.serve:
-        serve(lambda: Probe(args.threads))
+        serve(lambda: Probe(args.threads, args.floats))
         return
-    probe = Probe(args.threads)
+    probe = Probe(args.threads, args.floats)
     for _ in range(5):
         found = probe.read()
         print(f"{found['rate'] / 1e9:.1f} GB/s ({found['way']}, {args.threads} threads)")

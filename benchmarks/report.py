@@ -14,7 +14,8 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from benchmarks.plots import draw_plot
+from benchmarks.aims import format_aims
+from benchmarks.plots import draw_panels
 from benchmarks.results import RESULTS, Row, read_rows
 from benchmarks.workers import QUIET_LOAD
 
@@ -28,8 +29,16 @@ NO_ROWS = "No run is recorded yet."
 UNITS = (
     "tokens/s",
     "ms/token",
+    "ms/step",
+    "steps of one row",
+    "of its products",
     "s",
+    "later prompts",
+    "imports alone",
     "GB",
+    "GB beyond weights and cache",
+    "equal first tokens",
+    "equal answers",
     "ms",
     "GB/token",
     "GB/s",
@@ -65,20 +74,38 @@ def _is_generate(*cases: str, many: bool = False) -> Callable[[Row], bool]:
     )
 
 
-PEERS = "--chatglm-cpp PYTHON"
+PEERS = "--chatglm-cpp PYTHON --fastllm PYTHON"
 GENERATE = "python -m benchmarks.bench_generate"
 SECTIONS = (
     Section(
         "Reading a prompt",
-        f"{GENERATE} --only prefill --prompts 64 512 {PEERS}",
+        f"{GENERATE} --only prefill --prompts 64 512 1984 {PEERS}",
         "tokens",
         _is_generate("prefill"),
     ),
     Section(
         "A token behind a context",
-        f"{GENERATE} --only decode --contexts 64 2000 {PEERS}",
+        f"{GENERATE} --only decode --contexts 64 512 2000 8192 {PEERS}",
         "context",
         _is_generate("decode"),
+    ),
+    Section(
+        "Many rows at once",
+        f"{GENERATE} --only rows {PEERS}",
+        "context",
+        lambda row: _is_generate("rows")(row) or _is_generate("rows", many=True)(row),
+    ),
+    Section(
+        "Beside busy programs",
+        f"{GENERATE} --only company {PEERS}",
+        "context",
+        _is_generate("beside"),
+    ),
+    Section(
+        "Drafts from the prompt",
+        f"{GENERATE} --only lookup",
+        "prompt",
+        _is_generate("lookup"),
     ),
     Section(
         "Batches",
@@ -94,15 +121,21 @@ SECTIONS = (
     ),
     Section(
         "Start and memory",
-        f"{GENERATE} --only start memory",
-        "context",
-        _is_generate("start", "peak memory"),
+        f"{GENERATE} --only first start memory",
+        "tokens",
+        _is_generate("first", "start", "imports", "peak memory"),
     ),
     Section(
         "The model of this repository",
         f"{GENERATE} --only own",
         "tokens",
         _is_generate("own model"),
+    ),
+    Section(
+        "Which peers answer as the original does",
+        f"python -m benchmarks.check_peers {PEERS}",
+        "prompt",
+        lambda row: row.bench == "check_peers",
     ),
     Section(
         "Training",
@@ -112,7 +145,7 @@ SECTIONS = (
     ),
     Section(
         "Single products",
-        "python -m benchmarks.bench_kernels --shapes 4096x12288 --rows 1 8 32 64 512",
+        "python -m benchmarks.bench_kernels --shapes 4096x12288 4096x130528",
         "rows",
         lambda row: row.bench == "bench_kernels",
     ),
@@ -139,7 +172,7 @@ def keep_newest(rows: Iterable[Row]) -> list[Row]:
     newest: dict[tuple[object, ...], Row] = {}
     curves: dict[tuple[object, ...], Row] = {}
     for row in rows:
-        machine = (row.cpu, row.threads, row.layers)
+        machine = (*row.machine, row.layers)
         place = (row.bench, row.contender, row.case, row.size, row.batch, row.unit, row.baseline)
         _keep(newest, (*machine, *place), row)
         if row.case == "memory over time":
@@ -148,7 +181,7 @@ def keep_newest(rows: Iterable[Row]) -> list[Row]:
         row
         for row in newest.values()
         if row.case != "memory over time"
-        or row.date == curves[(row.cpu, row.threads, row.layers, row.contender)].date
+        or row.date == curves[(*row.machine, row.layers, row.contender)].date
     ]
 
 
@@ -157,9 +190,9 @@ def _keep(kept: dict[tuple[object, ...], Row], place: tuple[object, ...], row: R
         kept[place] = row
 
 
-def list_machines(rows: Sequence[Row]) -> list[tuple[str, int]]:
-    """Return the processors and threads of the rows, the latest run's first."""
-    machines = {(row.cpu, row.threads): None for row in sorted(rows, key=lambda row: row.date)}
+def list_machines(rows: Sequence[Row]) -> list[tuple[str, str, int]]:
+    """Return the processors, features and threads of the rows, the latest run's first."""
+    machines = {row.machine: None for row in sorted(rows, key=lambda row: row.date)}
     return list(reversed(machines))
 
 
@@ -219,12 +252,18 @@ def describe_runs(rows: Sequence[Row]) -> str:
 def format_results(rows: Sequence[Row]) -> str:
     """Return the generated part of the page."""
     rows, parts = keep_newest(rows), []
-    for cpu, threads in list_machines(rows):
-        here = [row for row in rows if (row.cpu, row.threads) == (cpu, threads)]
+    for machine in list_machines(rows):
+        here = [row for row in rows if row.machine == machine]
         tables = [(s, [row for row in here if s.takes(row)]) for s in SECTIONS]
         if not any(found for _, found in tables):
             continue
-        parts.append(f"## {cpu}, threads: {threads}")
+        cpu, features, threads = machine
+        parts += [
+            f"## {cpu}, threads: {threads}",
+            *([f"Processor: {features}."] if features else []),
+        ]
+        if aims := format_aims(here):
+            parts += ["### Aims, and what was got", aims]
         for section, found in tables:
             if found:
                 parts += [f"### {section.title}", format_table(section, found)]
@@ -236,14 +275,14 @@ def format_results(rows: Sequence[Row]) -> str:
 
 
 def draw_contexts(rows: Sequence[Row]) -> str | None:
-    """Return the time of a token against its context, a line for each contender."""
+    """Return the time of a token against its context, a panel for each contender."""
     takes = _is_generate("decode")
     lines: dict[str, dict[float, float]] = {}
     for row in rows:
         if takes(row) and row.unit == "ms/token":
             lines.setdefault(row.contender, {})[float(row.size)] = row.value
     points = {name: sorted(line.items()) for name, line in lines.items()}
-    return draw_plot(("tokens of context", "ms per token"), points) if points else None
+    return draw_panels(("tokens of context", "ms per token"), points) if points else None
 
 
 def draw_memory(rows: Sequence[Row]) -> str | None:
@@ -253,11 +292,24 @@ def draw_memory(rows: Sequence[Row]) -> str | None:
         if row.case == "memory over time" and row.layers == FULL_LAYERS:
             lines.setdefault(row.contender, []).append((row.size / 1000, row.value))
     points = {name: sorted(line) for name, line in lines.items()}
-    return draw_plot(("seconds", "GB resident"), points) if points else None
+    return draw_panels(("seconds", "GB resident"), points) if points else None
+
+
+def draw_rows(rows: Sequence[Row]) -> str | None:
+    """Return the price of a step of many rows, in steps of one, a panel for each contender."""
+    lines: dict[str, dict[float, float]] = {}
+    for row in rows:
+        if (row.case, row.unit, row.layers) == ("rows", "steps of one row", FULL_LAYERS):
+            lines.setdefault(row.contender, {})[float(row.batch)] = row.value
+    points = {name: sorted(line.items()) for name, line in lines.items()}
+    return draw_panels(("rows at once", "steps of one row"), points) if points else None
 
 
 def draw_roofline(rows: Sequence[Row]) -> str | None:
-    """Return operations a second against operations a byte, under what the memory allows."""
+    """Return operations a second against operations a byte, under what the memory allows.
+
+    A panel for each back end, and the fastest product and the bandwidth as a roof over all.
+    """
     cells: dict[tuple[str, str, int], dict[str, float]] = {}
     for row in rows:
         if row.bench == "bench_kernels":
@@ -274,12 +326,13 @@ def draw_roofline(rows: Sequence[Row]) -> str | None:
     limit = sorted(limits)[len(limits) // 2]
     places = [x for points in dots.values() for x, _ in points]
     roof = [(x, min(limit * x, best)) for x in sorted({min(places), best / limit, max(places)})]
-    name = f"what {limit:.0f} GB/s and the fastest product allow"
-    return draw_plot(("operations per byte", "GOP/s"), {name: roof}, dots, is_log=True)
+    labels = (f"operations per byte; dashed: what {limit:.0f} GB/s allow", "GOP/s")
+    return draw_panels(labels, dots, roof, is_log=True, has_lines=False)
 
 
 PLOTS: Mapping[str, tuple[str, Callable[[Sequence[Row]], str | None]]] = {
     "bench_context.svg": ("Time of a token against its context", draw_contexts),
+    "bench_rows.svg": ("Price of a step of many rows", draw_rows),
     "bench_memory.svg": ("Memory of a chat over time", draw_memory),
     "bench_roofline.svg": ("Roofline of the matrix products", draw_roofline),
 }
@@ -291,7 +344,7 @@ def draw_plots(rows: Sequence[Row]) -> dict[str, str]:
     plots = {}
     for name, (_, draw) in PLOTS.items():
         for machine in list_machines(rows):
-            here = [row for row in rows if (row.cpu, row.threads) == machine]
+            here = [row for row in rows if row.machine == machine]
             if plot := draw(here):
                 plots[name] = plot
                 break

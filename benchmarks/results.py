@@ -18,6 +18,17 @@ from benchmarks.workers import QUIET_LOAD, Spread
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results.csv"
 DIGITS = 5  # that a figure keeps
+# Of a processor, as the system calls them.
+FEATURES = (
+    "avx2",
+    "avx_vnni",
+    "avx512f",
+    "avx512_vnni",
+    "avx512_bf16",
+    "avx512_fp16",
+    "amx_bf16",
+    "amx_int8",
+)
 
 
 class Row(NamedTuple):
@@ -39,6 +50,7 @@ class Row(NamedTuple):
         rounds: that were kept.
         load: processors that other programs used during the rounds; None if not observed.
         cpu, threads, versions: what it ran on.
+        features: of the processor, which its name may not tell; empty in the rows of old runs.
     """
 
     date: str
@@ -62,6 +74,12 @@ class Row(NamedTuple):
     cpu: str
     threads: int
     versions: str
+    features: str = ""
+
+    @property
+    def machine(self) -> tuple[str, str, int]:
+        """What figures must share to stand in one table: processor, its features, threads."""
+        return self.cpu, self.features, self.threads
 
 
 class Case(NamedTuple):
@@ -90,7 +108,7 @@ class Recorder:
         now = datetime.datetime.now(datetime.timezone.utc)
         self.head = (now.strftime("%Y-%m-%dT%H:%MZ"), read_commit(), bench)
         self.layers, self.threads, self.path = layers, threads, path
-        self.cpu = name_cpu()
+        self.cpu, self.features = name_cpu(), list_features()
 
     def add(
         self,
@@ -134,6 +152,7 @@ class Recorder:
             cpu=self.cpu,
             threads=self.threads,
             versions=case.versions,
+            features=self.features,
         )
         if not is_point:
             print(describe_row(row), flush=True)
@@ -189,10 +208,27 @@ def _parse(cells: dict[str, str]) -> Row:
 
 def name_cpu() -> str:
     """Return what the system calls its processor, with how many there are."""
+    name = _read_cpu_fields().get("model name")
+    return f"{os.cpu_count()} x {name or platform.processor() or 'unknown'}"
+
+
+def list_features() -> str:
+    """Return family and model of the processor, and what it can that products are fast by."""
+    fields = _read_cpu_fields()
+    if "flags" not in fields:
+        return ""
+    flags = fields["flags"].split()
+    here = " ".join(name for name in FEATURES if name in flags)
+    return f"family {fields.get('cpu family', '?')} model {fields.get('model', '?')}: {here}"
+
+
+def _read_cpu_fields() -> dict[str, str]:
+    """Return what the system says of its first processor; nothing where there is no /proc."""
     path = Path("/proc/cpuinfo")
-    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return f"{os.cpu_count()} x {names[0] if names else platform.processor() or 'unknown'}"
+    text = path.read_text(encoding="utf-8") if path.exists() else ""
+    lines = text.partition("\n\n")[0].splitlines()
+    pairs = (line.partition(":") for line in lines)
+    return {name.strip(): value.strip() for name, _, value in pairs}
 
 
 def read_commit(checkout: Path = ROOT) -> str:

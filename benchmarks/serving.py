@@ -15,7 +15,17 @@ from typing import Any
 
 from chatglm.process_memory import read_peak, read_status
 
-CALLS = ("prefill", "decode", "train", "describe", "read")
+CALLS = (
+    "prefill",
+    "decode",
+    "rows",
+    "products",
+    "look_up",
+    "answer",
+    "train",
+    "describe",
+    "read",
+)
 
 
 def serve(load: Callable[[], Any]) -> None:
@@ -43,7 +53,10 @@ def _answer(contender: Any, call: str, arguments: dict[str, Any]) -> dict[str, A
     if method is None:
         return {"error": f"{type(contender).__name__} has no {call}"}
     try:
-        return method(**arguments)
+        answer = method(**arguments)
+        # An older checkout's contender lacks some calls: who asks it can know before.
+        can = [name for name in CALLS if hasattr(contender, name)]
+        return answer | ({"calls": can} if call == "describe" else {})
     except (ValueError, RuntimeError, MemoryError) as error:
         return {"error": f"{type(error).__name__}: {error}"}
 

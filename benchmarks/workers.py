@@ -9,6 +9,7 @@ used during a round is noted, and a round they disturbed is left out while enoug
 
 import json
 import os
+import signal
 import statistics
 import subprocess
 import sys
@@ -33,6 +34,7 @@ class Worker:
         command: words that start it.
         variables: of its environment, beside the parent's own.
         folder: where it is started.
+        is_restless: whether it computes between requests too, and has to be stopped there.
 
     Raises:
         ValueError: if it ends before it is ready.
@@ -44,8 +46,9 @@ class Worker:
         command: Sequence[str],
         variables: Mapping[str, str] | None = None,
         folder: Path = ROOT,
+        is_restless: bool = False,
     ) -> None:
-        self.name = name
+        self.name, self.is_restless = name, is_restless
         self.process = subprocess.Popen(
             command,
             cwd=folder,
@@ -68,12 +71,14 @@ class Worker:
             ValueError: if the contender cannot do it, or is gone.
         """
         assert self.process.stdin is not None
+        self._wake(True)
         try:
             self.process.stdin.write(json.dumps({"call": call, **arguments}) + "\n")
             self.process.stdin.flush()
         except BrokenPipeError:
             pass  # what it left in its output says more
         answer = self._receive()
+        self._wake(False)
         if "error" in answer:
             raise ValueError(f"{self.name} cannot {call} {arguments}: {answer['error']}")
         return answer
@@ -85,6 +90,11 @@ class Worker:
             raise ValueError(f"{self.name} ended with exit code {self.process.wait()}")
         return json.loads(line)
 
+    def _wake(self, is_awake: bool) -> None:
+        """Let a restless process go on, or stop it."""
+        if self.is_restless:
+            self.process.send_signal(signal.SIGCONT if is_awake else signal.SIGSTOP)
+
     def cpu_seconds(self) -> float:
         """Return the processor time that the process has used; 0 where there is no /proc."""
         return read_cpu_seconds(self.process.pid)
@@ -92,6 +102,7 @@ class Worker:
     def close(self) -> None:
         """End the process and wait for it."""
         assert self.process.stdin is not None and self.process.stdout is not None
+        self._wake(True)
         self.process.stdin.close()
         self.process.wait()
         self.process.stdout.close()
@@ -103,10 +114,10 @@ class Worker:
         self.close()
 
 
-def start_probe(threads: int) -> Worker:
-    """Start the bandwidth probe."""
+def start_probe(threads: int, floats: int | None = None) -> Worker:
+    """Start the bandwidth probe, which reads so many float32 values, or a gigabyte."""
     command = [sys.executable, "-m", "benchmarks.probe", "--serve", "--threads", str(threads)]
-    return Worker("probe", command)
+    return Worker("probe", [*command, *(["--floats", str(floats)] if floats else [])])
 
 
 def read_cpu_seconds(process: int) -> float:
@@ -160,6 +171,44 @@ class Round(NamedTuple):
 Task = Callable[[Worker], float]
 
 
+class Turn(NamedTuple):
+    """What is measured once in a round.
+
+    Attributes:
+        name: what tables call it.
+        worker: who is asked; one may have several turns.
+        task: asks for the seconds.
+    """
+
+    name: str
+    worker: Worker
+    task: Task
+
+
+class Company:
+    """Processes beside the contenders that compute without end, as other programs may.
+
+    Args:
+        count: how many.
+    """
+
+    def __init__(self, count: int) -> None:
+        command = [sys.executable, "-c", "while True: pass"]
+        self.processes = [subprocess.Popen(command) for _ in range(count)]
+
+    def cpu_seconds(self) -> float:
+        """Return the processor time that they have used."""
+        return sum(read_cpu_seconds(process.pid) for process in self.processes)
+
+    def __enter__(self) -> "Company":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        for process in self.processes:
+            process.kill()
+            process.wait()
+
+
 def run_rounds(
     workers: Sequence[Worker], probe: Worker, task: Task, count: int, warm_up: bool = True
 ) -> list[Round]:
@@ -175,28 +224,51 @@ def run_rounds(
     Raises:
         ValueError: if a contender cannot do the task, or uses the processor while it waits.
     """
-    if warm_up:
-        for worker in workers:
-            task(worker)
-    rounds = [_run_round(workers, probe, task) for _ in range(count)]
+    turns = [Turn(worker.name, worker, task) for worker in workers]
+    return run_turns(turns, probe, count, warm_up)
+
+
+def run_turns(
+    turns: Sequence[Turn],
+    probe: Worker,
+    count: int,
+    warm_up: bool = True,
+    company: Company | None = None,
+) -> list[Round]:
+    """Measure every turn in every round, and return the rounds that were not disturbed.
+
+    Args:
+        turns: of the contenders, each with a name of its own.
+        probe: the bandwidth probe.
+        count: rounds.
+        warm_up: whether each turn is taken once before.
+        company: busy processes that are meant to be there.
+
+    Raises:
+        ValueError: as `run_rounds`.
+    """
+    for turn in turns if warm_up else ():
+        turn.task(turn.worker)
+    rounds = [_run_round(turns, probe, company or Company(0)) for _ in range(count)]
     return keep_quiet(rounds)
 
 
-def _run_round(workers: Sequence[Worker], probe: Worker, task: Task) -> Round:
-    everyone = [*workers, probe]
+def _run_round(turns: Sequence[Turn], probe: Worker, company: Company) -> Round:
+    workers = list({turn.worker.name: turn.worker for turn in turns}.values())
+    everyone = [*workers, probe, company]
     began, busy = time.monotonic(), read_busy_seconds()
-    used = {worker.name: worker.cpu_seconds() for worker in everyone}
+    used = sum(process.cpu_seconds() for process in everyone)
     seconds: dict[str, float] = {}
     rates: dict[str, float] = {}
     rate = probe.ask("read")["rate"]
-    for worker in workers:
-        idle = {other.name: other.cpu_seconds() for other in workers if other is not worker}
+    for turn in turns:
+        idle = {other.name: other.cpu_seconds() for other in workers if other is not turn.worker}
         start = time.monotonic()
-        seconds[worker.name] = task(worker)
+        seconds[turn.name] = turn.task(turn.worker)
         _check_idle(workers, idle, time.monotonic() - start)
         before, rate = rate, probe.ask("read")["rate"]
-        rates[worker.name] = (before + rate) / 2
-    own = sum(worker.cpu_seconds() - used[worker.name] for worker in everyone)
+        rates[turn.name] = (before + rate) / 2
+    own = sum(process.cpu_seconds() for process in everyone) - used
     foreign = max(0.0, read_busy_seconds() - busy - own) / (time.monotonic() - began)
     return Round(seconds, rates, foreign)
 

@@ -104,13 +104,18 @@ def fill_cache(model: Any, length: int, batch_size: int = 1) -> Any:
     )
     # transformers before 5.24 has the other name, and 5.24 calls it deprecated.
     cache = output["cache"] if "cache" in output else output["past_key_values"]
+    add_states(model, cache, length, batch_size)
+    return cache
+
+
+def add_states(model: Any, cache: Any, length: int, batch_size: int = 1) -> None:
+    """Put random states into a cache of the model until it holds so many tokens."""
     config = model.config
     missing = length - int(cache.get_seq_length())
     size = (batch_size, config.num_attention_heads, missing, config.head_dim)  # (B, N, S, D)
     states = torch.randn(size, device=model.device, dtype=model.dtype)
     for layer_idx in range(config.num_layers if missing > 0 else 0):
         cache.update(states, states, layer_idx)
-    return cache
 
 
 def time_tokens(

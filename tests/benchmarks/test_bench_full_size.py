@@ -1,12 +1,14 @@
 """The random models of the benchmarks, and the timing of their phases."""
 
+import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
-from benchmarks import full_size, peer_chatglm_cpp
+from benchmarks import check_peers, full_size, peer_chatglm_cpp, peer_fastllm
 from benchmarks.contender import Contender
 from benchmarks.full_size import Recipe
 from chatglm.benching import measuring
@@ -147,3 +149,41 @@ def test_the_file_for_chatglm_cpp_has_its_layout(tmp_path: Path) -> None:
     assert (sizes, kind, len(values)) == ((64, 256), 2, 64 * 256 // 32 * 18)
     assert len(set(values)) > 100 and values[:2] == values[18:20]  # random integers, one scale
     assert tensors["transformer.final_layernorm.weight"][2][:4] == b"\0\0\x80?"  # 1.0
+
+
+def test_a_file_of_given_weights_holds_them(tmp_path: Path) -> None:
+    shape = peer_chatglm_cpp.Shape(1, 99, hidden=64, inner=256, heads=2, vocabulary=160)
+    weights = {
+        name: bytes([number]) * 4 * torch.Size(sizes).numel()
+        for number, (name, sizes, _) in enumerate(peer_chatglm_cpp.iter_tensors(shape))
+    }
+    file = tmp_path / "model.bin"
+    vocabulary = full_size.ROOT / "ice_text.model"
+    read = peer_chatglm_cpp.write_model(file, shape, vocabulary, weights)
+    assert read == sum(len(values) for values in weights.values())
+    data = file.read_bytes()
+    assert data[12:16] == bytes(4)  # the kind of the weights: float32
+    for name, values in weights.items():
+        place = data.index(name.encode())
+        assert values in data[place : place + len(values) + 128], name
+
+
+def test_a_folder_for_fastllm_is_what_other_readers_read(tmp_path: Path) -> None:
+    shape = peer_chatglm_cpp.Shape(2, 0, hidden=64, inner=256, heads=2, vocabulary=160)
+    read = peer_fastllm.write_folder(tmp_path, shape)
+    tensors = load_file(tmp_path / "model.safetensors")
+    assert tensors["lm_head.weight"].shape == (160, 64)
+    dense = tensors["transformer.layers.1.mlp.dense_4h_to_h.weight"]
+    assert dense.shape == (64, 256) and 0.015 < float(dense.float().std()) < 0.025
+    norm = tensors["transformer.final_layernorm.weight"]
+    assert norm.dtype == torch.float16 and bool((norm == 1).all())
+    assert read == (2 * 12 * 64**2 + 160 * 64) // 2
+    config = json.loads((tmp_path / "config.json").read_text())
+    assert (config["num_layers"], config["hidden_size"], config["vocab_size"]) == (2, 64, 160)
+
+
+def test_equal_answers_are_counted_and_dull_ones_refused() -> None:
+    expected = [[1, 2], [3, 4], [5, 6], [1, 8]]
+    assert check_peers.compare(expected, [[1, 2], [3, 9], [], [2, 8]]) == (0.5, 0.25)
+    with pytest.raises(ValueError, match="the prompts do not decide the answers"):
+        check_peers.compare([[1], [1], [1], [2], [1]], [[1]] * 5)

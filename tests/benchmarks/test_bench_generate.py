@@ -4,15 +4,23 @@ import argparse
 import json
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
 
-from benchmarks import bench_generate, bench_tokenizer
-from benchmarks.full_size import save_folder
-from benchmarks.results import Recorder, read_rows
-from benchmarks.workers import Worker
+from benchmarks import (
+    bench_generate,
+    bench_tokenizer,
+    contenders,
+    copying,
+    fresh,
+    lookup,
+    phases,
+)
+from benchmarks.full_size import Recipe, make_model, save_folder
+from benchmarks.results import Case, Recorder, read_rows
+from benchmarks.workers import Spread, Worker
 from chatglm.benching import command
 
 PROBE = """
@@ -30,11 +38,11 @@ TINY = ["--layers", "1", "--rounds", "1", "--tokens", "2", "--threads", "1"]
 
 
 def test_recipes_are_read_from_words() -> None:
-    recipe = bench_generate.parse_recipe("bits=8,group_size=32,embeddings=1,dtype=bfloat16")
-    assert recipe == bench_generate.Recipe(8, 32, True, "bfloat16")
+    recipe = contenders.parse_recipe("bits=8,group_size=32,embeddings=1,dtype=bfloat16")
+    assert recipe == Recipe(8, 32, True, "bfloat16")
     assert str(recipe) == "INT8 g32 + embeddings, bfloat16"
-    assert bench_generate.parse_recipe("") == bench_generate.Recipe()
-    alone = bench_generate.parse_recipe("dtype=bfloat16,alone=1")
+    assert contenders.parse_recipe("") == Recipe()
+    alone = contenders.parse_recipe("dtype=bfloat16,alone=1")
     assert alone.alone is True and str(alone) == "INT4, bfloat16, files alone"
 
 
@@ -50,7 +58,7 @@ def test_phases_are_measured_side_by_side(tmp_path: Path, monkeypatch: pytest.Mo
     words = [*TINY, "--only", "prefill", "decode", "--prompts", "6", "--contexts", "9", "--write"]
     monkeypatch.setattr(bench_generate, "RESULTS", path)
     probe = [sys.executable, "-c", PROBE]
-    monkeypatch.setattr(bench_generate, "start_probe", lambda threads: Worker("probe", probe))
+    monkeypatch.setattr(phases, "start_probe", lambda *_: Worker("probe", probe))
     assert bench_generate.main([*words, "--ours", "hidden=64,bits=8"]) == 0
     cells = {(row.contender, row.case, row.unit): row for row in read_rows(path)}
     time, size, rate = (
@@ -63,23 +71,101 @@ def test_phases_are_measured_side_by_side(tmp_path: Path, monkeypatch: pytest.Mo
     assert share.value == pytest.approx(rate.value / 2, rel=1e-3)
 
 
+def try_quickly(
+    monkeypatch: pytest.MonkeyPatch, python: str, *cases: str
+) -> dict[tuple[str, int, str], list[tuple[str, float]]]:
+    """Return contender and value of what `--quick` records, by case, batch and unit."""
+    found: dict[tuple[str, int, str], list[tuple[str, float]]] = {}
+    add = Recorder.add
+
+    def note(self: Recorder, case: Case, figures: Spread, unit: str, *rest: Any) -> None:
+        add(self, case, figures, unit, *rest)
+        place = (case.name, case.batch, unit)
+        found.setdefault(place, []).append((case.contender, figures.median))
+
+    probe = [sys.executable, "-c", PROBE]
+    for module in (phases, lookup):
+        monkeypatch.setattr(module, "start_probe", lambda *_: Worker("probe", probe))
+    monkeypatch.setattr(Recorder, "add", note)
+    monkeypatch.setattr(sys, "executable", python)
+    assert bench_generate.main(["--quick", "--threads", "1", "--only", *cases]) == 0
+    return found
+
+
+def test_the_lines_of_many_rows_are_tried_quickly(
+    quick_python: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = try_quickly(monkeypatch, quick_python, "prefill", "rows", "company")
+    ((name, price),) = found["rows", 8, "steps of one row"]
+    assert name == "ours INT4, float32" and price > 0
+    ((_, step),), ((_, speed),) = found["rows", 8, "ms/step"], found["rows", 8, "tokens/s"]
+    assert speed == pytest.approx(8000 / step)
+    assert ("rows", 1, "ms/step") in found and ("rows of mixed lengths", 8, "ms/step") in found
+    assert 0 < found["prefill", 1, "of its products"][0][1] < 2
+    assert {f"beside {busy} busy" for busy in (0, 1, 2)} <= {name for name, _, _ in found}
+
+
+def test_the_lines_of_prompts_are_tried_quickly(
+    quick_python: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = try_quickly(monkeypatch, quick_python, "lookup", "first")
+    for text in copying.TEXTS:
+        names = [name.rpartition(", ")[2] for name, _ in found[f"lookup, {text}", 1, "ms/token"]]
+        assert names == [lookup.DRAFTED, lookup.PLAIN]
+    assert found["first prompt", 1, "later prompts"][0][1] > 0
+
+
+def test_quick_figures_are_not_written(capsys: pytest.CaptureFixture[str]) -> None:
+    assert bench_generate.main(["--quick", "--write"]) == 2
+    assert "its figures mean nothing: leave out --write" in capsys.readouterr().err
+
+
+def test_answers_that_drafts_change_are_no_measurement() -> None:
+    class Fickle:
+        name = "fickle"
+
+        def ask(self, call: str, drafts: int, **sizes: Any) -> dict[str, Any]:
+            return {"seconds": 1.0, "ids": [sizes["tokens"], drafts]}
+
+    args = bench_generate.make_parser().parse_args([])
+    asker, worker = lookup.Asker(args, "copy"), cast(Worker, Fickle())
+    assert asker.ask(worker, 0) == 1
+    with pytest.raises(ValueError, match=r"fickle says .* they must agree"):
+        asker.ask(worker, 10)
+
+
+def test_a_copier_copies_corrects_and_goes_its_own_way() -> None:
+    model = make_model(Recipe(layers=1, hidden=64))
+    period = copying.make_copier(model)
+    for text, share in (("copy", 1.0), ("edit", 11 / 12), ("new", 0.1)):
+        prompt = copying.draw_text(model, 50, text, period)
+        answer = model.generate(prompt, do_sample=False, max_new_tokens=40)[0, 50:].tolist()
+        counted = [(model.config.bos_token_id + 1 + place) % period for place in range(40)]
+        assert answer == counted
+        told = prompt[0, :40].tolist()
+        same = sum(a == b for a, b in zip(answer, told)) / 40
+        assert same <= share if text == "new" else same >= share - 0.05
+    with pytest.raises(ValueError, match="a text is one of copy, edit, new, got poem"):
+        copying.draw_text(model, 50, "poem", period)
+
+
 def test_a_contender_does_without_the_engine() -> None:
     """In a process of its own: what of the engine it has imported stays out of reach there."""
-    recipe = bench_generate.parse_recipe("hidden=64,dtype=bfloat16,alone=1")._replace(layers=1)
-    with bench_generate.start_ours(recipe, 1) as worker:
+    recipe = contenders.parse_recipe("hidden=64,dtype=bfloat16,alone=1")._replace(layers=1)
+    with contenders.start_ours(recipe, 1) as worker:
         assert worker.name == "ours INT4, bfloat16, files alone"
         assert worker.ask("decode", context=9, tokens=2)["seconds"]
         assert worker.facts["engine"] is False
-    with bench_generate.start_ours(recipe._replace(alone=False), 1) as worker:
+    with contenders.start_ours(recipe._replace(alone=False), 1) as worker:
         assert worker.facts["engine"] is True
 
 
 def test_a_process_answers_from_a_folder_and_is_watched(tmp_path: Path) -> None:
     folder = tmp_path / "random_model"
     folder.mkdir()
-    save_folder(folder, bench_generate.Recipe(layers=1, hidden=64, dtype="float16"))
+    save_folder(folder, Recipe(layers=1, hidden=64, dtype="float16"))
     args = bench_generate.make_parser().parse_args(TINY)
-    said, curve = bench_generate.run_first_answer(folder, args, bench_generate.Recipe(), context=40)
+    said, curve = fresh.run_first_answer(folder, args, Recipe(), context=40)
     assert 0 < said["loaded"] < said["answered"] < said["done"]
     assert said["done"] - 1 < curve[-1][0] <= said["done"]
     assert 10**8 < max(resident for _, resident in curve) <= 1.01 * said["peak"]
@@ -97,16 +183,23 @@ def test_starts_and_their_memory_are_recorded(
         assert (folder / "model.safetensors").is_file() and recipe.dtype == "float32"
         contexts.append(context)
         said = {"loaded": 2.0, "answered": len(contexts), "peak": 3e9}
+        said |= {"weights": 2e9, "position": 1e5}
         return said, [(0.1 * step, step * 10**7) for step in range(200)]
 
     monkeypatch.setattr(bench_generate, "RESULTS", path)
-    monkeypatch.setattr(bench_generate, "run_first_answer", answer)
+    monkeypatch.setattr(fresh, "run_first_answer", answer)
+    monkeypatch.setattr(fresh, "time_imports", lambda: 1.5)
     words = [*TINY, "--rounds", "3", "--only", "start", "memory", "--write"]
     assert bench_generate.main([*words, "--ours", "hidden=64"]) == 0
     assert contexts == [0, 0, 0, 0, 2048]  # one that warms the disk cache, three, a long chat
-    rows = {row.case: row for row in read_rows(path)}
-    assert rows["start to answer"].value == 3 and rows["start to answer"].rounds == 3
-    assert rows["peak memory"].value == 3
+    rows = {(row.case, row.unit): row for row in read_rows(path)}
+    start = rows["start to answer", "s"]
+    assert start.value == 3 and start.rounds == 3
+    assert rows["start to answer", "imports alone"].value == 2
+    assert rows["imports alone", "s"].contender == "torch and transformers"
+    assert rows["peak memory", "GB"].value == 3
+    beyond = rows["peak memory", "GB beyond weights and cache"]
+    assert beyond.value == pytest.approx(1 - 2048 * 1e-4)
     curve = [(row.size, row.value) for row in read_rows(path) if row.case == "memory over time"]
     assert 60 <= len(curve) <= 80 and curve[1] == (300, 0.03)
 
@@ -122,11 +215,12 @@ def test_another_checkout_starts_in_turns_with_ours(
         return {"loaded": seconds - 1, "answered": seconds}, []
 
     monkeypatch.setattr(bench_generate, "RESULTS", path)
-    monkeypatch.setattr(bench_generate, "run_first_answer", answer)
+    monkeypatch.setattr(fresh, "run_first_answer", answer)
+    monkeypatch.setattr(fresh, "time_imports", lambda: 1.0)
     words = [*TINY, "--rounds", "2", "--only", "start", "--write", "--checkout", str(tmp_path)]
     assert bench_generate.main([*words, "--ours", "hidden=64"]) == 0
-    assert asked == 3 * [bench_generate.ROOT, tmp_path]
-    ours, peer = [row for row in read_rows(path) if row.case == "start to answer"]
+    assert asked == 3 * [fresh.ROOT, tmp_path]
+    ours, peer = (r for r in read_rows(path) if r.case == "start to answer" and r.unit == "s")
     assert (ours.value, ours.ratio, ours.baseline) == (2, 1.5, peer.contender)
     assert peer.value == 3 and peer.ratio is None
 

@@ -85,6 +85,19 @@ def test_a_wrong_shape_is_one_line(shape: str, capsys: pytest.CaptureFixture[str
     assert error.startswith("bench_kernels: a shape is COLUMNSxROWS") and error.count("\n") == 1
 
 
+def test_every_back_end_is_tried_quickly(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(bench_kernels, "LEAST_SECONDS", 0)
+    threads = torch.get_num_threads()
+    assert bench_kernels.main(["--quick", "--threads", "1"]) == 0
+    torch.set_num_threads(threads)
+    said = capsys.readouterr().out
+    assert all(f"{backend.name}: 256x384 3: " in said for backend in INSTALLED)
+    assert bench_kernels.main(["--quick", "--write"]) == 2
+    assert "leave out --write" in capsys.readouterr().err
+
+
 def test_an_unknown_back_end_is_refused() -> None:
     with pytest.raises(ValueError, match="no back end abacus here, but ours INT4,"):
         bench_kernels.find_backends(["abacus"])

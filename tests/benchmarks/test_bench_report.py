@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from conftest import ROOT
 
-from benchmarks import plots, report, results
+from benchmarks import aims, plots, report, results
 from benchmarks.results import Case, Recorder, Row
 from benchmarks.workers import Spread
 
@@ -83,7 +83,7 @@ def test_the_page_shows_spread_ratio_and_share(tmp_path: Path) -> None:
     assert page.startswith("# Title\n") and page.endswith("The end.\n") and "old" not in page
     assert "| decode | 64 | ours INT4 | 100 (95.0 to 105) | 0.800 | 2.40 x peer |" in page
     assert "| decode | 64 | peer | 240 |  |  |" in page
-    assert set(files) == {report.PAGE, *report.PLOTS}
+    assert set(files) == {report.PAGE, *report.PLOTS} - {"bench_rows.svg"}
 
 
 def test_a_disturbed_run_says_so(tmp_path: Path) -> None:
@@ -112,24 +112,95 @@ def test_numbers_have_three_digits_that_count(value: float, text: str) -> None:
     assert report.format_number(value) == text
 
 
-def test_plots_stay_in_their_frame(tmp_path: Path) -> None:
+def read_places(shape: ElementTree.Element) -> list[tuple[float, float]]:
+    """Return where the dots and the corners of a shape of a picture lie."""
+    points = [tuple(map(float, point.split(","))) for point in shape.get("points", "").split()]
+    center = (
+        [(float(shape.attrib["cx"]), float(shape.attrib["cy"]))] if "cx" in shape.attrib else []
+    )
+    return [*((x, y) for x, y in points), *center]
+
+
+def test_plots_stay_in_their_panels(tmp_path: Path) -> None:
     for name, plot in report.draw_plots(make_rows(tmp_path)).items():
-        places = []
-        for shape in ElementTree.fromstring(plot).iter():
-            points = shape.get("points", "").split()
-            places += [tuple(map(float, point.split(","))) for point in points]
-            if "cx" in shape.attrib:
-                places.append((float(shape.attrib["cx"]), float(shape.attrib["cy"])))
+        picture = ElementTree.fromstring(plot)
+        places = [place for shape in picture.iter() for place in read_places(shape)]
         assert places, name
+        width, height = plots.LEFT + plots.WIDTH + plots.RIGHT, plots.TOP + plots.HEIGHT
         for x, y in places:
-            assert plots.LEFT <= x <= plots.RIGHT and plots.TOP <= y <= plots.BOTTOM, name
+            across, down = x % width, y % (height + plots.BOTTOM)
+            assert plots.LEFT <= across <= plots.LEFT + plots.WIDTH, name
+            assert plots.TOP <= down <= height, name
+
+
+def test_every_series_is_coloured_once_and_grey_in_the_others_panels() -> None:
+    series = {"one": [(0.0, 1.0), (10.0, 2.0)], "two": [(0.0, 3.0), (10.0, 4.0)]}
+    plot = plots.draw_panels(("x", "y"), series)
+    shapes = list(ElementTree.fromstring(plot))
+    lines = [shape.get("stroke") for shape in shapes if shape.get("points")]
+    assert lines == [plots.GREY, plots.COLOR] * 2
+    texts = [shape.text for shape in shapes if shape.tag.endswith("text")]
+    assert {"one", "two", "2", "4", "x", "y"} <= set(texts)
 
 
 def test_the_roof_is_the_probe_and_the_fastest_product(tmp_path: Path) -> None:
     plot = report.draw_roofline(make_rows(tmp_path))
-    assert plot is not None and "what 25 GB/s and the fastest product allow" in plot
+    assert plot is not None and "dashed: what 25 GB/s allow" in plot
     axis = plots.Axis.over("x", [2.0, 300.0], is_log=True)
     assert axis.ticks() == [1, 10, 100, 1000] and axis.share(10) == pytest.approx(1 / 3)
+
+
+def test_machines_of_one_name_are_told_apart_by_what_they_can(tmp_path: Path) -> None:
+    rows = [row._replace(features="family 1 model 2: avx2") for row in make_rows(tmp_path)]
+    other = [row._replace(features="family 3 model 4: avx512f", value=7.0) for row in rows]
+    page = report.format_results([*rows, *other])
+    assert page.count("## ") == 2 * 4  # the machines; aims and two tables of each
+    assert "Processor: family 1 model 2: avx2." in page
+    assert "Processor: family 3 model 4: avx512f." in page
+
+
+def test_features_are_those_that_products_are_fast_by() -> None:
+    features = results.list_features()
+    assert features == "" or features.startswith("family ")
+    assert set(features.partition(": ")[2].split()) <= set(results.FEATURES)
+
+
+def make_row(case: str, value: float, unit: str, **fields: object) -> Row:
+    case_row = Case("ours INT4 + embeddings, float16", case, "torch 2", 64)
+    head = ("2026-12-01T00:00Z", "abc", "bench_generate", *case_row[:2], 64, 1, 28)
+    row = Row(*head, value, unit, value, value, None, None, None, "", 5, 0.0, "cpu", 2, "torch 2")
+    return row._replace(**fields)  # pyright: ignore[reportArgumentType]
+
+
+def test_aims_tell_the_worst_figure_and_by_how_much_it_misses() -> None:
+    rows = [
+        make_row("rows", 1.4, "steps of one row", batch=8),
+        make_row("rows", 4.6, "steps of one row", batch=16),
+        make_row("decode", 0.95, "of the probe"),
+        make_row("decode", 0.81, "of the probe", contender="ours INT8, float16"),
+        make_row("decode", 0.3, "of the probe", contender="ours INT4, files alone"),
+        make_row("decode", 90, "ms/token", ratio=1.7, baseline="fastllm int4"),
+        make_row("decode", 90, "ms/token", ratio=0.9, baseline="abc INT4"),
+    ]
+    table = aims.format_aims(rows)
+    step = "in steps of one row, context 64"
+    assert f"| a step of 8 rows, {step} | at most 1.5 x | 1.4 x (ours INT4 + embeddings" in table
+    assert "| at most 2.3 x | 4.6 x (ours INT4 + embeddings, float16) | missed by 100% |" in table
+    assert "| at least 0.9 | 0.81 (ours INT8, float16) | missed by 10% |" in table
+    assert "1.7 x (ours INT4 + embeddings, float16, fastllm int4) | met |" in table
+    assert f"Not measured here: a step of 32 rows, {step}; " in table
+    assert aims.format_aims([]) == ""
+
+
+def test_aims_of_products_are_paired_by_size() -> None:
+    fields = {"bench": "bench_kernels", "case": "4096x12288", "unit": "ms", "layers": 0}
+    times = {("ours INT4", 8): 3.0, ("ours INT8", 8): 1.0, ("torch onednn int8", 8): 2.0}
+    times |= {("ours INT4", 16): 9.0}  # without one of oneDNN's there
+    rows = [
+        make_row("", value, "ms", contender=name, size=size)._replace(**fields)
+        for (name, size), value in times.items()
+    ]
+    assert "| at most 1 x | 1.5 x (ours INT4, 8 rows) | missed by 50% |" in aims.format_aims(rows)
 
 
 def test_the_docs_are_what_the_results_give() -> None:

@@ -45,7 +45,8 @@ def ask(worker: Worker) -> float:
 
 def test_a_worker_answers_and_its_prints_are_no_answers() -> None:
     with start("one") as worker:
-        assert worker.facts == {"versions": "none"} and worker.load_seconds < 1
+        assert worker.facts == {"versions": "none", "calls": ["prefill", "describe", "read"]}
+        assert worker.load_seconds < 1
         assert worker.ask("prefill", tokens=50) == {"seconds": 0.5}
         memory = worker.ask("memory")
         # Linux counts pages in batches.
@@ -75,6 +76,41 @@ def test_a_contender_that_burns_while_it_waits_is_refused() -> None:
     refusal = pytest.raises(ValueError, match=r"hot used .* while it waited .*OMP_WAIT_POLICY")
     with start("one") as one, start("hot", burns=True) as hot, start("probe") as probe, refusal:
         workers.run_rounds([one, hot], probe, ask, count=1, warm_up=False)
+
+
+@pytest.mark.skipif(not Path("/proc/stat").exists(), reason="needs /proc")
+def test_a_restless_contender_is_stopped_while_others_are_measured() -> None:
+    command = [sys.executable, "-c", CONTENDER.format(burns=True)]
+    with start("one") as one, Worker("hot", command, is_restless=True) as hot:
+        before = hot.cpu_seconds()
+        ask(one)
+        assert hot.cpu_seconds() - before <= 2 / workers.TICKS
+        assert ask(hot) == 0.07 and hot.cpu_seconds() - before > 0.05
+    assert hot.process.returncode == 0
+
+
+def test_one_contender_takes_several_turns_in_a_round() -> None:
+    with start("one") as one, start("probe") as probe:
+        turns = [
+            workers.Turn("short", one, lambda asked: asked.ask("prefill", tokens=1)["seconds"]),
+            workers.Turn("long", one, ask),
+        ]
+        (only, *_) = workers.run_turns(turns, probe, count=1, warm_up=False)
+    assert (
+        only.seconds == {"short": 0.01, "long": 0.07} and only.rates.keys() == only.seconds.keys()
+    )
+
+
+@pytest.mark.skipif(not Path("/proc/stat").exists(), reason="needs /proc")
+def test_company_computes_and_is_not_a_disturbance() -> None:
+    with start("one") as one, start("probe") as probe, workers.Company(1) as company:
+        turn = workers.Turn("one", one, ask)
+        (beside,) = workers.run_turns([turn], probe, count=1, warm_up=False, company=company)
+        used = company.cpu_seconds()
+        (foreign,) = workers.run_turns([turn], probe, count=1, warm_up=False)
+    assert used > 0.01 and foreign.foreign_load >= 0
+    assert all(process.returncode for process in company.processes)
+    assert beside.seconds == {"one": 0.07}
 
 
 def make_round(ours: float, peer: float, load: float = 0.0) -> Round:
