@@ -48,7 +48,9 @@ def place_part(part: Part, found: Any, newline: str, removes_space: bool, lowers
         newline: the piece that keeps spaces beside an added token.
 
     Returns:
-        The places among `found` of what is left of them, and a span for each of these.
+        The places among `found` of what is left of them, and a span for each of these and then for
+        each of the tokens behind the part. A character that became several signs belongs to the
+        token of the last of them, and to those that have nothing else.
     """
     pieces, offsets = found["pieces"], found["offsets"]
     first = pieces.index(newline) + 1 if part.is_behind_added else 0
@@ -60,12 +62,13 @@ def place_part(part: Part, found: Any, newline: str, removes_space: bool, lowers
         start, end = (min(max(x - shift, 0), len(origins)) for x in offsets[place])
         if start < end:
             spans.append((origins[start][0] + part.start, origins[end - 1][1] + part.start))
-        elif spans and pieces[place] != SPACE:
-            spans.append(spans[-1])  # of one character in several pieces, the last has the span
-        else:
-            edge = origins[start][0] if start < len(origins) else len(part.raw)
-            spans.append((edge + part.start, edge + part.start))
-    return kept, [restore_span(span, part.gone) for span in reversed(spans)]
+        elif spans and pieces[place].startswith("<0x"):
+            spans.append(spans[-1])  # of the bytes of a character, the last has the span
+        else:  # an end of the text, or the first pieces of a character that became several
+            edge = origins[start] if start < len(origins) else (len(part.raw),) * 2
+            first_end = edge[0] if pieces[place] == SPACE else edge[1]
+            spans.append((edge[0] + part.start, first_end + part.start))
+    return kept, [restore_span(span, part.gone) for span in (*reversed(spans), *part.spans)]
 
 
 def restore_span(span: Span, gone: tuple[int, ...]) -> Span:

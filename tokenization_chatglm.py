@@ -270,7 +270,7 @@ class ChatGLMTokenizer(BatchMixin, PreTrainedTokenizer):
         kept, spans = place_part(part, found, "<n>", self.remove_space, self.do_lower_case)
         ids = [found["ids"][place] + self.num_image_tokens for place in kept]
         ids += self.convert_tokens_to_ids(part.tokens)
-        return [*map(place_id, ids, (*spans, *part.spans))]
+        return [*map(place_id, ids, spans)]
 
     def _run(self, fragments: list[str], out_type: Any) -> list[Any]:
         """What SentencePiece makes of every fragment; by torch's number of threads if it is much.
