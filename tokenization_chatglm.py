@@ -1,57 +1,52 @@
 """Text to ids and back, for every generation of ChatGLM-6B.
 
-Owns: the vocabulary file, the pieces that stand for white space, the special tokens, how an input
-is closed, and how a rendered chat becomes ids. Piece `k` of the file has id `k + num_image_tokens`;
-no id is written down here.
+Owns: which texts are tokens of their own, how white space becomes pieces, how an input is closed,
+and how a rendered chat becomes ids. Piece `k` of the file has id `k + num_image_tokens`; no id is
+written down here.
 
 Does not know: the model, the prompt format (chat_template.jinja), the rules of masks and positions
-(masking_chatglm).
+(masking_chatglm), what a vocabulary file is made of (vocabulary_chatglm).
 
 Shapes: `B` batch, `S` tokens.
 """
 
 import re
-import unicodedata
-from collections.abc import Mapping
-from functools import lru_cache
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import sentencepiece
+import torch
 from transformers import BatchEncoding, PreTrainedTokenizer
 from transformers.tokenization_utils_base import TruncationStrategy
 from transformers.utils import logging
 
+from .batches_chatglm import BatchMixin
 from .environment_chatglm import find_settled, is_streaming
+from .fragments_chatglm import (
+    ESCAPE,
+    ESCAPED,
+    FALSE_MARK,
+    PARTING,
+    SPACE,
+    TAG,
+    TYPED,
+    Part,
+    Sides,
+    add_tokens,
+    join_parts,
+    marks_pattern,
+    move_part,
+    name_white_space,
+    part_typed,
+    replace_surrogates,
+)
 from .masking_chatglm import SpecialIds, build_geometry
+from .messages_chatglm import check_messages, read_messages
+from .offsets_chatglm import place_id, place_part
+from .vocabulary_chatglm import SPECIAL_TEXTS, WHITESPACE, complete_vocabulary
 
 VOCAB_FILES_NAMES = {"vocab_file": "ice_text.model"}
-
-LONGEST_BLANK = 80  # spaces
-BLANKS = {f"<|blank_{width}|>": " " * width for width in range(2, LONGEST_BLANK + 1)}
-WHITESPACE = {"<n>": "\n", "<|tab|>": "\t", **BLANKS}
-MASK_PIECES = ("[MASK]", "[gMASK]", "[sMASK]")
-BORDER_PIECES = ("<unused_0>", "<sop>", "<eop>", "<ENC>", "<dBLOCK>")
-
-# What stands before the text pieces, and behind them since the second generation, each with
-# SentencePiece's number for the type of the piece.
-UNKNOWN, CONTROL, USER_DEFINED, BYTE = 2, 3, 4, 6
-FIRST_PIECES = {"<unk>": UNKNOWN, "<s>": CONTROL, "</s>": CONTROL, "<pad>": CONTROL}
-FIRST_PIECES["<n>"] = USER_DEFINED
-LATE_PIECES = {
-    **dict.fromkeys((*MASK_PIECES, *BORDER_PIECES), CONTROL),
-    **dict.fromkeys(("<|tab|>", *BLANKS), USER_DEFINED),
-    **{f"<0x{byte:02X}>": BYTE for byte in range(256)},
-}
-SPECIAL_TEXTS = tuple(
-    piece
-    for piece, piece_type in {**FIRST_PIECES, **LATE_PIECES}.items()
-    if piece_type in (UNKNOWN, CONTROL)
-)
-# Tags of an encoded SentencePiece model, and its sub-message {trainer_spec: {byte_fallback: true}}.
-PIECE_TAG, TRAINER_TAG, NORMALIZER_TAG = 0x0A, 0x12, 0x1A
-BYTE_FALLBACK = b"\x12\x03\x98\x02\x01"
 
 # What chat_template.jinja writes between a prompt and its answer, and behind the answer.
 BORDER, END = ("[gMASK]", "<sop>"), "<eop>"
@@ -60,155 +55,17 @@ UNFINISHED_CHAT = (
     "beginning of an answer behind it, call apply_chat_template(tokenize=True)."
 )
 logger = logging.get_logger(__name__)
-ESCAPE = "\ufdd0"  # a Unicode noncharacter, which no text meant for interchange contains
-ESCAPED = re.compile(f"{ESCAPE}(.)", re.DOTALL)
-# What an answer has in it that would be taken for the template's own, with escapes or without.
-FALSE_MARK = re.compile(rf"(?<=\[gMASK\]){ESCAPE}*(?=<sop>)|(?<=<){ESCAPE}*(?=eop>\s*\Z)")
-SPACES = re.compile(" {2,}")
-# What would come out as white space: tags like `<n>`, also in letters that SentencePiece reads as
-# these, and its own sign of a space. Parted, or in bytes, they stay.
-TAG = re.compile("[<\ufe64\uff1c][^<>\ufe64\ufe65\uff1c\uff1e]+[>\ufe65\uff1e]")
-PARTING = "\ud800"  # a lone surrogate, which has no encoding
-TYPED = {PARTING: (), "\u2581": tuple(f"<0x{byte:02X}>" for byte in "\u2581".encode())}
-TEXT_PARTS = ("text", "input_text", "output_text")  # as the template has them
+# What pieces that are no text decode to, and None where it depends on the pieces beside them.
+TEXTS: dict[str, str | None] = {
+    **dict.fromkeys(SPECIAL_TEXTS, ""),
+    **dict.fromkeys(("<unk>", *(f"<0x{byte:02X}>" for byte in range(256)))),
+    **WHITESPACE,
+}
+OFFSETS = "offset_mapping"  # of SentencePiece
+MUCH = 20000  # characters of a batch from which on more threads than one pay
 
 
-def _encode_piece(piece: str, piece_type: int) -> bytes:
-    """One `pieces` entry of a SentencePiece model: name, score 0.0 and type."""
-    body = b"\x0a%c%b\x15\0\0\0\0\x18%c" % (len(piece), piece.encode("ascii"), piece_type)
-    return b"%c%c%b" % (PIECE_TAG, len(body), body)
-
-
-FIRST_ENTRIES = b"".join(_encode_piece(*item) for item in FIRST_PIECES.items())
-LATE_ENTRIES = b"".join(_encode_piece(*item) for item in LATE_PIECES.items())
-
-
-def _read_entries(model_proto: bytes) -> list[tuple[int, bytes]]:
-    """The top-level entries of an encoded message as (tag, content)."""
-    entries, position, end = [], 0, len(model_proto)
-    padded = model_proto + b"\xff\x7f"  # a length that is cut off reads as one beyond the end
-    while position < end:
-        tag, length, shift, byte = padded[position], 0, 0, 0x80
-        while byte & 0x80 and shift < 63:
-            position += 1
-            byte = padded[position]
-            length, shift = length | (byte & 0x7F) << shift, shift + 7
-        start, position = position + 1, position + 1 + length
-        entries.append((tag, padded[start:position]))
-    if position > end:
-        raise ValueError(f"is truncated: it stops short at byte {end}; download it again")
-    return entries
-
-
-def _check_is_model(model_proto: bytes) -> None:
-    """Refuse what is not a SentencePiece model at all, and say what it is."""
-    if model_proto.startswith(b"version https://git-lfs"):
-        raise ValueError(
-            f"is a Git LFS pointer of {len(model_proto)} bytes, not the vocabulary itself; "
-            "run `git lfs pull` or download the file it stands for"
-        )
-    if not model_proto.startswith(bytes([PIECE_TAG])):
-        what = f"starts with {model_proto[:8]!r}" if model_proto else "is empty (0 bytes)"
-        raise ValueError(
-            f"{what} and is no SentencePiece model; download the checkpoint's ice_text.model"
-        )
-
-
-def complete_vocabulary(model_proto: bytes) -> bytes:
-    """Bring a vocabulary to the layout of the 130528-row checkpoints.
-
-    A file of the first generation ends after the text pieces. The special tokens, the pieces for
-    tabs and runs of spaces and the 256 bytes are appended in encoded form. That is enough, as any
-    reader concatenates repeated entries and merges the others. A complete file stays as it is.
-
-    Raises:
-        ValueError: for a Git LFS pointer, an empty, truncated or foreign file. The message says
-            which it is and what to do, in words that follow the name of the file.
-    """
-    _check_is_model(model_proto)
-    entries = _read_entries(model_proto)
-    if not {TRAINER_TAG, NORMALIZER_TAG} <= {tag for tag, _ in entries}:
-        raise ValueError(
-            f"is truncated: no settings behind its {len(entries)} pieces; download it again"
-        )
-    pieces = [body for tag, body in entries if tag == PIECE_TAG]
-    names = [body[2 : 2 + ord(body[1:2] or b"\0")].decode("utf-8", "replace") for body in pieces]
-    if not model_proto.startswith(FIRST_ENTRIES):
-        raise ValueError(
-            f"is the vocabulary of another model: it begins with {names[: len(FIRST_PIECES)]}, not "
-            f"with {[*FIRST_PIECES]} of the right types; download the checkpoint's ice_text.model"
-        )
-    if LATE_ENTRIES in model_proto:
-        return model_proto
-    if known := LATE_PIECES.keys() & set(names):
-        raise ValueError(
-            f"has {len(known)} of the {len(LATE_PIECES)} pieces that follow the text pieces, or in "
-            "another order or of another type; it must have all or none of them"
-        )
-    return model_proto + LATE_ENTRIES + BYTE_FALLBACK
-
-
-@lru_cache(maxsize=64)
-def _marks_pattern(marks: tuple[str, ...]) -> re.Pattern[str]:
-    """Finds the marks in a text, the longest first; with no marks it finds nothing."""
-    choices = [re.escape(mark) for mark in sorted(marks, key=len, reverse=True)]
-    return re.compile(f"({'|'.join(choices) or '(?!)'})")
-
-
-def _name_spaces(match: re.Match[str]) -> str:
-    """Pieces for a run of two or more spaces; a single space that is left over stays."""
-    full, rest = divmod(len(match.group()), LONGEST_BLANK)
-    return f"<|blank_{LONGEST_BLANK}|>" * full + (f"<|blank_{rest}|>" if rest > 1 else " " * rest)
-
-
-def _read_messages(value: Any) -> Any:
-    """A copy of messages, or of a part of one, with contents in one piece, as in the template."""
-    value = getattr(value, "messages", value)  # a batch may hold objects with messages
-    if isinstance(value, (list, tuple)):
-        return [_read_messages(item) for item in value]
-    if hasattr(value, "__dict__") and not isinstance(value, (str, Mapping)):
-        value = vars(value)
-    if not isinstance(value, Mapping):
-        return value if isinstance(value, (str, int, float)) else None  # 5 would show their types
-    fields = dict(value)
-    fields.update(
-        {key: _read_messages(fields[key]) for key in ("content", "text") if key in fields}
-    )
-    parts = fields.get("content")
-    if isinstance(parts, list) and parts:
-        texts: list[Any] = [part.get("text") if isinstance(part, dict) else part for part in parts]
-        kinds = [part.get("type") or "text" for part in parts if isinstance(part, dict)]
-        if all(isinstance(text, str) for text in texts) and all(k in TEXT_PARTS for k in kinds):
-            fields["content"] = "".join(texts)
-    return fields
-
-
-def _check_messages(messages: list[Any], is_shown: bool) -> None:
-    """Refuse what is no message; change an answer that is shown at the end as `FALSE_MARK` says."""
-    for index, message in enumerate(messages):
-        if not isinstance(message, dict):
-            raise ValueError(f"message {index} must be a dictionary with 'role' and 'content'")
-    last = messages[-1] if messages else {}
-    if is_shown and last.get("role") == "assistant" and isinstance(last.get("content"), str):
-        last["content"] = FALSE_MARK.sub(rf"\g<0>{ESCAPE}", last["content"])
-
-
-def _part_typed(match: re.Match[str]) -> str:
-    """A tag, parted behind its first sign if SentencePiece would take it for white space."""
-    plain = unicodedata.normalize("NFKC", match[0]).lower()
-    is_piece = "".join(filter(str.isprintable, plain)) in WHITESPACE
-    return match[0][0] + PARTING * is_piece + match[0][1:]
-
-
-class _Sides(NamedTuple):
-    """What a mark does to the text beside it."""
-
-    strips_left: bool = False
-    strips_right: bool = False
-    is_added: bool = False
-
-
-class ChatGLMTokenizer(PreTrainedTokenizer):
+class ChatGLMTokenizer(BatchMixin, PreTrainedTokenizer):
     """Tokenizer of ChatGLM-6B: SentencePiece pieces, and `[gMASK] <sop>` behind every prompt.
 
     A bare `tokenizer(text)` takes the texts of `bos_token`, `eos_token`, `unk_token`, `pad_token`
@@ -315,6 +172,9 @@ class ChatGLMTokenizer(PreTrainedTokenizer):
         names = [f"<image_{index}>" for index in range(num_image_tokens)] + self._pieces
         self._vocab = {name: index for index, name in enumerate(names)}
         self._special_ids = frozenset(self._vocab[text] for text in SPECIAL_TEXTS)
+        self._shown: list[str | None] = [*[None] * num_image_tokens, *self._pieces]
+        for piece, text in TEXTS.items():
+            self._shown[self._vocab[piece]] = text
 
     def _name_own_tokens(self, own: dict[str, str], kwargs: dict[str, Any]) -> None:
         """Set the tokens that transformers has no name for, as plain attributes.
@@ -381,34 +241,96 @@ class ChatGLMTokenizer(PreTrainedTokenizer):
     def tokenize(self, text: str, **kwargs: Any) -> list[str]:
         """Split a text into tokens; `split_special_tokens` makes it all ordinary text."""
         plain = kwargs.get("split_special_tokens", self.split_special_tokens)
-        markup = kwargs.get("markup") or ("none" if plain else "named")
+        (parts,) = self._cut_texts([text], kwargs.get("markup") or ("none" if plain else "named"))
+        pieces = self._run([part.text for part in parts], str)
+        return join_parts(parts, iter(pieces), "<n>", list)
+
+    def _encode_texts(self, texts: list[str], markup: str) -> list[list[int]]:
+        """Ids of every text, with one call of SentencePiece for all of them."""
+        cuts = self._cut_texts(texts, markup)
+        encoded = self._run([part.text for parts in cuts for part in parts], int)
+        if self.num_image_tokens:
+            encoded = [[piece + self.num_image_tokens for piece in row] for row in encoded]
+        rows, newline = iter(encoded), self._vocab["<n>"]
+        return [join_parts(parts, rows, newline, self.convert_tokens_to_ids) for parts in cuts]
+
+    def _encode_placed(self, texts: list[str], markup: str) -> list[list[int]]:
+        """As `_encode_texts`, with ids that know their spans."""
+        if markup == "all":
+            raise ValueError("a rendered chat has offsets as a text: tokenize=False, and encode it")
+        cuts = self._cut_texts(texts, markup)
+        encoded = iter(self._run([part.text for parts in cuts for part in parts], OFFSETS))
+        return [
+            [index for part in parts for index in self._place(part, next(encoded))]
+            for parts in cuts
+        ]
+
+    def _place(self, part: Part, found: Any) -> list[int]:
+        """Ids of a part and of the tokens behind it."""
+        kept, spans = place_part(part, found, "<n>", self.remove_space, self.do_lower_case)
+        ids = [found["ids"][place] + self.num_image_tokens for place in kept]
+        ids += self.convert_tokens_to_ids(part.tokens)
+        return [*map(place_id, ids, spans)]
+
+    def _run(self, fragments: list[str], out_type: Any) -> list[Any]:
+        """What SentencePiece makes of every fragment; by torch's number of threads if it is much.
+
+        A list is encoded in a thread that is begun for it, a text alone is not.
+        """
+        if len(fragments) == 1:
+            return [self._processor.encode(fragments[0], out_type=out_type)]
+        is_much = sum(map(len, fragments)) > MUCH
+        num_threads = torch.get_num_threads() if is_much else 1
+        return self._processor.encode(fragments, out_type=out_type, num_threads=num_threads)
+
+    def _cut_texts(self, texts: list[str], markup: str) -> list[list[Part]]:
+        """The parts of every text, which are cut at its marks."""
+        names = {markup, "none"} if markup == "named" else {markup}
+        patterns = {name: marks_pattern(self._marks(name)) for name in names}
+        return [self._cut_text(text, markup, patterns) for text in texts]
+
+    def _cut_text(self, text: str, markup: str, patterns: dict[str, re.Pattern[str]]) -> list[Part]:
+        """The parts of a text, one at least; a rendered chat has its border behind the first."""
         if markup == "named" and "".join(BORDER) in text:
             if text.endswith(("".join(BORDER), END)):
-                return self._tokenize_chat(text)
+                return self._cut_chat(text, patterns)
             logger.warning_once(UNFINISHED_CHAT)
-        text = text.encode("utf-8", "replace").decode("utf-8")  # a lone surrogate has no encoding
-        text = text if markup == "named" else TAG.sub(_part_typed, text)
-        parts = _marks_pattern(self._marks(markup)).split(text)  # text, mark, text, ..., mark, text
+        text = text if text.isascii() else replace_surrogates(text)
+        text = text if markup == "named" else TAG.sub(part_typed, text)
+        cut = patterns[markup].split(text)  # text, mark, text, ..., mark, text
         if markup == "all":
-            parts[::2] = [ESCAPED.sub(r"\1", part) for part in parts[::2]]
-        sides = {mark: self._sides(mark, markup) for mark in set(parts[1::2])}
-        edges = [_Sides(), *(sides[mark] for mark in parts[1::2]), _Sides()]
-        fragments = map(self._prepare_fragment, parts[::2], edges, edges[1:])
-        encoded = self._processor.encode([*fragments], out_type=str, num_threads=1)
-        tokens: list[str] = []
-        for pieces, left, right, mark in zip(encoded, edges, edges[1:], [*parts[1::2], ""]):
-            start = pieces.index("<n>") + 1 if left.is_added else 0
-            tokens += pieces[start : len(pieces) - right.is_added]
-            tokens += TYPED.get(mark, [mark] if mark else [])
-        return tokens
+            cut[::2] = [ESCAPED.sub(r"\1", piece) for piece in cut[::2]]
+        if len(cut) == 1:
+            return [Part(self._prepare_text(cut[0]), raw=cut[0])]
+        sides = {mark: self._sides(mark, markup) for mark in set(cut[1::2])}
+        edges = [Sides(), *(sides[mark] for mark in cut[1::2]), Sides()]
+        parts, start = [], 0
+        for raw, mark, left, right in zip(cut[::2], [*cut[1::2], ""], edges, edges[1:]):
+            end = start + len(raw)
+            part = self._prepare_part(raw, left, right)
+            kept = raw.lstrip() if left.strips_right else raw
+            tokens = TYPED.get(mark, (mark,) if mark else ())
+            after = end + (len(mark) if mark != PARTING else 0)
+            parts.append(
+                part._replace(
+                    tokens=tokens, start=end - len(kept), spans=((end, after),) * len(tokens)
+                )
+            )
+            start = after
+        return parts
 
-    def _tokenize_chat(self, text: str) -> list[str]:
-        """Tokens of a rendered chat: its last border and an end behind that, else text."""
+    def _cut_chat(self, text: str, patterns: dict[str, re.Pattern[str]]) -> list[Part]:
+        """Parts of a rendered chat: its last border and an end behind that, else text."""
         prompt, _, answer = text.rpartition("".join(BORDER))
-        answer, end = (answer[: -len(END)], [END]) if answer.endswith(END) else (answer, [])
+        answer, end = (answer[: -len(END)], (END,)) if answer.endswith(END) else (answer, ())
+        begin = len(prompt) + len("".join(BORDER))
+        found = [match.start() for match in FALSE_MARK.finditer(answer) if match[0]]
         answer = FALSE_MARK.sub(lambda match: match[0][1:], answer)
-        texts = [self.tokenize(part, markup="none") for part in (prompt, answer)]
-        return [*texts[0], *BORDER, *texts[1], *end]
+        first, last = (self._cut_text(side, "none", patterns) for side in (prompt, answer))
+        first[-1] = add_tokens(first[-1], BORDER, len(prompt))
+        last[-1] = add_tokens(last[-1], end, len(answer))
+        gone = tuple(begin + place for place in found)
+        return first + [move_part(part, begin)._replace(gone=gone) for part in last]
 
     def _marks(self, markup: str) -> tuple[str, ...]:
         """Texts that are tokens of their own.
@@ -421,40 +343,48 @@ class ChatGLMTokenizer(PreTrainedTokenizer):
         marks += [] if markup == "named" else TYPED
         return (*marks, *SPECIAL_TEXTS) if markup == "all" else tuple(marks)
 
-    def _sides(self, mark: str, markup: str) -> _Sides:
+    def _sides(self, mark: str, markup: str) -> Sides:
         """What a mark does to the text beside it."""
         if mark in TYPED:
-            return _Sides(is_added=True)
+            return Sides(is_added=True)
         index = self.get_added_vocab().get(mark, 0)
         if index >= self.vocab_size:
             token = self.added_tokens_decoder[index]
-            return _Sides(token.lstrip, token.rstrip, is_added=True)
+            return Sides(token.lstrip, token.rstrip, is_added=True)
         # The original lost white space beside its special tokens; a template means what it says.
-        return _Sides(markup == "named", markup == "named")
+        return Sides(markup == "named", markup == "named")
 
-    def _prepare_fragment(self, text: str, left: _Sides, right: _Sides) -> str:
-        """Put the white space between two marks into pieces.
+    def _prepare_part(self, text: str, left: Sides, right: Sides) -> Part:
+        """Text between two marks, without the white space that these take away.
 
         SentencePiece adds a space in front of a text and drops those behind it. A line break beside
-        an added token, which `tokenize` drops again, keeps it from that: "a<new>b" comes back so.
+        an added token, which `join_parts` drops again, keeps it from that: "a<new>b" comes back so.
         """
-        text = text.lstrip() if left.strips_right else text
-        text = text.rstrip() if right.strips_left else text
+        raw = text.lstrip() if left.strips_right else text
+        raw = raw.rstrip() if right.strips_left else raw
+        text = "<n>" * left.is_added + self._prepare_text(raw) + "<n>" * right.is_added
+        return Part(text, left.is_added, right.is_added, raw=raw)
+
+    def _prepare_text(self, text: str) -> str:
+        """A text with its white space in pieces, and in the case that is asked for."""
         text = " ".join(text.split()) if self.remove_space else text
-        text = text.lower() if self.do_lower_case else text
-        text = SPACES.sub(_name_spaces, text.replace("\n", "<n>").replace("\t", "<|tab|>"))
-        return "<n>" * left.is_added + text + "<n>" * right.is_added
+        return name_white_space(text.lower() if self.do_lower_case else text)
 
     def prepare_for_model(
         self, ids: list[int], pair_ids: Any = None, add_special_tokens: bool = True, **kwargs: Any
     ) -> BatchEncoding:
         """As in the base class, but a rendered chat has its border already."""
-        border = (self._vocab[BORDER[0]], self._vocab[BORDER[1]])
-        if add_special_tokens and pair_ids is not None and tuple(ids[-2:]) == border:
-            ids = ids[:-2]
-        elif border in [*pairwise(ids)]:
-            add_special_tokens = False
+        ids, add_special_tokens = self._open(ids, pair_ids is not None, add_special_tokens)
         return super().prepare_for_model(ids, pair_ids, add_special_tokens, **kwargs)
+
+    def _open(self, ids: list[int], has_pair: bool, is_to_close: bool) -> tuple[list[int], bool]:
+        """The ids of a text, and whether they are still to be closed: a chat has its border."""
+        border = (self._vocab[BORDER[0]], self._vocab[BORDER[1]])
+        if border[0] not in ids:
+            return ids, is_to_close
+        if is_to_close and has_pair and tuple(ids[-2:]) == border:
+            return ids[:-2], True
+        return ids, is_to_close and border not in [*pairwise(ids)]
 
     def _batch_encode_plus(
         self, *args: Any, split_special_tokens: bool = False, **kwargs: Any
@@ -477,6 +407,22 @@ class ChatGLMTokenizer(PreTrainedTokenizer):
         cleans_up = self.clean_up_tokenization_spaces if cleans_up is None else cleans_up
         return find_settled(text, bool(cleans_up))
 
+    def batch_decode(
+        self,
+        sequences: Any,
+        skip_special_tokens: bool = False,
+        clean_up_tokenization_spaces: bool | None = None,
+        **kwargs: Any,
+    ) -> list[str]:
+        """As in the base class; rows of ids are decoded together."""
+        rows = sequences.tolist() if hasattr(sequences, "tolist") else sequences
+        rows = [row.tolist() if hasattr(row, "tolist") else row for row in rows]
+        if not all(isinstance(row, (list, tuple)) for row in rows):
+            return super().batch_decode(
+                rows, skip_special_tokens, clean_up_tokenization_spaces, **kwargs
+            )
+        return self._decode_rows(rows, skip_special_tokens, clean_up_tokenization_spaces)
+
     def _decode(
         self,
         token_ids: int | list[int],
@@ -485,15 +431,53 @@ class ChatGLMTokenizer(PreTrainedTokenizer):
         **kwargs: Any,
     ) -> str:
         """Text of ids. Image ids and ids out of range are no text, and no error."""
-        ids = [token_ids] if isinstance(token_ids, int) else map(int, token_ids)
+        ids = [token_ids] if isinstance(token_ids, int) else [*map(int, token_ids)]
+        return self._decode_rows([ids], skip_special_tokens, clean_up_tokenization_spaces)[0]
+
+    def _decode_rows(
+        self, rows: list[list[int]], skip_special_tokens: bool, cleans_up: bool | None
+    ) -> list[str]:
+        """Texts of rows: of plain pieces at once, and by SentencePiece where bytes are among them.
+
+        It is asked for the rows with a token that was added, too, and for those with an id that has
+        no text.
+        """
         skipped = set(self.all_special_ids) if skip_special_tokens else set()
         if self._is_first_generation:
             skipped.discard(self.num_image_tokens)  # its decode showed `<unk>` in any case
-        shown = [index for index in ids if index >= self.num_image_tokens and index not in skipped]
-        text = self.convert_tokens_to_string(self.convert_ids_to_tokens(shown))
-        if clean_up_tokenization_spaces is None:
-            clean_up_tokenization_spaces = self.clean_up_tokenization_spaces
-        return self.clean_up_tokenization(text) if clean_up_tokenization_spaces else text
+        # Tokens that are hidden, or of another name, though a piece of text has their id.
+        named = {*skipped, *self.added_tokens_decoder}
+        odd = {index for index in named if any(self._shown[index : index + 1])}
+        texts = [self._join_pieces(row, odd) for row in rows]
+        for place in [place for place, text in enumerate(texts) if text is None]:
+            ids = [index for index in map(int, rows[place]) if index >= self.num_image_tokens]
+            shown = [index for index in ids if index not in skipped]
+            texts[place] = self.convert_tokens_to_string(self.convert_ids_to_tokens(shown))
+        if self.clean_up_tokenization_spaces if cleans_up is None else cleans_up:
+            return [self.clean_up_tokenization(text or "") for text in texts]
+        return [text or "" for text in texts]
+
+    def _join_pieces(self, row: list[int], odd: set[int]) -> str | None:
+        """The text of plain pieces, less the space that SentencePiece puts in front of a text.
+
+        Returns:
+            None where a piece has no text of its own, or is one of the `odd` ones.
+        """
+        if not row or (odd and not odd.isdisjoint(row)) or min(row) < 0:
+            return None if row else ""
+        try:
+            texts: Any = map(self._shown.__getitem__, row)
+            text = "".join(texts)
+        except (IndexError, TypeError):  # of an id out of range, and of a piece without a text
+            return None
+        lead = 0
+        if text.startswith(SPACE):
+            pieces = (piece for index in row if (piece := self._shown[index]))
+            for piece in pieces:  # as long as nothing is left of the text
+                lead += piece.startswith(SPACE)
+                if piece != SPACE:
+                    break
+        return text[lead:].replace(SPACE, " ")
 
     def build_inputs_with_special_tokens(
         self, token_ids_0: list[int], token_ids_1: list[int] | None = None
@@ -503,13 +487,17 @@ class ChatGLMTokenizer(PreTrainedTokenizer):
         The first generation leaves out `[gMASK]` if `A` has a mask already, and puts `</s>` in its
         place if `A` does not end with that mask. The lists stay as they are.
         """
-        masks = {self.mask_token_id, self.gmask_token_id}
-        if not self._is_first_generation or masks.isdisjoint(token_ids_0):
+        masks = self._masks()
+        if masks.isdisjoint(token_ids_0):
             border = [self.gmask_token_id]
         else:
             border = [] if token_ids_0[-1] in masks else [self.end_token_id]
         answer = [] if token_ids_1 is None else [*token_ids_1, self.eop_token_id]
         return [*token_ids_0, *border, self.bos_token_id, *answer]
+
+    def _masks(self) -> set[int]:
+        """Ids that, in a text, stand for the mask that would be put behind it."""
+        return {self.mask_token_id, self.gmask_token_id} if self._is_first_generation else set()
 
     def get_special_tokens_mask(
         self,
@@ -592,11 +580,11 @@ class ChatGLMTokenizer(PreTrainedTokenizer):
             ValueError: for messages that are none, also as jinja's TemplateError, or if masks are
                 asked for and no dictionary.
         """
-        messages = _read_messages(conversation)
+        messages = read_messages(conversation)
         if not messages or not isinstance(messages, list):
             raise ValueError("the conversation is empty or none; give a list of messages")
         for chat in messages if isinstance(messages[0], list) else [messages]:
-            _check_messages(chat, is_shown=not tokenize)
+            check_messages(chat, is_shown=not tokenize)
         kwargs.pop("sanitize_control_tokens", None)  # done in any case, by `_escape`
         if tokenize:
             messages = self._escape(messages)
@@ -624,7 +612,7 @@ class ChatGLMTokenizer(PreTrainedTokenizer):
         if not isinstance(value, str):
             return value
         special = {*self._marks("all")}.difference(self._marks("none"))
-        pattern = _marks_pattern(tuple(sorted(mark for mark in special if len(mark) > 1))).pattern
+        pattern = marks_pattern(tuple(sorted(mark for mark in special if len(mark) > 1))).pattern
         # Found by looking ahead, because two of them may overlap.
         return re.sub(f"(?s)(?={pattern}).", rf"\g<0>{ESCAPE}", value.replace(ESCAPE, ESCAPE * 2))
 

@@ -4,6 +4,7 @@
 
 Encodes and decodes Chinese, English and code, one text at a time and as a batch, in turns with the
 vocabulary's own processor, which knows nothing of blanks, line breaks or special tokens: the floor.
+Batches of texts of 200 and of 2,000 characters have their offsets taken too.
 The texts are the files of this repository. Without `--vocabulary` that of this folder is used.
 `--write` appends to benchmarks/results.csv.
 """
@@ -14,10 +15,12 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import sentencepiece
+import torch
 import transformers
 from transformers import AutoTokenizer
 
@@ -28,15 +31,16 @@ from benchmarks.workers import Spread
 SOURCES = {"Chinese": "README_zh.md", "English": "README.md", "code": "modeling_chatglm.py"}
 OWN = ROOT / "ice_text.model"
 PIECE = 500  # characters of a text
+SIZES = (200, 2000)  # characters of a text in the batches that our aim is set for
 FLOOR = "sentencepiece"
 OURS = "our tokenizer"
 Side = tuple[Callable[[], object], int]  # what is done, and of how many tokens
 
 
-def read_texts(name: str) -> list[str]:
-    """Return a file of this repository in pieces."""
+def read_texts(name: str, size: int = PIECE) -> list[str]:
+    """Return a file of this repository in pieces of so many characters."""
     text = (ROOT / name).read_text(encoding="utf-8")
-    return [text[start : start + PIECE] for start in range(0, len(text), PIECE)]
+    return [text[start : start + size] for start in range(0, len(text), size)]
 
 
 def load_tokenizer(vocabulary: Path, folder: Path) -> Any:
@@ -76,6 +80,35 @@ def list_tasks(
     }
 
 
+def list_batches(
+    tokenizer: Any, processor: Any, name: str, repeat: int
+) -> dict[str, dict[str, Side]]:
+    """Return what each side does with batches of texts of one size, on the same threads."""
+    tasks: dict[str, dict[str, Side]] = {}
+    threads, times = torch.get_num_threads(), range(repeat)
+    for size in SIZES:
+        texts = read_texts(name, size)
+        ids = tokenizer(texts, add_special_tokens=False)["input_ids"]
+        plain = processor.encode(texts)
+        run = partial(processor.encode, texts, num_threads=threads)
+        place = partial(run, out_type="offset_mapping")
+        unite = partial(processor.decode, plain, num_threads=threads)
+        spans = partial(tokenizer, texts, return_offsets_mapping=True)
+        for task, our_call, bare_call in (
+            ("encode texts", partial(tokenizer, texts), run),
+            ("offsets of texts", spans, place),
+            ("decode texts", partial(tokenizer.batch_decode, ids), unite),
+        ):
+            tasks[f"{task} of {size}"] = {
+                OURS: (lambda call=our_call: [call() for _ in times], repeat * sum(map(len, ids))),
+                FLOOR: (
+                    lambda call=bare_call: [call() for _ in times],
+                    repeat * sum(map(len, plain)),
+                ),
+            }
+    return tasks
+
+
 def time_rounds(sides: Mapping[str, Side], rounds: int) -> dict[str, list[float]]:
     """Return the seconds of every side in every round, taken in turns."""
     seconds: dict[str, list[float]] = {name: [] for name in sides}
@@ -95,6 +128,7 @@ def measure_vocabulary(vocabulary: Path, recorder: Recorder, rounds: int, repeat
         tokenizer = load_tokenizer(vocabulary, Path(folder))
         for kind, source in SOURCES.items():
             tasks = list_tasks(tokenizer, processor, read_texts(source), repeat)
+            tasks |= list_batches(tokenizer, processor, source, repeat)
             for name, sides in tasks.items():
                 # The size tells one vocabulary from another.
                 case = Case(

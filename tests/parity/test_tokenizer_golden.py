@@ -13,7 +13,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from chatglm_6b.tokenization_chatglm import WHITESPACE, ChatGLMTokenizer
+from chatglm_6b.tokenization_chatglm import ChatGLMTokenizer
+from chatglm_6b.vocabulary_chatglm import WHITESPACE
 from conftest import ROOT, SHARED
 
 GOLDEN = SHARED / "golden" / "tokenizer"

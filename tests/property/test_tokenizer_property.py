@@ -2,7 +2,8 @@
 
 from typing import Any
 
-from chatglm_6b.tokenization_chatglm import SPECIAL_TEXTS, ChatGLMTokenizer, complete_vocabulary
+from chatglm_6b.tokenization_chatglm import ChatGLMTokenizer
+from chatglm_6b.vocabulary_chatglm import SPECIAL_TEXTS, complete_vocabulary
 from conftest import ROOT
 from hypothesis import example, given, settings
 from hypothesis import strategies as st

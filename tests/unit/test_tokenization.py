@@ -14,12 +14,11 @@ import pytest
 import sentencepiece
 import torch
 from chatglm_6b.masking_chatglm import SpecialIds, build_geometry
-from chatglm_6b.tokenization_chatglm import (
-    ESCAPE,
+from chatglm_6b.tokenization_chatglm import ESCAPE, ChatGLMTokenizer
+from chatglm_6b.vocabulary_chatglm import (
     FIRST_PIECES,
     LATE_PIECES,
     SPECIAL_TEXTS,
-    ChatGLMTokenizer,
     complete_vocabulary,
 )
 from conftest import PRESETS, ROOT

@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 from chatglm_6b import tokenization_chatglm
 from chatglm_6b.conversation_chatglm import ChatMixin
-from chatglm_6b.tokenization_chatglm import ESCAPE, SPECIAL_TEXTS, ChatGLMTokenizer
+from chatglm_6b.tokenization_chatglm import ESCAPE, ChatGLMTokenizer
+from chatglm_6b.vocabulary_chatglm import SPECIAL_TEXTS
 from conftest import ROOT
 from hypothesis import example, given, settings
 from hypothesis import strategies as st

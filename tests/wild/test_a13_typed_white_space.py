@@ -8,7 +8,8 @@ import unicodedata
 from typing import Any
 
 import pytest
-from chatglm_6b.tokenization_chatglm import WHITESPACE, ChatGLMTokenizer
+from chatglm_6b.tokenization_chatglm import ChatGLMTokenizer
+from chatglm_6b.vocabulary_chatglm import WHITESPACE
 from conftest import ROOT
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
