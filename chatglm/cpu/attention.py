@@ -72,31 +72,60 @@ def write_attention(writer: KernelWriter, shape: HeadShape) -> None:
             place = writer.add(writer.times(block, at("tokens")), token)
             place = writer.address(at("query"), writer.times(place, 4 * shape.head_dim))
             query = writer.load_as_float(place, shape.head_dim, "f32")
-            _attend_token(writer, shape, (block, token), past, query)
+            row, head = _split_block(writer, block)
+            scores = writer.add(writer.times(block, at("tokens")), token)
+            scores = writer.add(at("scores"), writer.times(scores, at("scores_bytes")))
+            index = writer.add(writer.times(row, at("tokens")), token)
+            mask = writer.add(at("mask"), writer.times(index, writer.times(at("keys"), 4)))
+            output = writer.add(writer.times(index, at("heads")), head)
+            _attend_token(writer, shape, (past, at("keys")), query, (scores, mask, output))
 
 
 def write_step(writer: KernelWriter, shape: HeadShape) -> None:
     """Rotate the new tokens, write their keys and values behind the others, and attend.
 
-    What is read is the joint projection, `(B, S, N, 3 * D)`; a block is as in `write_attention`.
+    What is read is the joint projection of all tokens, `(T, N, 3 * D)`; a block is a head of a row.
+    Two tables say where a row is: `rows` for all layers, `places` for one (`ROW_FIELDS` and
+    `PLACE_FIELDS`, 64-bit integers).
     """
-    at = writer.slot
+    at, builder = writer.slot, writer.builder
     with writer.parallel_for(at("blocks")) as block:
-        past = _find_head(writer, shape, block)
-        first = writer.builder.sub(at("keys"), at("tokens"))
-        with writer.loop(writer.const(0), at("tokens")) as token:
-            _, key, value = _load_mixed(writer, shape, block, token)
-            offset = writer.times(writer.add(first, token), shape.row_bytes)
-            key = _rotate(writer, shape, key, block, token)
+        number, head = _split_block(writer, block)
+        row = _load_fields(writer, "rows", ROW_FIELDS, number)
+        places = _load_fields(writer, "places", PLACE_FIELDS, number)
+        past = {
+            name: writer.add(places[name], writer.times(head, places[f"{name}_head"]))
+            for name in ("key", "value")
+        }
+        with writer.loop(writer.const(0), row["count"]) as index:
+            token = writer.add(row["first"], index)
+            _, key, value = _load_mixed(writer, shape, head, token)
+            offset = writer.times(writer.add(row["past"], index), shape.row_bytes)
+            key = _rotate(writer, shape, key, token)
             writer.store_as(key, writer.address(past["key"], offset), shape.kind)
             writer.store_as(value, writer.address(past["value"], offset), shape.kind)
-        with writer.loop(writer.const(0), at("tokens")) as token:
-            query = _load_mixed(writer, shape, block, token)[0]
-            query = _rotate(writer, shape, query, block, token)
+        with writer.loop(writer.const(0), row["count"]) as index:
+            token = writer.add(row["first"], index)
+            query = _rotate(writer, shape, _load_mixed(writer, shape, head, token)[0], token)
             scaling = writer.load_as_float(writer.address(at("scaling")), 1, "f32")
-            scaling = writer.shuffle(scaling, [0] * shape.head_dim)
-            query = writer.builder.fmul(query, scaling)
-            _attend_token(writer, shape, (block, token), past, query)
+            query = builder.fmul(query, writer.shuffle(scaling, [0] * shape.head_dim))
+            seen = writer.add(row["seen"], writer.times(index, row["growth"]))
+            scores = writer.add(writer.times(head, at("tokens")), token)
+            scores = writer.add(at("scores"), writer.times(scores, at("scores_bytes")))
+            mask = writer.add(row["mask"], writer.times(index, writer.times(seen, 4)))
+            output = writer.add(writer.times(token, at("heads")), head)
+            _attend_token(writer, shape, (past, seen), query, (scores, mask, output))
+
+
+def _load_fields(
+    writer: KernelWriter, table: str, fields: tuple[str, ...], number: Any
+) -> dict[str, Any]:
+    """Load a line of a table."""
+    line = writer.add(writer.slot(table), writer.times(number, 8 * len(fields)))
+    return {
+        name: writer.load(writer.address(line, 8 * place), writer.i64)
+        for place, name in enumerate(fields)
+    }
 
 
 def _find_head(writer: KernelWriter, shape: HeadShape, block: Any) -> dict[str, Any]:
@@ -116,18 +145,16 @@ def _split_block(writer: KernelWriter, block: Any) -> tuple[Any, Any]:
     return writer.builder.sdiv(block, heads), writer.builder.srem(block, heads)
 
 
-def _load_mixed(writer: KernelWriter, shape: HeadShape, block: Any, token: Any) -> list[Any]:
+def _load_mixed(writer: KernelWriter, shape: HeadShape, head: Any, token: Any) -> list[Any]:
     """Load a head's new query, key and value of one token."""
-    row, head = _split_block(writer, block)
-    index = writer.add(writer.times(row, writer.slot("tokens")), token)
-    index = writer.add(writer.times(index, writer.slot("heads")), head)
+    index = writer.add(writer.times(token, writer.slot("heads")), head)
     size = shape.head_dim * shape.input_bytes
     base = writer.add(writer.slot("mixed"), writer.times(index, 3 * size))
     places = [writer.address(base, part * size) for part in range(3)]
     return [writer.load_as_float(place, shape.head_dim, shape.input_kind) for place in places]
 
 
-def _rotate(writer: KernelWriter, shape: HeadShape, states: Any, block: Any, token: Any) -> Any:
+def _rotate(writer: KernelWriter, shape: HeadShape, states: Any, token: Any) -> Any:
     """Turn a query or key by its positions, each axis its part of the dimensions."""
     builder, width = writer.builder, shape.head_dim // shape.axes
     half, parts = width // 2, range(0, shape.head_dim, width)
@@ -135,37 +162,35 @@ def _rotate(writer: KernelWriter, shape: HeadShape, states: Any, block: Any, tok
     signs = [-1.0 if n % width < half else 1.0 for n in range(shape.head_dim)]
     signs = writer.ir.Constant(states.type, signs)
     turned = builder.fmul(writer.shuffle(states, swapped), signs)
-    cos, sin = (_load_angles(writer, shape, name, block, token) for name in ("cos", "sin"))
+    cos, sin = (_load_angles(writer, shape, name, token) for name in ("cos", "sin"))
     return writer.fma(states, cos, builder.fmul(turned, sin))
 
 
-def _load_angles(writer: KernelWriter, shape: HeadShape, name: str, block: Any, token: Any) -> Any:
-    """Load a token's cosines or sines, `(B, P, S, D / P)`, all axes in one vector."""
-    width, tokens = shape.head_dim // shape.axes, writer.slot("tokens")
-    row, _ = _split_block(writer, block)
-    found = []
-    for axis in range(shape.axes):
-        index = writer.add(writer.times(row, shape.axes), axis)
-        index = writer.add(writer.times(index, tokens), token)
-        place = writer.address(writer.slot(name), writer.times(index, width * shape.input_bytes))
-        found.append(writer.load_as_float(place, width, shape.input_kind))
-    return found[0] if len(found) == 1 else writer.shuffle(found[0], range(2 * width), found[1])
+def _load_angles(writer: KernelWriter, shape: HeadShape, name: str, token: Any) -> Any:
+    """Load a token's cosines or sines, `(T, P, D / P)`, all axes in one vector."""
+    size = shape.head_dim * shape.input_bytes
+    place = writer.address(writer.slot(name), writer.times(token, size))
+    return writer.load_as_float(place, shape.head_dim, shape.input_kind)
 
 
 def _attend_token(
-    writer: KernelWriter, shape: HeadShape, place: tuple[Any, Any], past: Any, query: Any
+    writer: KernelWriter,
+    shape: HeadShape,
+    past: tuple[Any, Any],
+    query: Any,
+    places: tuple[Any, Any, Any],
 ) -> None:
-    """Write what one head of one token sees."""
-    at, (block, token) = writer.slot, place
-    row, head = _split_block(writer, block)
-    index = writer.add(writer.times(block, at("tokens")), token)
-    scores = writer.add(at("scores"), writer.times(index, at("scores_bytes")))
-    index = writer.add(writer.times(row, at("tokens")), token)
-    mask = writer.add(at("mask"), writer.times(index, writer.times(at("keys"), 4)))
-    largest = _score_keys(writer, shape, (query, past, mask), scores)
-    total = _exponentiate(writer, scores, largest)
-    output = writer.add(writer.times(index, at("heads")), head)
-    _sum_values(writer, shape, past, scores, total, output)
+    """Write what one head of one token sees.
+
+    Args:
+        past: where its keys and values begin, and how many of them it sees.
+        query: scaled.
+        places: addresses of its scores and its mask, and its number in the output.
+    """
+    (operands, keys), (scores, mask, output) = past, places
+    largest = _score_keys(writer, shape, (query, operands, mask, keys), scores)
+    total = _exponentiate(writer, scores, largest, keys)
+    _sum_values(writer, shape, (operands, keys), scores, total, output)
 
 
 def _operands(shape: HeadShape) -> tuple[str, ...]:
@@ -188,12 +213,12 @@ def _scale_of(writer: KernelWriter, base: Any, index: Any) -> Any:
 
 
 def _score_keys(
-    writer: KernelWriter, shape: HeadShape, operands: tuple[Any, Any, Any], scores: Any
+    writer: KernelWriter, shape: HeadShape, operands: tuple[Any, Any, Any, Any], scores: Any
 ) -> Any:
     """Write a token's scores, and return the largest."""
-    builder, (query, past, mask) = writer.builder, operands
+    builder, (query, past, mask, keys) = writer.builder, operands
     largest = writer.variable(writer.f32(-math.inf))
-    with writer.loop(writer.const(0), writer.slot("keys")) as key:
+    with writer.loop(writer.const(0), keys) as key:
         score = writer.sum(builder.fmul(_load_row(writer, shape, past["key"], key), query))
         if shape.kind == "i8":
             score = builder.fmul(score, _scale_of(writer, past["key_scale"], key))
@@ -207,16 +232,16 @@ def _score_keys(
     return largest.get()
 
 
-def _exponentiate(writer: KernelWriter, scores: Any, largest: Any) -> Any:
+def _exponentiate(writer: KernelWriter, scores: Any, largest: Any, keys: Any) -> Any:
     """Replace scores by exponentials of what they are below the largest; return their sum.
 
     The last step may go beyond the keys, where there is room and what it adds is left out.
     """
     builder, kind = writer.builder, writer.vector(writer.f32, STEP)
     total, peak = writer.variable(writer.filled(writer.f32, STEP, 0.0)), writer.splat(largest, STEP)
-    with writer.loop(writer.const(0), writer.slot("keys"), STEP) as first:
+    with writer.loop(writer.const(0), keys, STEP) as first:
         place = writer.address(scores, writer.times(first, 4))
-        left = builder.sub(writer.slot("keys"), first)
+        left = builder.sub(keys, first)
         score = writer.load_first(place, kind, left)
         weights = exponential(writer, builder.fsub(score, peak))
         writer.store(weights, place)
@@ -249,12 +274,17 @@ def exponential(writer: KernelWriter, numbers: Any) -> Any:
 
 
 def _sum_values(
-    writer: KernelWriter, shape: HeadShape, past: Any, scores: Any, total: Any, output: Any
+    writer: KernelWriter,
+    shape: HeadShape,
+    operands: tuple[Any, Any],
+    scores: Any,
+    total: Any,
+    output: Any,
 ) -> None:
     """Write the values' mean, weighted by the exponentials."""
-    builder, count = writer.builder, shape.head_dim
+    builder, count, (past, keys) = writer.builder, shape.head_dim, operands
     sums = writer.variable(writer.filled(writer.f32, count, 0.0))
-    with writer.loop(writer.const(0), writer.slot("keys")) as key:
+    with writer.loop(writer.const(0), keys) as key:
         weight = writer.load(writer.address(scores, writer.times(key, 4)), writer.f32)
         if shape.kind == "i8":
             weight = builder.fmul(weight, _scale_of(writer, past["value_scale"], key))
@@ -271,7 +301,18 @@ PLACES = tuple(
 )
 SHARED = ("blocks", "heads", "tokens", "keys", *PLACES, "mask", "scores", "scores_bytes", "output")
 ATTENTION = KernelSource((*SHARED, "query"), write_attention)
-STEP_ATTENTION = KernelSource((*SHARED, "mixed", "cos", "sin", "scaling"), write_step)
+# Of a row in a step: its first token and how many, the columns cached before, how many keys the
+# first token sees and each further one more, and where its mask stands, a line a token.
+ROW_FIELDS = ("first", "count", "past", "seen", "growth", "mask")
+# Of a row in a layer: where keys and values begin, and the bytes from head to head.
+PLACE_FIELDS = ("key", "key_head", "value", "value_head")
+STEP_ATTENTION = KernelSource(
+    (
+        *("blocks", "heads", "tokens", "rows", "places", "mixed", "cos", "sin", "scaling"),
+        *("scores", "scores_bytes", "output"),
+    ),
+    write_step,
+)
 
 
 def attend(

@@ -6,7 +6,8 @@ do whatever it does not take: training, hooks, adapters, prefixes, many tokens, 
 
 The numbers between the stages are float32 whatever the model's dtype is.
 
-Shapes: `B` rows, `S` new tokens of each, `H` hidden, `N` heads, `K` keys, `D` head dim, `P` axes.
+Shapes: `B` rows of a batch, `S` new tokens of each, `H` hidden, `N` heads, `K` keys, `D` head dim,
+`P` axes.
 """
 
 import threading
@@ -17,7 +18,14 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from chatglm.cpu.attention import STEP, STEP_ATTENTION, HeadShape, fits_mask
+from chatglm.cpu.attention import (
+    PLACE_FIELDS,
+    ROW_FIELDS,
+    STEP,
+    STEP_ATTENTION,
+    HeadShape,
+    fits_mask,
+)
 from chatglm.cpu.compiler import find_compiler, find_kernel
 from chatglm.cpu.elementwise import BIAS, GELU, NORM, Width
 from chatglm.cpu.float_linear import ExactProduct, TileProduct
@@ -36,14 +44,13 @@ class StepShape(NamedTuple):
     """What a program is made for.
 
     Attributes:
-        batch, tokens: B and S.
+        tokens: of all rows together.
         axes: P.
         kind: "f32", "f16" or "bf16", of parameters and cache.
         has_mask: whether there is a mask.
         threads: torch's.
     """
 
-    batch: int
     tokens: int
     axes: int
     kind: str
@@ -79,25 +86,61 @@ def decode_step(
     is_looked_at = output_hidden_states or output_attentions or any(x is not None for x in prefixes)
     if is_looked_at or not len(stack) or stack[0].attention.config._attn_implementation != "sdpa":
         return None
-    batch, tokens, _ = hidden_states.shape
     kind = TYPE_NAMES.get(hidden_states.dtype)
-    reserved_layers = list_reserved_layers(past_key_values, len(stack))
-    if kind is None or batch * tokens >= PANEL_TOKENS or reserved_layers is None:
+    rows = list_rows(past_key_values, len(stack), hidden_states)
+    if kind is None or rows is None or sum(row.count for row in rows) >= PANEL_TOKENS:
         return None
     if wants_graph(hidden_states, stack[0].input_layernorm.weight) or not can_run():
         return None
-    axes, threads = position_embeddings[0].shape[2], torch.get_num_threads()
-    shape = StepShape(batch, tokens, axes, kind, attention_mask is not None, threads)
+    batch, _, axes, tokens, _ = position_embeddings[0].shape
+    has_mask, threads = attention_mask is not None, torch.get_num_threads()
+    shape = StepShape(batch * tokens, axes, kind, has_mask, threads)
     program = _find_program(stack, shape)
-    if program is None or not program.takes(hidden_states, reserved_layers):
+    if program is None or not program.takes(hidden_states, rows):
         return None
-    keys = reserved_layers[0].keys.shape[2] + tokens
-    if not fits_mask(attention_mask, batch, tokens, keys):
+    if not fits_mask(attention_mask, batch, tokens, rows[0].past + tokens):
         return None
-    if any(angles.shape != program.angles_shape for angles in position_embeddings):
+    angles_shape = (*hidden_states.shape[:1], 1, axes, tokens, program.head_dim // axes)
+    if any(angles.shape != angles_shape for angles in position_embeddings):
         return None
-    last = program.run(hidden_states, position_embeddings, attention_mask, reserved_layers)
+    last = program.run(hidden_states, position_embeddings, attention_mask, rows)
     return last, (), ()
+
+
+class StepRow(NamedTuple):
+    """A row of a step.
+
+    Attributes:
+        layers: of its cache, one a block.
+        line: which row of that cache it is.
+        count: how many tokens it reads.
+        past: columns that are cached.
+        is_causal: whether its tokens see only back; else a mask says what they see.
+    """
+
+    layers: list[Any]
+    line: int
+    count: int
+    past: int
+    is_causal: bool
+
+
+def list_rows(cache: Any, count: int, hidden_states: Tensor) -> list[StepRow] | None:
+    """Return the rows of a step, of one cache or of many; None if they are not for a program."""
+    batch, tokens, _ = hidden_states.shape
+    if type(cache).__name__ != "RowCaches":
+        layers = list_reserved_layers(cache, count)
+        if layers is None:
+            return None
+        past = layers[0].keys.shape[2]
+        return [StepRow(layers, line, tokens, past, False) for line in range(batch)]
+    found = [list_reserved_layers(one, count) for one in cache.caches]
+    rows = [
+        StepRow(layers, 0, tokens, layers[0].keys.shape[2], True)
+        for layers, tokens in zip(found, cache.counts)
+        if layers is not None
+    ]
+    return rows if len(rows) == len(found) else None
 
 
 def list_reserved_layers(cache: Any, count: int) -> list[Any] | None:
@@ -229,7 +272,7 @@ class StepProgram:
 
     def _lay_out_buffers(self, layer: Any) -> None:
         """Make room for what the stages hand on."""
-        tokens, hidden = self.shape.batch * self.shape.tokens, layer.attention.dense.out_features
+        tokens, hidden = self.shape.tokens, layer.attention.dense.out_features
         inner = layer.mlp.dense_h_to_4h.out_features
         self.embedded = self._make_room(tokens, hidden)
         self.stream = self._make_room(tokens, hidden)
@@ -238,8 +281,7 @@ class StepProgram:
         self.attended = self._make_room(tokens, hidden)
         self.update = self._make_room(tokens, hidden)
         self.inner = self._make_room(tokens, inner)
-        angles = (self.shape.batch * self.shape.axes * self.shape.tokens, self.head_dim)
-        self.angles = self._make_room(2, angles[0], angles[1] // self.shape.axes)
+        self.angles = self._make_room(2, tokens, self.head_dim)
         self.alphas = self._keep_numbers(1.0, layer.alpha)
         self.scaling = self._keep_numbers(layer.attention.scaling)
         # What the first norm adds up: the embedding, and nothing.
@@ -338,7 +380,6 @@ class StepProgram:
         self._add(
             STEP_ATTENTION,
             heads,
-            blocks=shape.batch * self.heads,
             heads=self.heads,
             tokens=shape.tokens,
             mixed=self.mixed.data_ptr(),
@@ -348,78 +389,90 @@ class StepProgram:
             output=self.attended.data_ptr(),
         )
 
-    def takes(self, hidden_states: Tensor, reserved_layers: Sequence[Any]) -> bool:
-        """Tell whether a cache fits: plain memory of the model's own type and shapes.
+    def takes(self, hidden_states: Tensor, rows: Sequence[StepRow]) -> bool:
+        """Tell whether caches fit: plain memory of the model's own type and shapes.
 
-        Every layer has the same number of columns then, which one mask is for.
+        Every layer has the same number of columns then.
         """
-        columns = reserved_layers[0].keys.shape[2]
-        shape = (self.shape.batch, self.heads, columns, self.head_dim)
         return hidden_states.shape[2] == self._hidden and all(
-            states.dtype == hidden_states.dtype and is_plain(states) and states.shape == shape
-            for layer in reserved_layers
+            states.dtype == hidden_states.dtype
+            and is_plain(states)
+            and states.shape == (len(states), self.heads, row.past, self.head_dim)
+            for row in rows
+            if row.line == 0
+            for layer in row.layers
             for states in (layer.keys, layer.values)
         )
-
-    @property
-    def angles_shape(self) -> tuple[int, ...]:
-        """`(B, 1, P, S, D / P)`, of cosines and of sines."""
-        batch, tokens, axes = self.shape.batch, self.shape.tokens, self.shape.axes
-        return (batch, 1, axes, tokens, self.head_dim // axes)
 
     def run(
         self,
         hidden_states: Tensor,
         position_embeddings: tuple[Tensor, Tensor],
         attention_mask: Tensor | None,
-        reserved_layers: Sequence[Any],
+        rows: Sequence[StepRow],
     ) -> Tensor:
         """Do a step; arguments and result as in `decode_step`."""
         with self._lock:
-            return self._run(hidden_states, position_embeddings, attention_mask, reserved_layers)
+            return self._run(hidden_states, position_embeddings, attention_mask, rows)
 
     def _run(
         self,
         hidden_states: Tensor,
         position_embeddings: tuple[Tensor, Tensor],
         attention_mask: Tensor | None,
-        reserved_layers: Sequence[Any],
+        rows: Sequence[StepRow],
     ) -> Tensor:
         self.embedded.copy_(hidden_states.view(self._tokens, -1))
-        for place, angles in zip(self.angles, position_embeddings):
-            place.copy_(angles.reshape(place.shape))
+        for place, angles in zip(self.angles, position_embeddings):  # (B, 1, P, S, D / P)
+            place.copy_(angles.squeeze(1).transpose(1, 2).reshape(place.shape))
         mask = None
         if attention_mask is not None:
-            keys = reserved_layers[0].keys.shape[2] + self.shape.tokens
-            mask = attention_mask.expand(self.shape.batch, 1, self.shape.tokens, keys)
-            mask = mask.float().contiguous()
-        for stage, layer in zip(self._attentions, reserved_layers):
-            keys, values = layer.extend(self.shape.tokens)
-            self._reserve_scores(keys.shape[2])
-            self._program.change(stage, **self._describe_past(keys, values, mask))
+            sizes = (len(rows), 1, rows[0].count, rows[0].past + rows[0].count)
+            mask = attention_mask.expand(sizes).float().contiguous()
+        table = torch.tensor(_describe_rows(rows, mask), dtype=torch.int64, device="cpu")
+        places = torch.tensor(_extend_rows(rows), dtype=torch.int64, device="cpu")
+        padded = -(-max(row.past + row.count for row in rows) // STEP) * STEP
+        self._reserve_scores(padded)
+        shared = {"rows": table.data_ptr(), "blocks": len(rows) * self.heads}
+        shared |= {"scores": self._scores.data_ptr(), "scores_bytes": 4 * padded}
+        for number, stage in enumerate(self._attentions):
+            self._program.change(stage, places=places[number].data_ptr(), **shared)
         self._program.run()
         return self.stream.view(hidden_states.shape).to(hidden_states.dtype, copy=True)
 
-    def _reserve_scores(self, keys: int) -> None:
-        padded = -(-keys // STEP) * STEP
-        needed = self.shape.batch * self.heads * self.shape.tokens * padded
+    def _reserve_scores(self, padded: int) -> None:
+        needed = self.heads * self._tokens * padded
         if self._scores.numel() < needed:
             self._scores = self._scores.new_empty(needed + needed // 8)
 
-    def _describe_past(self, keys: Tensor, values: Tensor, mask: Tensor | None) -> dict[str, int]:
-        size = keys.element_size()
-        return {
-            "keys": keys.shape[2],
-            "key": keys.data_ptr(),
-            "key_row": keys.stride(0) * size,
-            "key_head": keys.stride(1) * size,
-            "value": values.data_ptr(),
-            "value_row": values.stride(0) * size,
-            "value_head": values.stride(1) * size,
-            "mask": 0 if mask is None else mask.data_ptr(),
-            "scores": self._scores.data_ptr(),
-            "scores_bytes": 4 * (-(-keys.shape[2] // STEP) * STEP),
-        }
+
+def _describe_rows(rows: Sequence[StepRow], mask: Tensor | None) -> list[tuple[int, ...]]:
+    """Return the table of `ROW_FIELDS`."""
+    lines, first = [], 0
+    for number, row in enumerate(rows):
+        seen = row.past + (1 if row.is_causal else row.count)
+        place = 0 if mask is None else mask[number].data_ptr()
+        lines.append((first, row.count, row.past, seen, int(row.is_causal), place))
+        first += row.count
+    assert all(len(line) == len(ROW_FIELDS) for line in lines)
+    return lines
+
+
+def _extend_rows(rows: Sequence[StepRow]) -> list[list[tuple[int, ...]]]:
+    """Make room in all caches, and return for every layer its table of `PLACE_FIELDS`."""
+    tables: list[list[tuple[int, ...]]] = [[] for _ in rows[0].layers]
+    for row in rows:
+        for table, layer in zip(tables, row.layers):
+            if row.line == 0:
+                layer.extend(row.count)
+            states = (layer.keys, layer.values)
+            line = [
+                (x.data_ptr() + row.line * x.stride(0) * x.itemsize, x.stride(1) * x.itemsize)
+                for x in states
+            ]
+            table.append((*line[0], *line[1]))
+    assert all(len(table[0]) == len(PLACE_FIELDS) for table in tables)
+    return tables
 
 
 def _describe(layer: Any, tokens: int, threads: int) -> tuple[Sizes, str]:
