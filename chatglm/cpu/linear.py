@@ -1,8 +1,8 @@
 """Products with packed and plain weights on a CPU: which kernel computes which, and how.
 
-Owns the choice. What the kernels do is told in `packed_products` and
-`packed_tiles`, and by `float_linear`; what plain torch does instead is the model's. Weights are read as they are stored:
-nothing is repacked or kept twice.
+Owns the choice among the kernels that round their input (`packed_products`, `packed_tiles`); those
+that do not are chosen by `float_linear`, and what plain torch does instead is the model's. Weights
+are read as they are stored: nothing is repacked or kept twice.
 
 `int8` products round the input to 8 bits in groups, and sum integers; `exact` ones multiply in
 float32. A token's result depends neither on the number of threads nor on the other tokens.
