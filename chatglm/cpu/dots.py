@@ -9,7 +9,7 @@ from chatglm.cpu.rounding import Layout
 from chatglm.cpu.writer import KernelWriter
 
 
-def add_dot(writer: KernelWriter, sums: Any, weights: Any, levels: Any) -> Any:
+def add_dot(writer: KernelWriter, layout: Layout, sums: Any, weights: Any, levels: Any) -> Any:
     """Add to every lane's sum the products of its four bytes of weights and of levels."""
     dot, lanes = writer.processor.dot, writer.processor.lanes
     kind, cast = sums.type, writer.builder.bitcast
@@ -18,14 +18,41 @@ def add_dot(writer: KernelWriter, sums: Any, weights: Any, levels: Any) -> Any:
         name = f"llvm.x86.avx512.vpdpbusd.{32 * lanes}"
         return writer.call(name, kind, [sums, cast(weights, kind), cast(levels, kind)])
     if dot == "neon":
-        name, halves = "llvm.aarch64.neon.sdot.v4i32.v16i8", []
-        for start in (0, 4):
-            picks = range(start, start + 4), range(4 * start, 4 * start + 16)
-            parts = [writer.shuffle(sums, picks[0])]
-            parts += [writer.shuffle(vector, picks[1]) for vector in (weights, levels)]
-            halves.append(writer.call(name, parts[0].type, parts))
-        return writer.shuffle(halves[0], range(lanes), halves[1])
+        return _add_neon(writer, sums, weights, levels)
+    if dot == "avx2":
+        return writer.builder.add(sums, _multiply_avx2(writer, layout, weights, levels))
     return writer.builder.add(sums, _multiply_wide(writer, weights, levels))
+
+
+def _add_neon(writer: KernelWriter, sums: Any, weights: Any, levels: Any) -> Any:
+    """Add four products each by NEON's instruction, whose vectors are half as wide."""
+    halves = []
+    for start in (0, 4):
+        picks = range(start, start + 4), range(4 * start, 4 * start + 16)
+        parts = [writer.shuffle(sums, picks[0])]
+        parts += [writer.shuffle(vector, picks[1]) for vector in (weights, levels)]
+        name = "llvm.aarch64.neon.sdot.v4i32.v16i8"
+        halves.append(writer.call(name, parts[0].type, parts))
+    return writer.shuffle(halves[0], range(8), halves[1])
+
+
+def _multiply_avx2(writer: KernelWriter, layout: Layout, weights: Any, levels: Any) -> Any:
+    """Return the sums of four products each; pairs fit 16 bits (2 * 128 * 127 at most).
+
+    One factor of the instruction is unsigned. 4-bit weights are; of others the sign goes to the
+    levels, which hold -127 at least.
+    """
+    bytes_kind, lanes = weights.type, writer.processor.lanes
+    if layout.bits == 8:
+        levels = writer.call("llvm.x86.avx2.psign.b", bytes_kind, [levels, weights])
+        zero = writer.filled(writer.i8, 4 * lanes, 0)
+        is_negative = writer.builder.icmp_signed("<", weights, zero)
+        weights = writer.builder.select(is_negative, writer.builder.sub(zero, weights), weights)
+    kind = writer.vector(writer.i16, 2 * lanes)
+    pairs = writer.call("llvm.x86.avx2.pmadd.ub.sw", kind, [weights, levels])
+    ones = writer.filled(writer.i16, 2 * lanes, 1)
+    kind = writer.vector(writer.i32, lanes)
+    return writer.call("llvm.x86.avx2.pmadd.wd", kind, [pairs, ones])
 
 
 def _multiply_wide(writer: KernelWriter, weights: Any, levels: Any) -> Any:
@@ -33,14 +60,6 @@ def _multiply_wide(writer: KernelWriter, weights: Any, levels: Any) -> Any:
     builder, lanes = writer.builder, writer.processor.lanes
     wide = writer.vector(writer.i16, 4 * lanes)
     weights, levels = builder.sext(weights, wide), builder.sext(levels, wide)
-    if writer.processor.dot == "avx2":
-        pairs = []
-        for half in (range(2 * lanes), range(2 * lanes, 4 * lanes)):
-            picked = [writer.shuffle(vector, half) for vector in (weights, levels)]
-            kind = writer.vector(writer.i32, lanes)
-            pairs.append(writer.call("llvm.x86.avx2.pmadd.wd", kind, picked))
-        sums = writer.shuffle(pairs[0], range(2 * lanes), pairs[1])
-        return _add_neighbours(writer, sums)
     products = builder.mul(weights, levels)  # at most 128 * 127: no overflow
     products = builder.sext(products, writer.vector(writer.i32, 4 * lanes))
     return _add_neighbours(writer, _add_neighbours(writer, products))

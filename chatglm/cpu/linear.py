@@ -125,7 +125,7 @@ def _plan_rounded(sizes: Sizes) -> Product | None:
 
 def _choose_kernel(sizes: Sizes) -> KernelSource:
     """Return what is fastest for so many tokens."""
-    has_pieces = sizes.lay_out().pieces > 1  # narrower than a tile
+    has_pieces = sizes.lay_out().pieces > 2  # narrower than a tile
     if sizes.tokens >= LEAST_TILED and not has_pieces and has_tiles(sizes.weights.processor):
         return TILED
     return TURNED if sizes.tokens <= MOST_TURNED else PANELS

@@ -20,7 +20,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 from chatglm.cpu.dots import add_dot, split_planes, transpose
-from chatglm.cpu.rounding import SPAN, Layout
+from chatglm.cpu.rounding import HALF, SPAN, Layout
 from chatglm.cpu.writer import KernelSource, KernelWriter
 
 PREFETCH = 256  # bytes ahead of the weights being read, in every row
@@ -63,18 +63,22 @@ class PackedTile(NamedTuple):
         """Turned vectors of a span: four columns of every row each, in the order of the levels."""
         return SPAN // 4
 
+    def find_vector(self, column: int, plane: int) -> int:
+        """Return which turned vector holds a column of a span, or its neighbours of a plane."""
+        half, rest = divmod(column, HALF)
+        return (half * HALF + (plane * HALF + rest) // self.layout.planes) // 4
+
+    def list_pieces(self, half: int) -> range:
+        """Return the pieces of half a span."""
+        count = self.layout.pieces // 2
+        return range(half * count, (half + 1) * count)
+
     def list_runs(self, piece: int) -> list[tuple[int, int]]:
         """Return the turned vectors of a piece of a span, as runs `(first, stop)`."""
-        layout, width = self.layout, SPAN // self.layout.pieces
-        columns = layout.planes * layout.chunk_bytes
-        found = []
-        for column in range(piece * width, (piece + 1) * width, min(width, columns)):
-            chunk, rest = divmod(column, columns)
-            step, count = rest // (4 * layout.planes), min(width, columns) // (4 * layout.planes)
-            for plane in range(layout.planes):
-                first = (chunk * layout.planes + plane) * self.lanes + step
-                found.append((first, first + count))
-        return found
+        width = SPAN // self.layout.pieces
+        count = width // (4 * self.layout.planes)
+        firsts = [self.find_vector(piece * width, p) for p in range(self.layout.planes)]
+        return [(first, first + count) for first in firsts]
 
 
 class Rows(NamedTuple):
@@ -102,23 +106,32 @@ def _load_turned(
     writer: KernelWriter, tile: PackedTile, rows: Rows, span: Any, is_whole: bool
 ) -> list[Any]:
     """Load a span of rows, and return its vectors in the order of the levels."""
-    layout, turned = tile.layout, []
+    layout, columns = tile.layout, 4 * tile.layout.planes
+    turned: list[Any] = [None] * tile.vectors
+    for chunk in range(layout.chunks):
+        for step, vector in enumerate(_turn_chunk(writer, tile, rows, span, chunk, is_whole)):
+            planes = split_planes(writer, layout, vector)
+            for plane, weights in enumerate(planes):
+                column = (chunk * tile.lanes + step) * columns
+                turned[tile.find_vector(column, plane)] = weights
+    return turned
+
+
+def _turn_chunk(
+    writer: KernelWriter, tile: PackedTile, rows: Rows, span: Any, chunk: int, is_whole: bool
+) -> list[Any]:
+    """Load a vector of each row, and return them turned, as they are stored otherwise."""
+    layout = tile.layout
     kind = writer.vector(writer.i8, layout.chunk_bytes)
     wide = writer.vector(writer.i32, tile.lanes)
-    for chunk in range(layout.chunks):
-        offset = writer.add(writer.times(span, SPAN // layout.planes), chunk * layout.chunk_bytes)
-        left = writer.builder.sub(writer.slot("row_bytes"), offset)
-        vectors = []
-        for base in rows.weights:
-            place = writer.address(base, offset)
-            stored = writer.load(place, kind) if is_whole else writer.load_first(place, kind, left)
-            vectors.append(writer.builder.bitcast(stored, wide))
-        planes = [
-            split_planes(writer, layout, writer.builder.bitcast(vector, kind))
-            for vector in transpose(writer, vectors)
-        ]
-        turned += [steps[plane] for plane in range(layout.planes) for steps in planes]
-    return turned
+    offset = writer.add(writer.times(span, SPAN // layout.planes), chunk * layout.chunk_bytes)
+    left = writer.builder.sub(writer.slot("row_bytes"), offset)
+    vectors = []
+    for base in rows.weights:
+        place = writer.address(base, offset)
+        stored = writer.load(place, kind) if is_whole else writer.load_first(place, kind, left)
+        vectors.append(writer.builder.bitcast(stored, wide))
+    return [writer.builder.bitcast(vector, kind) for vector in transpose(writer, vectors)]
 
 
 def _load_piece_scales(
@@ -129,7 +142,7 @@ def _load_piece_scales(
     if size is None:
         return None
     width = SPAN // pieces
-    if size == width and pieces > 1:
+    if size == width:
         return _load_neighbours(writer, tile, rows, writer.times(span, pieces))
     found = []
     for piece in range(pieces):
@@ -177,7 +190,7 @@ def find_line(writer: KernelWriter, tile: PackedTile, token: Any, span: Any) -> 
 
 
 def load_start(writer: KernelWriter, tile: PackedTile, line: Line, piece: int) -> Any:
-    start = writer.load(writer.address(line.notes, 4 + 4 * piece), writer.i32)
+    start = writer.load(writer.address(line.notes, 8 + 4 * piece), writer.i32)
     return writer.splat(start, tile.lanes)
 
 
@@ -197,9 +210,11 @@ def add_piece(writer: KernelWriter, total: Any, before: Any, scale: Any) -> Any:
     return scaled if before is None else writer.fma(number, scale, before)
 
 
-def add_span(writer: KernelWriter, tile: PackedTile, line: Line, inner: Any, before: Any) -> Any:
-    """Return the sum of all spans with one more."""
-    scale = writer.load(writer.address(line.notes), writer.f32)
+def add_half(
+    writer: KernelWriter, tile: PackedTile, line: Line, half: int, inner: Any, before: Any
+) -> Any:
+    """Return the sum of all halves of spans with one more."""
+    scale = writer.load(writer.address(line.notes, 4 * half), writer.f32)
     return writer.fma(inner, writer.splat(scale, tile.lanes), before)
 
 
@@ -252,22 +267,29 @@ def _add_turned(
     turned = _load_turned(writer, tile, rows, span, is_whole)
     scales = _load_piece_scales(writer, tile, rows, span)
     lines = [find_line(writer, tile, writer.const(t), span) for t in range(tile.tokens)]
-    inner: list[Any] = [None] * tile.tokens
-    for piece in range(tile.layout.pieces):
-        positions = [n for run in tile.list_runs(piece) for n in range(*run)]
-        totals = [load_start(writer, tile, line, piece) for line in lines]
-        others = [writer.filled(writer.i32, tile.lanes, 0)] * tile.tokens
-        for position in positions:
-            for t, line in enumerate(lines):
-                levels = _load_levels(writer, tile, line, writer.const(position))
-                totals[t] = add_dot(writer, totals[t], turned[position], levels)
-            # Two sums take turns: one alone would wait for itself.
-            totals, others = others, totals
-        for t in range(tile.tokens):
-            total = writer.builder.add(totals[t], others[t])
-            inner[t] = add_piece(writer, total, inner[t], scales and scales[piece])
-    for t, (variable, line) in enumerate(zip(sums, lines)):
-        variable.set(add_span(writer, tile, line, inner[t], variable.get()))
+    for half in range(2):
+        inner: list[Any] = [None] * tile.tokens
+        for piece in tile.list_pieces(half):
+            totals = _sum_turned(writer, tile, turned, lines, piece)
+            for t, total in enumerate(totals):
+                inner[t] = add_piece(writer, total, inner[t], scales and scales[piece])
+        for variable, line, value in zip(sums, lines, inner):
+            variable.set(add_half(writer, tile, line, half, value, variable.get()))
+
+
+def _sum_turned(
+    writer: KernelWriter, tile: PackedTile, turned: list[Any], lines: list[Line], piece: int
+) -> list[Any]:
+    """Return the integer sums of a piece of a span, one a token."""
+    totals = [load_start(writer, tile, line, piece) for line in lines]
+    others = [writer.filled(writer.i32, tile.lanes, 0)] * tile.tokens
+    for position in (n for run in tile.list_runs(piece) for n in range(*run)):
+        for t, line in enumerate(lines):
+            levels = _load_levels(writer, tile, line, writer.const(position))
+            totals[t] = add_dot(writer, tile.layout, totals[t], turned[position], levels)
+        # Two sums take turns: one alone would wait for itself.
+        totals, others = others, totals
+    return [writer.builder.add(*pair) for pair in zip(totals, others)]
 
 
 def _load_row_scale(writer: KernelWriter, tile: PackedTile, rows: Rows) -> Any:
@@ -401,17 +423,18 @@ def add_to_sums(
     tile: PackedTile,
     panel: Panel,
     line: Line,
-    inner: Any,
+    inner: Sequence[Any],
     where: tuple[Any, Any, int],
 ) -> None:
-    """Add a span of a vector of rows to a token's sums; the first span only writes."""
-    token, span, half = where
-    place = panel_place(writer, tile, panel.sums, token, half)
+    """Add both halves of a span to a token's sums with some rows; the first span only writes."""
+    token, span, vector = where
+    place = panel_place(writer, tile, panel.sums, token, vector)
     before = writer.load(place, writer.vector(writer.f32, tile.lanes))
     is_first = writer.builder.icmp_signed("==", span, writer.const(0))
-    zero = writer.filled(writer.f32, tile.lanes, 0.0)
-    before = writer.builder.select(is_first, zero, before)
-    writer.store(add_span(writer, tile, line, inner, before), place)
+    total = writer.builder.select(is_first, writer.filled(writer.f32, tile.lanes, 0.0), before)
+    for half, value in enumerate(inner):
+        total = add_half(writer, tile, line, half, value, total)
+    writer.store(total, place)
 
 
 def _store_panel(writer: KernelWriter, tile: PackedTile, panel: Panel) -> None:
@@ -442,29 +465,30 @@ def _multiply_part(
             lines = [find_line(writer, tile, number, span) for number in tokens]
             inner = _add_panel(writer, tile, panel, writer.builder.sub(span, first), lines)
             for number, line, row in zip(tokens, lines, inner):
-                for half, value in enumerate(row):
-                    add_to_sums(writer, tile, panel, line, value, (number, span, half))
+                for vector, halves in enumerate(row):
+                    add_to_sums(writer, tile, panel, line, halves, (number, span, vector))
         done = border
 
 
 def _add_panel(
     writer: KernelWriter, tile: PackedTile, panel: Panel, inside: Any, lines: Sequence[Line]
-) -> list[list[Any]]:
-    """Return the inner sums of a span for some tokens and both halves of a panel."""
-    halves = range(tile.width)
-    zero = writer.filled(writer.i32, tile.lanes, 0)
-    totals = [[writer.variable(zero) for _ in halves] for _ in lines]
-    inner: list[list[Any]] = [[None for _ in halves] for _ in lines]
+) -> list[list[list[Any]]]:
+    """Return the inner sums of a span: of some tokens, vectors of rows and halves."""
+    vectors, zero = range(tile.width), writer.filled(writer.i32, tile.lanes, 0)
+    totals = [[writer.variable(zero) for _ in vectors] for _ in lines]
+    inner: list[list[list[Any]]] = [[[None, None] for _ in vectors] for _ in lines]
     for piece in range(tile.layout.pieces):
         for line, row in zip(lines, totals):
             for variable in row:
                 variable.set(load_start(writer, tile, line, piece))
         for run in tile.list_runs(piece):
             _add_run(writer, tile, (panel.turned, inside), run, lines, totals)
-        for half in halves:
-            scale = load_piece_scale(writer, tile, panel, (inside, piece), half)
-            for t, row in enumerate(totals):
-                inner[t][half] = add_piece(writer, row[half].get(), inner[t][half], scale)
+        half = 2 * piece // tile.layout.pieces
+        for vector in vectors:
+            scale = load_piece_scale(writer, tile, panel, (inside, piece), vector)
+            for found, row in zip(inner, totals):
+                before = found[vector][half]
+                found[vector][half] = add_piece(writer, row[vector].get(), before, scale)
     return inner
 
 
@@ -486,7 +510,7 @@ def _add_run(
             for line, row in zip(lines, totals):
                 levels = _load_levels(writer, tile, line, position)
                 for vector, variable in zip(weights, row):
-                    variable.set(add_dot(writer, variable.get(), vector, levels))
+                    variable.set(add_dot(writer, tile.layout, variable.get(), vector, levels))
 
 
 PANELS = KernelSource(SLOTS, write_panels)

@@ -23,7 +23,6 @@ from chatglm.cpu.packed_products import (
     load_start,
     panel_place,
 )
-from chatglm.cpu.rounding import SPAN
 from chatglm.cpu.writer import KernelSource, KernelWriter, Processor
 
 TILE = 16  # rows of a tile, and numbers of 32 bits in each
@@ -47,7 +46,7 @@ def write_tiles(writer: KernelWriter, tile: PackedTile) -> None:
     The rounded input has whole tiles of rows; those behind the tokens may hold anything.
     """
     _configure(writer)
-    sums = writer.reserve(4 * TILE * TILE_BYTES)
+    sums = writer.reserve(2 * PAIR * PAIR * TILE * TILE_BYTES)
     for_each_part(writer, tile, functools.partial(_multiply_part, writer, tile, sums))
     _call(writer, "tilerelease")
 
@@ -95,27 +94,27 @@ def _sum_tiles(
 ) -> None:
     """Sum the products of a span of the panel and some tiles of tokens, and store the sums."""
     (base, inside, pair), (token, span) = part, corner
-    halves = range(PAIR)
-    outputs = [[number * PAIR + half for half in halves] for number in range(count)]
-    for number in (number for row in outputs for number in row):
-        _call(writer, "tilezero", number)
     stride, line = writer.slot("rounded_stride"), PAIR * TILE_BYTES
-    panel_line = writer.const(tile.width * TILE_BYTES)
-    for step in range(SPAN // TILE_BYTES):
-        for half in halves:
-            index = writer.add(writer.times(inside, tile.vectors), step * TILE)
-            place = panel_place(writer, tile, base, index, pair + half)
-            _call(writer, "tileloadd64", 6 + half, place, panel_line)
+    outputs = [[number * PAIR + vector for vector in range(PAIR)] for number in range(count)]
+    for half in range(2):
+        for number in (number for row in outputs for number in row):
+            _call(writer, "tilezero", number)
+        for vector in range(PAIR):
+            index = writer.add(writer.times(inside, tile.vectors), half * TILE)
+            place = panel_place(writer, tile, base, index, pair + vector)
+            _call(writer, "tileloadd64", 6 + vector, place, writer.const(tile.width * TILE_BYTES))
         for number, row in enumerate(outputs):
             levels = find_line(writer, tile, writer.add(token, number * TILE), span).levels
-            place = writer.address(levels, step * TILE_BYTES)
+            place = writer.address(levels, half * TILE_BYTES)
             _call(writer, "tileloadd64", 4 + number, place, stride)
-            for half, output in enumerate(row):
-                _call(writer, "tdpbsud", output, 4 + number, 6 + half)
-    for number, row in enumerate(outputs):
-        for half, output in enumerate(row):
-            place = writer.address(sums, number * TILE * line + half * TILE_BYTES)
-            _call(writer, "tilestored64", output, place, writer.const(line))
+            for vector, output in enumerate(row):
+                _call(writer, "tdpbsud", output, 4 + number, 6 + vector)
+        for number, row in enumerate(outputs):
+            for vector, output in enumerate(row):
+                offset = (half * PAIR + number) * TILE * line + vector * TILE_BYTES
+                _call(
+                    writer, "tilestored64", output, writer.address(sums, offset), writer.const(line)
+                )
 
 
 def _add_sums(
@@ -128,15 +127,18 @@ def _add_sums(
 ) -> None:
     """Add a token's integer sums of a span to its sums so far."""
     first, index, span, inside = place
-    token = writer.add(first, index)
+    token, line_bytes = writer.add(first, index), PAIR * TILE_BYTES
     line, kind = find_line(writer, tile, token, span), writer.vector(writer.i32, TILE)
-    start = load_start(writer, tile, line, 0)
-    for half in range(PAIR):
-        offset = writer.times(index, PAIR * TILE_BYTES)
-        total = writer.load(writer.address(sums, writer.add(offset, half * TILE_BYTES)), kind)
-        scale = load_piece_scale(writer, tile, panel, (inside, 0), pair + half)
-        inner = add_piece(writer, writer.builder.add(total, start), None, scale)
-        add_to_sums(writer, tile, panel, line, inner, (token, span, pair + half))
+    starts = [load_start(writer, tile, line, half) for half in range(2)]
+    for vector in range(PAIR):
+        inner = []
+        for half, start in enumerate(starts):
+            offset = half * PAIR * TILE * line_bytes + vector * TILE_BYTES
+            offset = writer.add(writer.times(index, line_bytes), offset)
+            total = writer.builder.add(writer.load(writer.address(sums, offset), kind), start)
+            scale = load_piece_scale(writer, tile, panel, (inside, half), pair + vector)
+            inner.append(add_piece(writer, total, None, scale))
+        add_to_sums(writer, tile, panel, line, inner, (token, span, pair + vector))
 
 
 TILED = KernelSource(SLOTS, write_tiles)

@@ -13,7 +13,7 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor, nn
 
-from chatglm.cpu.rounding import SPAN, Layout
+from chatglm.cpu.rounding import HALF, Layout
 from chatglm.cpu.runtime import count_threads
 from chatglm.cpu.writer import Processor
 
@@ -62,8 +62,7 @@ class Sizes(NamedTuple):
 
     def lay_out(self) -> Layout:
         """Return a layout for the rounded input."""
-        size = self.group_size or SPAN
-        pieces = next(pieces for pieces in (1, 2, 4) if size * pieces % SPAN == 0)
+        pieces = 2 if (self.group_size or HALF) % HALF == 0 else 4
         return Layout(self.weights.processor, int(self.weights.kind[1:]), pieces)
 
     def count_threads(self, blocks: int) -> int:

@@ -3,7 +3,7 @@
 Owns the layout that the product kernels read, and the kernel that writes it. Knows nothing of
 weights' values.
 
-An input row is rounded in *spans* of 128 columns, with a scale of its own for every span:
+An input row is rounded in halves of *spans*, 64 of 128 columns, with a scale for each:
 
     scale[g] = max_i |x[i]| / 127          levels[i] = round_half_to_even(x[i] / scale[g])
 
@@ -11,11 +11,11 @@ The processors' instructions take the weights unsigned: a stored 4-bit `w` is re
 with some of them an 8-bit one as `w + 128`. What that adds to a sum is known beforehand, and every
 sum starts at minus that, its *start*.
 
-A weight row is read as it is stored, a vector ("chunk") of `4 * lanes` bytes at a time. 4-bit
-chunks hold two *planes*, the even and the odd columns; the levels are kept in planes as well.
+A byte of 4-bit weights holds an even and an odd column. So the levels of each half are kept in
+*planes*: the even columns, then the odd ones; those of 8-bit weights in one.
 
-Layout of a rounded row: the levels of all its spans; then for each span its scale (float32) and the
-starts (int32) of its pieces, which are as wide as the weights' groups, or as the span.
+Layout of a rounded row: the levels of all its spans; then for each span its two scales (float32)
+and the starts (int32) of its pieces: halves, or quarters where weights' groups are that narrow.
 """
 
 from collections.abc import Sequence
@@ -24,8 +24,9 @@ from typing import Any, NamedTuple
 from chatglm.cpu.writer import KernelSource, KernelWriter, Processor
 
 GROUP = 32  # columns whose levels are worked out at once
-SPAN = 128  # columns that share a scale: one vector of 4-bit weights, two of 8-bit ones
-SMALLEST = 1e-36  # a span of smaller numbers becomes zeros: 127 / largest must be finite
+HALF = 64  # columns that share a scale
+SPAN = 2 * HALF  # columns that are loaded at a time: a vector of 4-bit weights, or more vectors
+SMALLEST = 1e-36  # a half of smaller numbers becomes zeros: 127 / largest must be finite
 LINE = 64  # bytes; every row begins with a cache line
 
 
@@ -35,12 +36,12 @@ class Layout(NamedTuple):
     Attributes:
         processor: whose vectors they fit.
         bits: of the weights.
-        pieces: of a span, which have a start each: 1, 2 or 4.
+        pieces: of a span, which have a start each: 2 or 4.
     """
 
     processor: Processor
     bits: int
-    pieces: int = 1
+    pieces: int = 2
 
     @property
     def planes(self) -> int:
@@ -59,8 +60,8 @@ class Layout(NamedTuple):
 
     @property
     def note_bytes(self) -> int:
-        """Bytes of what is noted of a span: scale and starts."""
-        return 4 + 4 * self.pieces
+        """Bytes of what is noted of a span: scales and starts."""
+        return 8 + 4 * self.pieces
 
     @property
     def offset(self) -> int:
@@ -102,17 +103,21 @@ def _round_span(
     places: tuple[Any, Any],
     is_whole: bool,
 ) -> None:
-    """Round one span, and note its scale and starts."""
+    """Round one span, and note its scales and starts."""
     target, notes = places
-    numbers = [_load_numbers(writer, source, column, is_whole) for column in range(0, SPAN, GROUP)]
-    levels, scale = _round_group(writer, numbers)
-    for group, vector in enumerate(levels):
+    found = []
+    for half in range(2):
+        columns = range(half * HALF, (half + 1) * HALF, GROUP)
+        numbers = [_load_numbers(writer, source, column, is_whole) for column in columns]
+        levels, scale = _round_group(writer, numbers)
+        writer.store(scale, writer.address(notes, 4 * half))
+        found += levels
+    for group, vector in enumerate(found):
         _store_levels(writer, layout, target, group, vector)
-    writer.store(scale, writer.address(notes))
-    count = len(levels) // layout.pieces
+    count = len(found) // layout.pieces
     for piece in range(layout.pieces):
-        start = _find_start(writer, layout, levels[piece * count : (piece + 1) * count])
-        writer.store(start, writer.address(notes, 4 + 4 * piece))
+        start = _find_start(writer, layout, found[piece * count : (piece + 1) * count])
+        writer.store(start, writer.address(notes, 8 + 4 * piece))
 
 
 def _load_numbers(
@@ -157,13 +162,13 @@ def _round_group(writer: KernelWriter, numbers: Sequence[Any]) -> tuple[list[Any
 def _store_levels(
     writer: KernelWriter, layout: Layout, target: Any, group: int, levels: Any
 ) -> None:
-    """Store 32 levels into the planes of their chunk."""
+    """Store 32 levels into the planes of their half."""
     narrow = writer.builder.trunc(levels, writer.vector(writer.i8, GROUP))
-    chunk, column = divmod(group * GROUP, layout.planes * layout.chunk_bytes)
+    half, column = divmod(group * GROUP, HALF)
     for plane in range(layout.planes):
         picked = writer.shuffle(narrow, range(plane, GROUP, layout.planes))
-        offset = (chunk * layout.planes + plane) * layout.chunk_bytes
-        writer.store(picked, writer.address(target, offset + column // layout.planes))
+        offset = half * HALF + (plane * HALF + column) // layout.planes
+        writer.store(picked, writer.address(target, offset))
 
 
 def _find_start(writer: KernelWriter, layout: Layout, levels: Sequence[Any]) -> Any:
