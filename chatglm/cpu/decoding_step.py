@@ -394,10 +394,11 @@ class StepProgram:
 
         Every layer has the same number of columns then.
         """
+        lines = 1 if rows[0].is_causal else len(rows)  # of each cache
         return hidden_states.shape[2] == self._hidden and all(
             states.dtype == hidden_states.dtype
             and is_plain(states)
-            and states.shape == (len(states), self.heads, row.past, self.head_dim)
+            and states.shape == (lines, self.heads, row.past, self.head_dim)
             for row in rows
             if row.line == 0
             for layer in row.layers

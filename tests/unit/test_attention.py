@@ -81,7 +81,7 @@ def test_hidden_states_are_batch_first(tiny_model: Any) -> None:
     assert [tuple(state.shape) for state in states] == [(2, 9, 64)] * 4
     assert torch.equal(states[0], base.word_embeddings(torch.tensor(ROWS[:1] * 2)))
     assert torch.equal(states[-1], forward(base, ROWS[:1] * 2).last_hidden_state)
-    assert torch.equal(tiny_model.lm_head(states[-1]), outputs.logits)
+    assert_near(tiny_model.lm_head(states[-1]), outputs.logits)  # a graph's product is torch's
     assert not torch.allclose(states[-2], states[-1])
 
 

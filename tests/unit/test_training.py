@@ -252,7 +252,8 @@ def test_resizing_keeps_the_tie(tied: bool) -> None:
     assert head.weight.shape == embeddings.weight.shape == (330, 64)
     assert (head.weight is embeddings.weight) is tied
     assert model.config.vocab_size == 330
-    assert torch.equal(model(ROWS).logits[..., :320], expected)
+    with torch.no_grad():
+        assert torch.equal(model(ROWS).logits[..., :320], expected)
     assert model(torch.tensor([[5, 325, GMASK, SOP]])).logits.shape[-1] == 330
     model(**BATCH).loss.backward()
     assert embeddings.weight.grad.shape == (330, 64)
