@@ -160,7 +160,8 @@ class SelfAttention(nn.Module):
     ) -> tuple[Tensor, Tensor | None]:
         """Return the attended `(B, S, H)` and, if asked for, the weights `(B, N, S, K)`."""
         places = attention_mask, position_embeddings, prefix_states, past_key_values
-        mix = attend_rows if isinstance(past_key_values, RowCaches) else SelfAttention.mix
+        is_of_rows = isinstance(past_key_values, RowCaches)
+        mix: Any = attend_rows if is_of_rows else SelfAttention.mix
         attn_output, attn_weights = mix(
             self, self.query_key_value(hidden_states), *places, output_attentions, cache_position
         )

@@ -43,7 +43,7 @@ class Row:
         self.input_ids = _drop_pads(list(input_ids), network.special_ids.pad)
         self.prompt_length = len(self.input_ids)
         self._is_own = cache is None
-        self._cache = ChatGLMCache() if cache is None else _check_cache(cache)
+        self._cache: Any = ChatGLMCache() if cache is None else _check_cache(cache)
         self._network = network
         self._places = RowPlaces(network.special_ids, network.config.num_positions)
         self._places.note(self.input_ids, 0)

@@ -354,14 +354,14 @@ def for_each_part(
     """
     at, size = writer.slot, tile.width * 4 * tile.lanes
     sizes = PART_SPANS * tile.vectors, PART_SPANS * tile.layout.pieces, MOST_TOKENS
-    places = [writer.reserve(count * size) for count in sizes]
+    turned, scales, sums = (writer.reserve(count * size) for count in sizes)
     with writer.parallel_for(at("blocks")) as block:
         begin = writer.times(block, tile.width * tile.lanes)
         halves = [
             find_rows(writer, tile, writer.add(begin, half * tile.lanes))
             for half in range(tile.width)
         ]
-        panel = Panel(*places, halves)
+        panel = Panel(turned, scales, sums, halves)
         with writer.loop(writer.const(0), at("spans"), PART_SPANS) as first:
             stop = writer.smaller(writer.add(first, PART_SPANS), at("spans"))
             _fill_part(writer, tile, panel, first, stop)
