@@ -24,6 +24,7 @@ COMMANDS = {
     "adopt": ("chatglm.adopting.command", "have a folder of 2023 load in today's transformers"),
     "quantize": ("chatglm.converting.quantize", "write a model folder with 4-bit or 8-bit weights"),
     "merge": ("chatglm.converting.merge", "write a model folder with a LoRA adapter in it"),
+    "export-tokenizer": ("chatglm.exporting.command", "write a tokenizer.json for other programs"),
     "train": ("chatglm.training.command", "fine-tune or align a model, a stage at a time"),
     "data": ("chatglm.previewing.command", "show how rows are read and what a training learns"),
     "publish": ("chatglm.publishing.publish", "put a model folder on the Hugging Face Hub"),

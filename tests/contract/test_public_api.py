@@ -305,6 +305,13 @@ ADOPT_OPTIONS: dict[str, tuple[Any, Any]] = {
     "--safetensors": (None, False),
     "--ptuning": ("DIR", None),
 }
+EXPORT_OPTIONS: dict[str, tuple[Any, Any]] = {
+    "DIR": ("DIR", None),
+    "--model": ("FOLDER", None),
+    "--check": ("FILE", None),
+    "--trust-folder-code": (None, False),
+    "--verify": (None, False),
+}
 MERGE_OPTIONS: dict[str, tuple[Any, Any]] = {
     "SRC": ("SRC", None),
     "DST": ("DST", None),
@@ -420,6 +427,7 @@ def test_the_commands_are_frozen() -> None:
         "chat",
         "check",
         "data",
+        "export-tokenizer",
         "merge",
         "publish",
         "quantize",
@@ -434,11 +442,12 @@ def test_the_commands_are_frozen() -> None:
         ("benching.command", BENCH_OPTIONS),
         ("serving.chat", CHAT_OPTIONS),
         ("checking.command", CHECK_OPTIONS),
+        ("exporting.command", EXPORT_OPTIONS),
         ("converting.merge", MERGE_OPTIONS),
         ("publishing.publish", PUBLISH_OPTIONS),
         ("converting.quantize", QUANTIZE_OPTIONS),
     ],
-    ids=["adopt", "bench", "chat", "check", "merge", "publish", "quantize"],
+    ids=["adopt", "bench", "chat", "check", "export-tokenizer", "merge", "publish", "quantize"],
 )
 def test_the_options_of_the_commands_are_frozen(
     module: str, expected: dict[str, tuple[Any, Any]]

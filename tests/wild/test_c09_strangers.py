@@ -31,6 +31,7 @@ def list_commands(folder: Path) -> dict[str, list[str]]:
         "train sft": ["train", "sft", str(folder), *train],
         "train ptuning": ["train", "ptuning", "--model", str(folder), *train],
         "train reward": ["train", "reward", str(folder), *train],
+        "export-tokenizer": ["export-tokenizer", out, "--model", str(folder)],
         "bench": ["bench", str(folder), "--device", "cpu"],
         "publish": ["publish", str(folder), "--repo", "you/model", "--dry-run"],
     }

@@ -1,0 +1,1 @@
+"""`chatglm export-tokenizer`: the vocabulary as programs of other kinds read it."""
