@@ -5,13 +5,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from chatglm_6b.tokenization_chatglm import ChatGLMTokenizer
 from conftest import ROOT, SHARED
 from tokenizers import Tokenizer
 from transformers import AutoTokenizer
 
 pytest.importorskip("chatglm", reason="the model's files alone")
-
-from chatglm.model.tokenization_chatglm import ChatGLMTokenizer
 
 from chatglm import cli
 from chatglm.door import package_code
