@@ -28,8 +28,8 @@ from chatglm.cpu.attention import (
 )
 from chatglm.cpu.compiler import find_compiler, find_kernel
 from chatglm.cpu.elementwise import BIAS, GELU, NORM, Width
-from chatglm.cpu.float_linear import ExactProduct, TileProduct
-from chatglm.cpu.linear import PANEL_TOKENS, RoundedProduct, plan_product
+from chatglm.cpu.float_linear import EXACT_TOKENS, ExactProduct, TileProduct
+from chatglm.cpu.linear import RoundedProduct, plan_product
 from chatglm.cpu.products import TYPE_NAMES, Sizes, Weights, are_matrices, is_plain, wants_graph
 from chatglm.cpu.runtime import Call
 from chatglm.cpu.step_graph import StepGraph, can_run
@@ -88,7 +88,7 @@ def decode_step(
         return None
     kind = TYPE_NAMES.get(hidden_states.dtype)
     rows = list_rows(past_key_values, len(stack), hidden_states)
-    if kind is None or rows is None or sum(row.count for row in rows) >= PANEL_TOKENS:
+    if kind is None or rows is None or sum(row.count for row in rows) > EXACT_TOKENS:
         return None
     if wants_graph(hidden_states, stack[0].input_layernorm.weight) or not can_run():
         return None

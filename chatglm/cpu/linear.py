@@ -27,6 +27,7 @@ from chatglm.cpu.packed_products import PANELS, TURNED, PackedTile
 from chatglm.cpu.packed_tiles import TILE, TILED, WIDTH, has_tiles
 from chatglm.cpu.products import (
     BLOCK_BYTES,
+    PART_TOKENS,
     TYPE_NAMES,
     Product,
     Sizes,
@@ -41,7 +42,6 @@ from chatglm.cpu.writer import KernelSource, Processor
 
 MOST_TURNED = 8  # tokens, beyond which weights that were turned are kept for the others
 LEAST_TILED = 9  # tokens, from which a kernel of tiles is the faster one
-PANEL_TOKENS = 65  # as many as a decoding step takes at most, and one
 
 
 class RoundedProduct:
@@ -90,13 +90,14 @@ def plan_product(sizes: Sizes, activations: str) -> Product | None:
 
 def _plan_rounded(sizes: Sizes) -> Product | None:
     """Choose the kernel by the number of tokens; the result is the same."""
-    layout, source = sizes.lay_out(), _choose_kernel(sizes)
+    layout = sizes.lay_out()
+    source = _choose_kernel(sizes, layout)
     is_few, lanes = source is TURNED, layout.processor.lanes
     width = WIDTH if source is TILED else 2
     block_rows = lanes * (1 if is_few else width)
     tile = PackedTile(
         layout,
-        sizes.tokens if is_few else 0,
+        sizes.tokens if is_few else PART_TOKENS,  # whose sums with a panel a thread has room for
         sizes.weights.scale_type,
         sizes.group_size,
         is_ragged=sizes.rows % block_rows != 0,
@@ -123,9 +124,9 @@ def _plan_rounded(sizes: Sizes) -> Product | None:
     return RoundedProduct(sizes, layout, call)
 
 
-def _choose_kernel(sizes: Sizes) -> KernelSource:
+def _choose_kernel(sizes: Sizes, layout: Layout) -> KernelSource:
     """Return what is fastest for so many tokens."""
-    has_pieces = sizes.lay_out().pieces > 2  # narrower than a tile
+    has_pieces = layout.pieces > 2  # narrower than a tile
     if sizes.tokens >= LEAST_TILED and not has_pieces and has_tiles(sizes.weights.processor):
         return TILED
     return TURNED if sizes.tokens <= MOST_TURNED else PANELS

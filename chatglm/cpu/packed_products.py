@@ -26,7 +26,6 @@ from chatglm.cpu.writer import KernelSource, KernelWriter
 PREFETCH = 256  # bytes ahead of the weights being read, in every row
 PART_SPANS = 4  # of a panel: the first cache holds it beside the input
 TILE_TOKENS = (8, 4, 2, 1)  # that are multiplied by a panel at once
-MOST_TOKENS = 512  # whose sums with a panel the second cache holds
 
 
 class PackedTile(NamedTuple):
@@ -34,7 +33,7 @@ class PackedTile(NamedTuple):
 
     Attributes:
         layout: of the rounded input.
-        tokens: input rows that are multiplied at once; 0 for as many as there are.
+        tokens: input rows: of TURNED all of them, of the other kernels the most.
         scale_type: "f16" or "f32".
         group_size: columns that share a weight scale, or None for whole rows.
         is_ragged: whether the last vector of weight rows has fewer than the others.
@@ -182,6 +181,7 @@ class Line(NamedTuple):
 
 
 def find_line(writer: KernelWriter, tile: PackedTile, token: Any, span: Any) -> Line:
+    """Return where a span of an input row stands."""
     at = writer.slot
     base = writer.add(at("rounded"), writer.times(token, at("rounded_stride")))
     notes = writer.add(base, writer.times(at("spans"), SPAN))
@@ -190,6 +190,7 @@ def find_line(writer: KernelWriter, tile: PackedTile, token: Any, span: Any) -> 
 
 
 def load_start(writer: KernelWriter, tile: PackedTile, line: Line, piece: int) -> Any:
+    """Return what the integer sums of a piece begin at."""
     start = writer.load(writer.address(line.notes, 8 + 4 * piece), writer.i32)
     return writer.splat(start, tile.lanes)
 
@@ -206,8 +207,9 @@ def add_piece(writer: KernelWriter, total: Any, before: Any, scale: Any) -> Any:
     number = writer.builder.sitofp(total, writer.vector(writer.f32, total.type.count))
     if scale is None:
         return number
-    scaled = writer.builder.fmul(number, scale)
-    return scaled if before is None else writer.fma(number, scale, before)
+    if before is None:
+        return writer.builder.fmul(number, scale)
+    return writer.fma(number, scale, before)
 
 
 def add_half(
@@ -353,7 +355,7 @@ def for_each_part(
             the one behind its last.
     """
     at, size = writer.slot, tile.width * 4 * tile.lanes
-    sizes = PART_SPANS * tile.vectors, PART_SPANS * tile.layout.pieces, MOST_TOKENS
+    sizes = PART_SPANS * tile.vectors, PART_SPANS * tile.layout.pieces, tile.tokens
     turned, scales, sums = (writer.reserve(count * size) for count in sizes)
     with writer.parallel_for(at("blocks")) as block:
         begin = writer.times(block, tile.width * tile.lanes)

@@ -590,7 +590,7 @@ def refuse(*_: Any, **__: Any) -> None:
 def list_kernels(processor: Processor) -> list[tuple[Any, Any]]:
     """Return one kernel of every kind, with what it is compiled for on a processor."""
     few = packed_products.PackedTile(rounding.Layout(processor, 8, 4), 1, "f16", 32, True)
-    many = packed_products.PackedTile(rounding.Layout(processor, 4), 0, "f16")
+    many = packed_products.PackedTile(rounding.Layout(processor, 4), 512, "f16")
     return [
         (rounding.ROUNDING, few.layout),
         (packed_products.TURNED, few),
