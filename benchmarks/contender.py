@@ -6,7 +6,8 @@ python -m benchmarks.contender [--bits 4] [--dtype float32] [--layers 28] [--alo
 
 import argparse
 import os
-from collections import Counter
+import time
+from collections import Counter, deque
 from collections.abc import Sequence
 from contextlib import nullcontext
 from typing import Any
@@ -26,7 +27,6 @@ from benchmarks.full_size import (
 )
 from benchmarks.serving import serve
 from chatglm.benching.measuring import (
-    TokenClock,
     count_position_bytes,
     count_step_bytes,
     draw_prompt,
@@ -35,6 +35,7 @@ from chatglm.benching.measuring import (
     time_tokens,
 )
 from chatglm.benching.rows import make_row, time_products, time_rows
+from chatglm.model_modules import import_model_module
 
 
 class Contender:
@@ -104,14 +105,17 @@ class Contender:
             text: of the prompt, one of `copying.TEXTS`.
             drafts: tokens that are looked up at once; 0 for none.
         """
-        prompt = draw_text(self.model, context, text, self.period)
-        options = {"prompt_lookup_num_tokens": drafts} if drafts else {}
-        clock = TokenClock()
-        output = self.model.generate(
-            prompt, do_sample=False, max_new_tokens=tokens + 1, streamer=clock, **options
-        )
+        prompt = draw_text(self.model, context, text, self.period)[0].tolist()
+        options: dict[str, Any] = {"do_sample": False, "max_new_tokens": tokens + 1}
+        if drafts:
+            options["prompt_lookup_num_tokens"] = drafts
+        decoding = import_model_module(self.model, "decoding_chatglm")
+        stream = decoding.stream_answer(self.model, prompt, options)
         # The first token comes with the prompt, whose time is not what is asked for.
-        return {"seconds": clock.times[-1] - clock.times[1], "ids": output[0, context:].tolist()}
+        next(stream)
+        began = time.perf_counter()
+        last = deque(stream, maxlen=1).pop()
+        return {"seconds": time.perf_counter() - began, "ids": last.answer_ids}
 
 
 def main() -> None:

@@ -159,7 +159,8 @@ def tiny_repo(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def quick_python() -> Iterator[str]:
     """A Python that runs a command without importing the libraries first: see `forking`."""
-    if not forking.IS_SUPPORTED:
+    # Libraries that may choose how many threads they want start them while they are imported.
+    if not forking.IS_SUPPORTED or os.environ.get("OMP_NUM_THREADS") != "1":
         yield sys.executable
         return
     server = forking.ForkServer(LIBRARIES)

@@ -6,7 +6,6 @@ time. Steps are greedy, by `decode_rows`. Does not know where a model comes from
 Shapes: `N` rows, `S` tokens of a context.
 """
 
-import importlib
 import time
 from collections.abc import Sequence
 from typing import Any, cast
@@ -15,12 +14,7 @@ import torch
 from torch import nn
 
 from chatglm.benching.measuring import add_states, draw_prompt
-
-
-def import_rows(model: Any) -> Any:
-    """Return the rows of the model's own files, of which a process may hold several copies."""
-    package = type(model).__module__.rpartition(".")[0]
-    return importlib.import_module(f"{package}.rows_chatglm")
+from chatglm.model_modules import import_model_module
 
 
 def make_row(model: Any, context: int) -> Any:
@@ -30,7 +24,11 @@ def make_row(model: Any, context: int) -> Any:
         ValueError: for a context shorter than a prompt can be.
     """
     prompt = draw_prompt(model, context)[0]
-    row = import_rows(model).PromptReading(model, cast(Any, prompt).tolist()).row
+    row = (
+        import_model_module(model, "rows_chatglm")
+        .PromptReading(model, cast(Any, prompt).tolist())
+        .row
+    )
     add_states(model, row.cache, context)
     return row
 
@@ -43,7 +41,7 @@ def time_rows(model: Any, rows: Sequence[Any], tokens: int) -> list[float]:
         rows: of `make_row`.
         tokens: that each row gets; one before them finds the processor's caches cold.
     """
-    decode_rows = import_rows(model).decode_rows
+    decode_rows = import_model_module(model, "rows_chatglm").decode_rows
     lengths = [len(row.input_ids) for row in rows]
     for row in rows:
         row.append(row.input_ids[0])
@@ -89,4 +87,4 @@ def _list_products(block: Any, config: Any) -> list[tuple[nn.Module, int]]:
     return [*layers, (mlp.dense_4h_to_h, config.inner_hidden_size)]
 
 
-__all__ = ["import_rows", "make_row", "time_products", "time_rows"]
+__all__ = ["make_row", "time_products", "time_rows"]

@@ -8,6 +8,7 @@ import torch
 from benchmarks.contender import Contender
 from benchmarks.full_size import Recipe
 from chatglm.benching import rows
+from chatglm.model_modules import import_model_module
 
 
 @pytest.fixture(scope="module")
@@ -17,7 +18,8 @@ def contender() -> Contender:
 
 def test_a_made_row_decodes_as_one_whose_prompt_was_read(contender: Contender) -> None:
     """Its states are random, and as many and as wide as those of a prompt."""
-    made, module = rows.make_row(contender.model, 12), rows.import_rows(contender.model)
+    made = rows.make_row(contender.model, 12)
+    module = import_model_module(contender.model, "rows_chatglm")
     read, _ = module.read_prompt(contender.model, made.input_ids)
     assert (made.num_cached, made.prompt_length) == (12, 12)
     for layer, other in zip(made.cache.layers, read.cache.layers):
