@@ -6,7 +6,8 @@ import subprocess
 from pathlib import Path
 
 import pytest
-from chatglm_6b.quantization_cuda import SOURCE, Variant, compile_source
+from chatglm_6b.quantization_cuda_source import SOURCE, Variant
+from chatglm_6b.quantization_nvrtc import compile_source
 from ptx.cases import NEWER, OLDER
 from ptx.driver import NVCC, NvccAsNvrtc, list_nvcc_architectures
 

@@ -10,7 +10,9 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 from chatglm_6b.quantization import dequantize_weight
-from chatglm_6b.quantization_cuda import SCALE_DTYPES, SOURCE, CudaKernels, KernelError, load_nvrtc
+from chatglm_6b.quantization_cuda import SCALE_DTYPES, CudaKernels
+from chatglm_6b.quantization_cuda_source import SOURCE
+from chatglm_6b.quantization_nvrtc import KernelError, load_nvrtc
 from torch import Tensor
 
 from .driver import NVCC, STREAM, DeviceMemory, NvccAsNvrtc, SimulatedDriver

@@ -18,11 +18,11 @@ import pytest
 import torch
 from chatglm_6b import quantization, quantization_cuda
 from chatglm_6b.quantization import dequantize_weight, quantized_linear
-from chatglm_6b.quantization_cuda import (
-    SOURCE,
-    CudaKernels,
+from chatglm_6b.quantization_cuda import CudaKernels, find_kernels
+from chatglm_6b.quantization_cuda_source import SOURCE
+from chatglm_6b.quantization_nvrtc import (
     KernelError,
-    find_kernels,
+    compile_source,
     list_nvrtc_files,
     load_nvrtc,
 )
@@ -627,9 +627,7 @@ def test_real_nvrtc_compiles_what_the_simulator_runs() -> None:
     with simulate(nvrtc=nvrtc) as machine:
         assert_dequantizes(machine.kernels, SMALL_CASES[0])
         assert_multiplies(machine.kernels, SMALL_CASES[0], 1)
-    code = quantization_cuda.compile_source(
-        nvrtc, SOURCE, 80, ["-DBITS=4", "-DBFLOAT16=1", "-DGROUPED=1"]
-    )
+    code = compile_source(nvrtc, SOURCE, 80, ["-DBITS=4", "-DBFLOAT16=1", "-DGROUPED=1"])
     assert code.startswith(b"\x7fELF")
     with pytest.raises(KernelError, match=r"NVRTC failed with error 6: .*wrong.*undefined"):
-        quantization_cuda.compile_source(nvrtc, "__global__ void error() { wrong(); }", 80, [])
+        compile_source(nvrtc, "__global__ void error() { wrong(); }", 80, [])

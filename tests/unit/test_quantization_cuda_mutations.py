@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 import pytest
 import torch
-from chatglm_6b.quantization_cuda import SOURCE
+from chatglm_6b.quantization_cuda_source import SOURCE
 from ptx.cases import WIDE, Case, assert_dequantizes, assert_multiplies, simulate
 
 HALF, BFLOAT = torch.float16, torch.bfloat16
