@@ -1,11 +1,17 @@
 """Run by torchrun on two or three CPU processes: what `tp_plan="auto"` makes of a model folder.
 
-Writes a JSON file of what the first process found, or of the errors of all of them.
+Each process writes a JSON file of what it found, or of its errors, and leaves when all have
+written. None of them talks to another at the end, or leaves while another may still want to: what
+gloo's threads make of a peer that is gone can abort a process whose work is done.
 """
 
+import datetime
+import faulthandler
 import json
 import os
 import sys
+import time
+import traceback
 import warnings
 from pathlib import Path
 from typing import Any
@@ -42,24 +48,43 @@ def compare(folder: str, options: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def main(file: str, jobs: str) -> None:
+TIMEOUT = 120  # seconds: of one exchange between processes, and of the wait for the last report
+
+
+def wait_for_all(folder: Path, processes: int) -> None:
+    """Return when every process has written its report, or after a time."""
+    end = time.monotonic() + TIMEOUT
+    while len(list(folder.glob("*.json"))) < processes and time.monotonic() < end:
+        time.sleep(0.01)
+
+
+def main(folder: str, jobs: str) -> None:
     warnings.filterwarnings("ignore", "Passing `tp_plan`")
     reports = []
-    for folder, options in json.loads(jobs):
+    for model, options in json.loads(jobs):
         try:
-            reports.append(compare(folder, options))
+            reports.append(compare(model, options))
         except Exception as error:
             reports.append({"error": type(error).__name__, "message": str(error)})
-    gathered: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(gathered, reports)
-    if dist.get_rank() == 0:
-        Path(file).write_text(json.dumps(gathered))
-    dist.barrier()
-    # What torch keeps of a process group may abort a process at its end, when all is done.
+    part = Path(folder, f"{dist.get_rank()}.part")
+    part.write_text(json.dumps(reports))
+    part.rename(part.with_suffix(".json"))  # is whole as soon as it is there
+    wait_for_all(part.parent, dist.get_world_size())
+
+
+def leave(code: int) -> None:
+    """End without torch's own end of a process group, which may abort, whatever has happened."""
+    sys.stdout.flush()
     sys.stderr.flush()
-    os._exit(0)
+    os._exit(code)
 
 
 if __name__ == "__main__":
-    dist.init_process_group("gloo")
-    main(*sys.argv[1:])
+    faulthandler.enable()  # an abort says where
+    try:
+        dist.init_process_group("gloo", timeout=datetime.timedelta(seconds=TIMEOUT))
+        main(*sys.argv[1:])
+    except BaseException:
+        traceback.print_exc()
+        leave(1)
+    leave(0)
