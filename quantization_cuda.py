@@ -13,17 +13,19 @@ with 4 bits, `G` groups: `I / group`.
 """
 
 import ctypes
-from collections.abc import Callable
+import os
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 from transformers.utils import logging
 
-from .quantization_cuda_source import SOURCE, THREADS, WARPS, Variant
+from .quantization_cuda_source import MODULES, SOURCES, THREADS, WARPS, Variant
 from .quantization_nvrtc import (
     KernelError,
     check_driver,
+    choose_architecture,
     compile_source,
     load_driver,
     load_nvrtc,
@@ -31,22 +33,35 @@ from .quantization_nvrtc import (
 
 logger = logging.get_logger(__name__)
 
-# Beyond this many rows one dequantized copy and a matrix product of cuBLAS move fewer bytes.
+# Up to how many rows a product is taken without a matrix in memory: by `multiply_NxN`, and by
+# tensor cores. Beyond, one dequantized copy and a matrix product of cuBLAS move fewer bytes.
 MAX_ROWS = 8
+MAX_TENSOR_ROWS = 64
+# How many blocks a grid may have along y, which counts rows of the input.
+MAX_BLOCKS = 65535
+# The first architecture with tensor cores for a dtype, and the columns that one step takes.
+TENSOR_ARCHITECTURES = {torch.float16: 75, torch.bfloat16: 80}
+TENSOR_COLUMNS = 32
+TENSOR_FEATURES = 16
+# "alone": a row's product has the same bits whatever the number of rows beside it.
+ROWS_VARIABLE, ROWS_MODES = "CHATGLM_CUDA_ROWS", ("fast", "alone")
 GROUP_SIZES = (32, 64, 128)
 WIDE_BYTES = 16  # what a thread of `multiply_NxN` loads at once
 WIDE_COLUMNS = 8  # what a thread of `dequantize_wide` makes
+NUM_REGISTERS = 4  # what the driver calls CU_FUNC_ATTRIBUTE_NUM_REGS
 # The dtype of the scales for each dtype of the input: bfloat16 would lose bits of them.
 SCALE_DTYPES = {torch.float16: torch.float16, torch.bfloat16: torch.float32}
 
 
 class CudaKernels:
-    """The kernels of one device: built when first used, given up when they first fail.
+    """The kernels of one device: built when first used, each given up when it first fails.
 
     Both products return None for what they do not compute: other dtypes than half with half scales
     and bfloat16 with float32 scales, other groups than of 32, 64 or 128 columns, tensors on
-    different devices, shapes that do not fit together, empty results; and anything at all after a
-    failure. The log says once which dtypes have no kernel, or what failed; torch computes then.
+    different devices, shapes that do not fit together, empty results; and whatever a kernel would
+    compute that has failed before. The log says once which dtypes have no kernel, and what failed;
+    torch computes then. A module that cannot be built or loaded takes its kernels with it, a
+    context that cannot be entered takes all of them.
 
     Args:
         driver: the driver's library, or what stands in for it.
@@ -55,7 +70,9 @@ class CudaKernels:
         capability: of the device, 10 * major + minor.
         multiprocessors: how many the device has.
         get_stream: returns the handle of the stream to launch on.
-        source: of the kernels.
+        sources: of the modules of kernels.
+        is_alone: whether a row's product shall not depend on how many rows there are: then one kind
+            of kernel computes any number of them.
 
     Raises:
         KernelError: if the driver does not give the device's context.
@@ -69,15 +86,19 @@ class CudaKernels:
         capability: int,
         multiprocessors: int,
         get_stream: Callable[[], int],
-        source: str = SOURCE,
+        sources: Mapping[str, str] = SOURCES,
+        is_alone: bool = False,
     ) -> None:
         self._driver, self._nvrtc = driver, nvrtc
         self._index, self._capability = index, capability
-        self._multiprocessors, self._get_stream, self._source = multiprocessors, get_stream, source
-        self._modules: dict[Variant, ctypes.c_void_p] = {}
+        self._multiprocessors, self._get_stream = multiprocessors, get_stream
+        self._sources, self._is_alone = sources, is_alone
+        self._loaded: set[tuple[Variant, str]] = set()  # modules of variants
         self._functions: dict[tuple[Variant, str], ctypes.c_void_p] = {}
-        self._has_failed = False
+        # What is given up: a kernel of a variant, a module of it, or everything.
+        self._failed: set[tuple[Variant, str] | None] = set()
         self._declined: set[str] = set()
+        self._architecture: int | None = None
         # Torch's own context, which lives as long as the process does: never released here.
         self._context = ctypes.c_void_p()
         device = ctypes.c_int()
@@ -92,10 +113,11 @@ class CudaKernels:
         bits: int,
         activations: str = "exact",
     ) -> Tensor | None:
-        """Return `input @ W.T` of at most 8 rows, without ever making the matrix `W`.
+        """Return `input @ W.T` of few rows, without ever making the matrix `W`.
 
-        Any shape, stride and alignment is computed; the fast kernels want rows of weights of a
-        multiple of 16 bytes, and both matrices to begin at one.
+        Up to 8 rows of any shape, stride and alignment are computed; the fast kernels want rows of
+        weights of a multiple of 16 bytes, and both matrices to begin at one. Tensor cores compute 9
+        to 64 rows, where the device has them for the dtype, and want a multiple of 32 columns too.
 
         Args:
             input: `(..., I)`, half or bfloat16, `M` rows in all.
@@ -105,24 +127,28 @@ class CudaKernels:
             activations: not asked: the input is never rounded here.
 
         Returns:
-            `(..., O)` in the input's dtype, summed in float32; None for more than 8 rows.
+            `(..., O)` in the input's dtype, summed in float32; None for other numbers of rows.
         """
         in_features = input.shape[-1]
         num_rows = input.numel() // max(in_features, 1)
         group = self._find_group(weight, weight_scale, bits, input.dtype)
-        if group is None or not 0 < num_rows <= MAX_ROWS or input.device != weight.device:
+        if group is None or num_rows == 0 or input.device != weight.device:
             return None
         if in_features != weight.shape[1] * 8 // bits:
             return None
+        if num_rows > MAX_ROWS and not self._takes_many(num_rows, input.dtype):
+            return None
         tensors = [tensor.contiguous() for tensor in (input, weight, weight_scale)]
-        output = input.new_empty(*input.shape[:-1], weight.shape[0])
         is_wide = weight.shape[1] % WIDE_BYTES == 0 and all(
             tensor.data_ptr() % WIDE_BYTES == 0 for tensor in tensors[:2]
         )
-        name, grid = self._plan_multiply(num_rows, weight.shape[0], is_wide)
+        plan = self._plan(num_rows, weight.shape[0], in_features, is_wide, input.dtype)
+        if plan is None:
+            return None
+        output = input.new_empty(*input.shape[:-1], weight.shape[0])
         sizes = (num_rows, weight.shape[0], in_features, group.bit_length() - 1)
         variant = _choose_variant(bits, input.dtype, weight_scale)
-        return output if self._launch(variant, name, grid, (*tensors, output, *sizes)) else None
+        return output if self._launch(variant, *plan, (*tensors, output, *sizes)) else None
 
     def dequantize(
         self, weight: Tensor, weight_scale: Tensor, bits: int, dtype: torch.dtype
@@ -158,7 +184,7 @@ class CudaKernels:
         self, weight: Tensor, weight_scale: Tensor, bits: int, dtype: torch.dtype
     ) -> int | None:
         """Return the columns that share a scale, or None for what the kernels do not compute."""
-        if self._has_failed or bits not in (4, 8) or weight.dim() != 2 or not weight.numel():
+        if None in self._failed or bits not in (4, 8) or weight.dim() != 2 or not weight.numel():
             return None
         if weight.dtype != torch.int8 or self._declines(dtype, weight_scale.dtype):
             return None
@@ -180,10 +206,44 @@ class CudaKernels:
             _report(self._index, f"there is no kernel for {dtypes}; {remedy}")
         return True
 
+    def _has_tensor_cores(self, dtype: torch.dtype) -> bool:
+        """Tell whether kernels for tensor cores are compiled for this device."""
+        if self._architecture is None:
+            try:
+                self._architecture = choose_architecture(self._nvrtc, self._capability)
+            except KernelError as error:
+                self._architecture = 0
+                self._give_up(None, error)
+        return self._architecture >= TENSOR_ARCHITECTURES[dtype]
+
+    def _takes_many(self, num_rows: int, dtype: torch.dtype) -> bool:
+        """Tell whether more than 8 rows may be multiplied without the matrix."""
+        if self._is_alone:
+            return num_rows <= MAX_BLOCKS
+        return num_rows <= MAX_TENSOR_ROWS and self._has_tensor_cores(dtype)
+
+    def _plan(
+        self,
+        num_rows: int,
+        out_features: int,
+        in_features: int,
+        is_wide: bool,
+        dtype: torch.dtype,
+    ) -> tuple[str, tuple[int, int]] | None:
+        """Choose the kernel and the grid: output features along x, rows of the input along y."""
+        is_tensor = num_rows > MAX_ROWS or self._is_alone
+        has_steps = is_wide and in_features % TENSOR_COLUMNS == 0
+        if is_tensor and has_steps and self._has_tensor_cores(dtype):
+            rows = next((n for n in (8, 16, 32) if num_rows <= n), MAX_TENSOR_ROWS)
+            return f"tensor_{rows}", (-(-out_features // TENSOR_FEATURES), -(-num_rows // rows))
+        if num_rows > MAX_ROWS and not self._is_alone:
+            return None
+        return self._plan_multiply(num_rows, out_features, is_wide)
+
     def _plan_multiply(
         self, num_rows: int, out_features: int, is_wide: bool
     ) -> tuple[str, tuple[int, int]]:
-        """Choose the kernel and the grid: output features along x, rows of the input along y."""
+        """Choose among the kernels without tensor cores; a row's sum is the same in all wide."""
         if not is_wide:
             return "multiply_any", (-(-out_features // WARPS), num_rows)
         batch = 1 if num_rows == 1 else 2 if num_rows == 2 else 4
@@ -198,44 +258,84 @@ class CudaKernels:
         self, variant: Variant, name: str, grid: tuple[int, int], arguments: tuple[Any, ...]
     ) -> bool:
         """Launch a kernel on the current stream; False, with the reason logged, if it fails."""
+        if not self._failed.isdisjoint({(variant, name), (variant, _find_module(name)), None}):
+            return False
         values = [
             ctypes.c_void_p(value.data_ptr()) if isinstance(value, Tensor) else ctypes.c_int(value)
             for value in arguments
         ]
         block = (ctypes.c_void_p * len(values))(*map(ctypes.addressof, values))
         stream = ctypes.c_void_p(self._get_stream())
+        scope = None
         try:
             # Whichever device torch is at, the kernel is launched on the operands' own.
             self._call("cuCtxPushCurrent_v2", self._context)
             try:
-                function, sizes = self._get_function(variant, name), (*grid, 1, THREADS, 1, 1, 0)
+                scope = variant, _find_module(name)
+                if scope not in self._loaded:
+                    if self._is_captured(stream, name):
+                        return False
+                    self._load_module(*scope)
+                scope = variant, name
+                function, sizes = self._find_function(scope), (*grid, 1, THREADS, 1, 1, 0)
                 self._call("cuLaunchKernel", function, *sizes, stream, block, None)
             finally:
                 self._call("cuCtxPopCurrent_v2", ctypes.byref(ctypes.c_void_p()))
         except KernelError as error:
-            self._has_failed = True
-            _report(self._index, error)
-        return not self._has_failed
+            self._give_up(scope, error)
+            return False
+        return True
 
-    def _get_function(self, variant: Variant, name: str) -> ctypes.c_void_p:
-        if (variant, name) not in self._functions:
+    def _is_captured(self, stream: ctypes.c_void_p, name: str) -> bool:
+        """Tell whether a stream is being captured, when nothing may be loaded, and log that."""
+        status = ctypes.c_int()
+        self._call("cuStreamIsCapturing", stream, ctypes.byref(status))
+        if status.value and name not in self._declined:
+            self._declined.add(name)
+            logger.warning(
+                "A CUDA graph on cuda:%d is captured before the kernel %s has ever run, and holds "
+                "torch's operations in its place, which are slower. Run the model with as many "
+                "rows once before the capture.",
+                *(self._index, name),
+            )
+        return bool(status.value)
+
+    def _give_up(self, scope: tuple[Variant, str] | None, error: KernelError) -> None:
+        """Never try again what has failed, and say so in a line."""
+        self._failed.add(scope)
+        if scope is None:
+            return _report(self._index, error)
+        variant, name = scope
+        what = f"kernels of the module {name}" if name in MODULES else f"kernel {name}"
+        message = "The %s on cuda:%d (%s) is off, and torch computes in its place: %s."
+        logger.warning(message, what, self._index, variant.describe(), error)
+
+    def _find_function(self, key: tuple[Variant, str]) -> ctypes.c_void_p:
+        if key not in self._functions:
+            raise KernelError("the module does not have it")
+        return self._functions[key]
+
+    def _load_module(self, variant: Variant, module_name: str) -> None:
+        """Build a module and load all of its kernels, so that a later capture finds them loaded."""
+        source, options = self._sources[module_name], variant.list_options()
+        image = compile_source(self._nvrtc, source, self._capability, options)
+        module, registers = ctypes.c_void_p(), ctypes.c_int()
+        self._call("cuModuleLoadData", ctypes.byref(module), image)
+        self._loaded.add((variant, module_name))
+        for name in MODULES[module_name]:
             function = ctypes.c_void_p()
-            module = self._get_module(variant)
-            self._call("cuModuleGetFunction", ctypes.byref(function), module, name.encode())
-            self._functions[variant, name] = function
-        return self._functions[variant, name]
-
-    def _get_module(self, variant: Variant) -> ctypes.c_void_p:
-        if variant not in self._modules:
-            options = variant.list_options()
-            image = compile_source(self._nvrtc, self._source, self._capability, options)
-            module = ctypes.c_void_p()
-            self._call("cuModuleLoadData", ctypes.byref(module), image)
-            self._modules[variant] = module
-        return self._modules[variant]
+            slot = ctypes.byref(function)
+            if self._driver.cuModuleGetFunction(slot, module, name.encode()) == 0:
+                # To be asked about a kernel makes a driver load it that would put that off.
+                self._driver.cuFuncGetAttribute(ctypes.byref(registers), NUM_REGISTERS, function)
+                self._functions[variant, name] = function
 
     def _call(self, name: str, *arguments: Any) -> None:
         check_driver(self._driver, getattr(self._driver, name)(*arguments), name)
+
+
+def _find_module(name: str) -> str:
+    return "tensor" if name.startswith("tensor") else "products"
 
 
 def _choose_variant(bits: int, dtype: torch.dtype, weight_scale: Tensor) -> Variant:
@@ -283,8 +383,24 @@ def _open_kernels(index: int) -> CudaKernels:
     sizes = (10 * gpu.major + gpu.minor, gpu.multi_processor_count)
     libraries = (load_driver(), load_nvrtc())
     return CudaKernels(
-        *libraries, index, *sizes, lambda: torch.cuda.current_stream(index).cuda_stream
+        *libraries,
+        index,
+        *sizes,
+        lambda: torch.cuda.current_stream(index).cuda_stream,
+        is_alone=read_rows_mode() == "alone",
     )
+
+
+def read_rows_mode() -> str:
+    """Return how `CHATGLM_CUDA_ROWS` wants rows to be multiplied: "fast" or "alone".
+
+    Raises:
+        ValueError: for any other value of the variable.
+    """
+    mode = os.environ.get(ROWS_VARIABLE) or ROWS_MODES[0]
+    if mode not in ROWS_MODES:
+        raise ValueError(f"{ROWS_VARIABLE} must be one of {', '.join(ROWS_MODES)}, got {mode!r}")
+    return mode
 
 
 __all__ = ["CudaKernels", "find_kernels"]

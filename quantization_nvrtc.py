@@ -43,7 +43,7 @@ def compile_source(nvrtc: Any, source: str, capability: int, options: list[str])
     Raises:
         KernelError: if NVRTC knows no such architecture, or refuses the source.
     """
-    architecture = _choose_architecture(nvrtc, capability)
+    architecture = choose_architecture(nvrtc, capability)
     is_exact = architecture == capability
     target = f"--gpu-architecture={'sm' if is_exact else 'compute'}_{architecture}"
     encoded = [option.encode() for option in (target, *options)]
@@ -59,8 +59,12 @@ def compile_source(nvrtc: Any, source: str, capability: int, options: list[str])
         nvrtc.nvrtcDestroyProgram(slot)
 
 
-def _choose_architecture(nvrtc: Any, capability: int) -> int:
-    """Return the newest architecture of NVRTC that is not newer than the device."""
+def choose_architecture(nvrtc: Any, capability: int) -> int:
+    """Return the newest architecture of NVRTC that is not newer than the device.
+
+    Raises:
+        KernelError: if all are newer.
+    """
     count = ctypes.c_int()
     _check_nvrtc(nvrtc, nvrtc.nvrtcGetNumSupportedArchs(ctypes.byref(count)))
     known = (ctypes.c_int * count.value)()
@@ -157,6 +161,7 @@ def check_driver(driver: Any, code: int, action: str) -> None:
 __all__ = [
     "KernelError",
     "check_driver",
+    "choose_architecture",
     "compile_source",
     "list_nvrtc_files",
     "load_driver",
