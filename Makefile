@@ -19,7 +19,7 @@ ifeq (1,$(CPU))
 export PIP_EXTRA_INDEX_URL := $(PIP_EXTRA_INDEX_URL) https://download.pytorch.org/whl/cpu
 endif
 
-.PHONY: help setup chat test parity compat alone lint fmt types check bench-formats bench-memory bench-generate bench-kernels bench-tokenizer bench-train bench-report endurance train-mini vocabulary-mini clean
+.PHONY: help setup chat test parity compat alone lint fmt types check bench-formats bench-memory bench-generate bench-gpu bench-kernels bench-tokenizer bench-train bench-report endurance train-mini vocabulary-mini clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/make \1  -  \2/p' Makefile
@@ -62,6 +62,9 @@ bench-memory: $(WORKING) ## measure the memory that loading the 6B model quantiz
 
 bench-generate: $(WORKING) ## measure reading, decoding, memory and loading at full size (ARGS="--write" keeps the rows)
 	$(BIN)/python -m benchmarks.bench_generate $(ARGS)
+
+bench-gpu: $(WORKING) ## measure a decoding step on an NVIDIA GPU, or say what to run on one
+	$(BIN)/python -m benchmarks.bench_gpu $(ARGS)
 
 bench-kernels: $(WORKING) ## measure single products, ours and others'
 	$(BIN)/python -m benchmarks.bench_kernels $(ARGS)

@@ -52,6 +52,8 @@ from .masking_chatglm import (
 )
 from .quantization import is_packed
 from .quantization_cuda import find_kernels  # noqa: F401
+from .quantization_cuda_source import SOURCES  # noqa: F401
+from .quantization_nvrtc import load_nvrtc  # noqa: F401
 from .quantization_torch import find_int8_product  # noqa: F401
 from .quantizer_chatglm import QuantizationMixin, QuantizedLoadingMixin, note_ties, swap_layers
 from .rotary_chatglm import RotaryEmbedding, apply_rotary

@@ -126,6 +126,16 @@ PUBLIC_NAMES = {
         "quantized_linear",
     },
     "quantization_cuda": {"CudaKernels", "find_kernels"},
+    "quantization_cuda_source": {"MODULES", "SOURCES", "THREADS", "WARPS", "Variant"},
+    "quantization_nvrtc": {
+        "KernelError",
+        "check_driver",
+        "choose_architecture",
+        "compile_source",
+        "list_nvrtc_files",
+        "load_driver",
+        "load_nvrtc",
+    },
     "quantization_torch": {
         "Int4Blocks",
         "ReorderedWeight",

@@ -1,6 +1,7 @@
 """The kernels on a real GPU: the assertions of the simulator, and how near the memory's speed.
 
-    python -m pytest tests/gpu
+    python -m pytest tests/gpu        what this file asserts, and the bandwidth
+    python -m benchmarks.bench_gpu    a step of 1, 8 and 32 rows, float16 and INT4, captured
 
 The project's own machines have no GPU: docs/quantization.md says where this has run.
 """
@@ -31,7 +32,8 @@ pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(
         not torch.cuda.is_available() or torch.version.hip is not None,
-        reason="there is no CUDA device",
+        reason="there is no CUDA device; on one run python -m pytest tests/gpu, "
+        "and python -m benchmarks.bench_gpu",
     ),
 ]
 ALL_CASES = [*CASES, *FEW_CASES, *SMALL_CASES, *ODD_CASES]
@@ -58,6 +60,56 @@ def test_products_are_exact(case: Case, rows: int, kernels: CudaKernels) -> None
     assert_multiplies(kernels, case, rows, device="cuda")
 
 
+@pytest.mark.parametrize("rows", [9, 16, 17, 33, 64])
+@pytest.mark.parametrize("case", [*CASES, *FEW_CASES], ids=str)
+def test_products_on_tensor_cores_are_near_exact(
+    case: Case, rows: int, kernels: CudaKernels
+) -> None:
+    """A tensor core cuts bits off within its sums, so the bound is wider than that of an fma."""
+    if not kernels._has_tensor_cores(case.dtype):
+        pytest.skip("this GPU has no tensor cores for the dtype")
+    assert_multiplies(kernels, case, rows, device="cuda", slack=2.0**-16)
+
+
+@pytest.mark.parametrize("case", FEW_CASES, ids=str)
+def test_a_row_is_the_same_in_any_company(case: Case, kernels: CudaKernels) -> None:
+    if not kernels._has_tensor_cores(case.dtype):
+        pytest.skip("this GPU has no tensor cores for the dtype")
+    operands, input = make_operands(case, "cuda"), make_input(case, 64, device="cuda")
+    for rows, parts in ((64, ((0, 9), (20, 45), (7, 64))), (8, ((0, 1), (2, 7), (6, 8)))):
+        whole = kernels.multiply(input[:rows], *operands, case.bits)
+        assert whole is not None
+        for first, last in parts:
+            part = kernels.multiply(input[first:last].clone(), *operands, case.bits)
+            assert part is not None and torch.equal(part, whole[first:last])
+
+
+@pytest.mark.parametrize("rows", [8, 16, 32, 64])
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_many_rows_are_not_slower_than_a_matrix_and_cublas(
+    rows: int, shape: tuple[int, int], kernels: CudaKernels, capsys: pytest.CaptureFixture[str]
+) -> None:
+    case = Case(4, torch.float16, None, shape)
+    weight, scale = make_operands(case, "cuda")
+    input = make_input(case, rows, device="cuda")
+    half = torch.randn(shape, dtype=torch.float16, device="cuda")
+
+    def unpack_and_multiply() -> torch.Tensor:
+        matrix = kernels.dequantize(weight, scale, 4, torch.float16)
+        assert matrix is not None
+        return torch.nn.functional.linear(input, matrix)
+
+    packed = measure(lambda: kernels.multiply(input, weight, scale, 4))
+    matrix = measure(unpack_and_multiply)
+    plain = measure(lambda: torch.nn.functional.linear(input, half))
+    with capsys.disabled():
+        sys.stdout.write(
+            f"\n{torch.cuda.get_device_name()}, 4 bits, {shape}, {rows} rows: "
+            f"{packed * 1e6:.0f} us; by a matrix {matrix * 1e6:.0f} us; half {plain * 1e6:.0f} us"
+        )
+    assert packed < matrix
+
+
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_products_of_the_real_sizes_are_exact(shape: tuple[int, int], kernels: CudaKernels) -> None:
     for case in (Case(4, torch.float16, None, shape), Case(8, torch.bfloat16, 128, shape)):
@@ -69,7 +121,7 @@ def make_layer() -> QuantizedLinear:
     return QuantizedLinear.from_linear(torch.nn.Linear(4096, 4096).half().cuda(), 4).eval()
 
 
-@pytest.mark.parametrize("rows", [1, 8, 9])
+@pytest.mark.parametrize("rows", [1, 8, 9, 65])
 def test_a_captured_graph_launches_the_kernels(rows: int) -> None:
     layer, states = make_layer(), torch.randn(rows, 4096, dtype=torch.float16, device="cuda")
     graph = torch.cuda.CUDAGraph()
@@ -84,7 +136,7 @@ def test_a_captured_graph_launches_the_kernels(rows: int) -> None:
         assert torch.equal(output, layer(states))
 
 
-@pytest.mark.parametrize("rows", [1, 8, 9])
+@pytest.mark.parametrize("rows", [1, 8, 9, 65])
 def test_a_compiled_layer_launches_the_kernels(rows: int) -> None:
     """The third run replays what the second one captured."""
     layer = make_layer()

@@ -3,14 +3,16 @@
 Shapes: `M` input rows, `O` output features, `I` input features, `C` stored columns, `G` groups.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import pytest
 import torch
 from chatglm_6b.quantization import dequantize_weight
-from chatglm_6b.quantization_cuda import SCALE_DTYPES, SOURCE, CudaKernels, KernelError, load_nvrtc
+from chatglm_6b.quantization_cuda import SCALE_DTYPES, CudaKernels
+from chatglm_6b.quantization_cuda_source import SOURCES
+from chatglm_6b.quantization_nvrtc import KernelError, load_nvrtc
 from torch import Tensor
 
 from .driver import NVCC, STREAM, DeviceMemory, NvccAsNvrtc, SimulatedDriver
@@ -18,6 +20,8 @@ from .driver import NVCC, STREAM, DeviceMemory, NvccAsNvrtc, SimulatedDriver
 # Both are newer than nvcc's 7.5 and 12.1, and so get the PTX of those: the compiler has one front
 # end for GPUs before sm_100 and another one from there on, which write different PTX.
 OLDER, NEWER = 76, 129
+# Of the older front end too, and with tensor cores for bfloat16.
+TENSOR = 91
 DTYPES = (torch.float16, torch.bfloat16)
 
 
@@ -82,31 +86,40 @@ def make_input(case: Case, *rows: int, device: str = "cpu") -> Tensor:
     return values.to(case.dtype).to(device)
 
 
-def assert_product(output: Tensor | None, input: Tensor, matrix: Tensor) -> None:
+def assert_product(
+    output: Tensor | None, input: Tensor, matrix: Tensor, slack: float = 2.0**-21
+) -> None:
     """Assert that an output is the exact product, rounded once, but for the order of the sum.
 
     Args:
         output: `(..., O)`, or None where there should be one.
         input: `(..., I)`.
         matrix: `(O, I)`, float64, exact.
+        slack: what the sum may be off by, of the sum of magnitudes.
     """
     assert output is not None, "declined"
     assert output.dtype == input.dtype
     exact = input.double() @ matrix.T
     assert output.shape == exact.shape
     rounding = exact.abs() * torch.finfo(input.dtype).eps / 2 + 2.0**-25
-    summing = (input.double().abs() @ matrix.abs().T) * 2.0**-21
+    summing = (input.double().abs() @ matrix.abs().T) * slack
     excess = (output.double() - exact).abs() - rounding - summing
     assert excess.max() <= 0, f"off by {excess.max().item()} at {excess.argmax().item()}"
 
 
-def assert_multiplies(kernels: CudaKernels, case: Case, *rows: int, device: str = "cpu") -> None:
+def assert_multiplies(
+    kernels: CudaKernels,
+    case: Case,
+    *rows: int,
+    device: str = "cpu",
+    slack: float = 2.0**-21,
+) -> None:
     weight, scale = make_operands(case, device)
     input = make_input(case, *rows, device=device)
     before = input.clone(), weight.clone(), scale.clone()
     output = kernels.multiply(input, weight, scale, case.bits)
     matrix = dequantize_weight(weight, scale.double(), case.bits, torch.float64)
-    assert_product(output, input, matrix)
+    assert_product(output, input, matrix, slack)
     assert all(map(torch.equal, before, (input, weight, scale)))
     if case.group is None:
         assert output is not None and output[..., 0].eq(0).all()  # the row of scale 0
@@ -143,9 +156,10 @@ def find_compiler() -> Any:
 def simulate(
     capability: int = OLDER,
     multiprocessors: int = 1,
-    source: str = SOURCE,
+    sources: Mapping[str, str] = SOURCES,
     nvrtc: Any = None,
     device: int = 0,
+    is_alone: bool = False,
 ) -> Iterator[Machine]:
     """Make kernels for a simulated device, whose memory is what is allocated meanwhile.
 
@@ -154,9 +168,8 @@ def simulate(
     nvrtc = nvrtc or find_compiler()
     memory = DeviceMemory()
     driver = SimulatedDriver(memory, device)
-    kernels = CudaKernels(
-        driver, nvrtc, device, capability, multiprocessors, lambda: STREAM, source
-    )
+    sizes = (device, capability, multiprocessors)
+    kernels = CudaKernels(driver, nvrtc, *sizes, lambda: STREAM, sources, is_alone)
     try:
         with memory:
             yield Machine(kernels, driver, nvrtc, memory)

@@ -16,15 +16,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from .simulator import Grid, Kernel, Memory, parse
 
 CONTEXT, STREAM = 0xC0DE, 0x57EA
-SUCCESS, INVALID_VALUE, INVALID_IMAGE, INVALID_CONTEXT, NOT_FOUND, LAUNCH_FAILED = (
+SUCCESS, INVALID_VALUE, INVALID_IMAGE, INVALID_CONTEXT, NOT_FOUND, LAUNCH_FAILED, CAPTURED = (
     *(0, 1, 200, 201),
-    *(500, 719),
+    *(500, 719, 900),
 )
 ERROR_NAMES = {
     INVALID_VALUE: b"CUDA_ERROR_INVALID_VALUE",
@@ -32,6 +33,7 @@ ERROR_NAMES = {
     INVALID_CONTEXT: b"CUDA_ERROR_INVALID_CONTEXT",
     NOT_FOUND: b"CUDA_ERROR_NOT_FOUND",
     LAUNCH_FAILED: b"CUDA_ERROR_LAUNCH_FAILED",
+    CAPTURED: b"CUDA_ERROR_STREAM_CAPTURE_UNSUPPORTED",
 }
 MAX_GRID = (2**31 - 1, 65535, 65535)
 
@@ -52,7 +54,9 @@ class DeviceMemory(TorchDispatchMode):
     ) -> Any:
         result = func(*args, **(kwargs or {}))
         for tensor in tree_leaves(result):
-            if isinstance(tensor, torch.Tensor) and tensor.untyped_storage().nbytes():
+            if not isinstance(tensor, torch.Tensor) or isinstance(tensor, FakeTensor):
+                continue
+            if tensor.untyped_storage().nbytes():
                 self.add(tensor)
         if "empty" in func.__name__ and result.dtype.is_floating_point:
             result.fill_(torch.nan)
@@ -110,6 +114,8 @@ class SimulatedDriver(Library):
     Attributes:
         launches: name and grid of each kernel that was launched.
         images: the modules that were loaded.
+        is_capturing: whether the stream is being captured, which allows launches alone.
+        failing_kernels: the names of kernels whose launch shall fail with error 719.
     """
 
     def __init__(self, memory: DeviceMemory, device: int = 0) -> None:
@@ -118,6 +124,8 @@ class SimulatedDriver(Library):
         self.context = CONTEXT + device
         self.launches: list[tuple[str, tuple[int, int]]] = []
         self.images: list[bytes] = []
+        self.is_capturing = False
+        self.failing_kernels: set[str] = set()
         self._contexts: list[int] = []
         self._modules: dict[int, dict[str, Kernel]] = {}
         self._functions: dict[int, tuple[str, Kernel]] = {}
@@ -156,6 +164,8 @@ class SimulatedDriver(Library):
     def cuModuleLoadData(self, module: Any, image: int) -> int:
         if self._contexts[-1:] != [self.context]:
             return INVALID_CONTEXT
+        if self.is_capturing:
+            return CAPTURED
         data = ctypes.string_at(image)
         self.images.append(data)
         if data.startswith(b"\x7fELF"):
@@ -163,6 +173,16 @@ class SimulatedDriver(Library):
         self._modules[len(self.images)] = parse(data.decode())
         module[0] = len(self.images)
         return SUCCESS
+
+    @export(c_int, c_void_p, POINTER(c_int))
+    def cuStreamIsCapturing(self, stream: int, status: Any) -> int:
+        status[0] = self.is_capturing
+        return SUCCESS if stream == STREAM else INVALID_CONTEXT
+
+    @export(c_int, POINTER(c_int), c_int, c_void_p)
+    def cuFuncGetAttribute(self, value: Any, attribute: int, function: int) -> int:
+        value[0] = 32
+        return SUCCESS if function in self._functions and attribute == 4 else INVALID_VALUE
 
     @export(c_int, POINTER(c_void_p), c_void_p, c_char_p)
     def cuModuleGetFunction(self, function: Any, module: int, name: bytes) -> int:
@@ -184,6 +204,8 @@ class SimulatedDriver(Library):
             return INVALID_VALUE
         if block[0] > kernel.max_threads or block[1:] != (1, 1) or shared or extra:
             return INVALID_VALUE
+        if name in self.failing_kernels:
+            return LAUNCH_FAILED
         sizes_in_bytes = kernel.parameters.values()
         values = [ctypes.string_at(parameters[i], size) for i, size in enumerate(sizes_in_bytes)]
         self.launches.append((name, grid[:2]))

@@ -8,8 +8,11 @@ which have gone, a register without a value, a loop without end, an instruction 
 Threads stand at different instructions after a branch. Those at the earliest one always go first,
 which brings them together again where the paths of structured code meet.
 
-Two differences from a GPU: `fma` rounds twice in the rare case that its exact value has more bits
-than a float64, and memory has no order between threads, of which `two stores` leaves no trace.
+Three differences from a GPU: `fma` rounds twice in the rare case that its exact value has more
+bits than a float64; a tensor core's sum of 16 or 8 products is rounded once, where a GPU cuts off
+bits in a way that is nowhere written down; and memory has no order between threads, of which `two
+stores` leaves no trace. What a block shares is ordered by its barriers, and a load that no barrier
+parts from the store of another thread is stopped.
 """
 
 import ctypes
@@ -98,6 +101,44 @@ class Memory:
         raise Trap(f"{size} bytes of [{lowest:#x}, {highest:#x}), which lie in no one array")
 
 
+class SharedMemory:
+    """What the threads of each block share: every byte is stored once, and read after a barrier."""
+
+    def __init__(self, blocks: int, size: int) -> None:
+        self.bytes = np.zeros((blocks, size), "u1")
+        self.writers = np.full((blocks, size), -1)
+        self.times = np.zeros((blocks, size), np.int64)
+        self.time = np.zeros(blocks, np.int64)  # how many barriers each block has passed
+
+    def load(self, threads: np.ndarray, blocks: np.ndarray, places: np.ndarray) -> np.ndarray:
+        """Return `(threads, size)` bytes."""
+        rows = blocks[:, None], self._check(places)
+        writers = self.writers[rows]
+        if (writers < 0).any():
+            raise Trap("shared memory is read before it is written")
+        if ((writers != threads[:, None]) & (self.times[rows] == self.time[rows[0]])).any():
+            raise Trap("shared memory is read without a barrier after it was written")
+        return self.bytes[rows]
+
+    def store(
+        self, threads: np.ndarray, blocks: np.ndarray, places: np.ndarray, values: np.ndarray
+    ) -> None:
+        """Store `(threads, size)` bytes."""
+        rows = blocks[:, None], self._check(places)
+        unique = np.unique(blocks * self.bytes.shape[1] + places[:, 0])
+        if (self.writers[rows] >= 0).any() or len(unique) < len(blocks):
+            raise Trap("two stores to one place of shared memory")
+        self.bytes[rows], self.times[rows] = values, self.time[rows[0]]
+        self.writers[rows] = threads[:, None]
+
+    def _check(self, places: np.ndarray) -> np.ndarray:
+        if places.min() < 0 or places.max() >= self.bytes.shape[1]:
+            raise Trap(f"shared memory ends at {self.bytes.shape[1]}, not at {places.max() + 1}")
+        if (places[:, 0] % places.shape[1]).any():
+            raise Trap("shared memory at an address that is no multiple of the size")
+        return places
+
+
 # Programs
 
 
@@ -115,11 +156,14 @@ class Kernel:
     registers: dict[str, tuple[Any, int]] = field(default_factory=dict)  # prefix to dtype, count
     code: list[Instruction] = field(default_factory=list)
     labels: dict[str, int] = field(default_factory=dict)
+    shared: dict[str, int] = field(default_factory=dict)  # name to the place where it begins
+    shared_size: int = 0
     max_threads: int = 1024
 
 
 PARAMETER = re.compile(r"\.param \.[ub](\d+)(?: \.ptr(?: \.align \d+)?)? (\w+)")
 REGISTERS = re.compile(r"\.reg \.(\w+)\s+(%[a-z]+)<(\d+)>;")
+SHARED = re.compile(r"\.shared \.align (\d+) \.b8 (\w+)\[(\d+)\];")
 STATEMENT = re.compile(r"(?:@(!?%p\d+)\s+)?([a-z][\w.:]*)\s*(.*);")
 OPERAND = re.compile(r"\{[^}]*\}|\[[^]]*\]|[^\s,]+")
 
@@ -140,6 +184,9 @@ def parse(text: str) -> dict[str, Kernel]:
             kernel.parameters[parameter[2]] = int(parameter[1]) // 8
         elif registers := REGISTERS.fullmatch(line):
             kernel.registers[registers[2]] = REGISTER_DTYPES[registers[1]], int(registers[3])
+        elif shared := SHARED.fullmatch(line):
+            start = -(-kernel.shared_size // int(shared[1])) * int(shared[1])
+            kernel.shared[shared[2]], kernel.shared_size = start, start + int(shared[3])
         elif line.startswith(".maxntid"):
             kernel.max_threads = int(line.split()[1].rstrip(","))
         elif re.fullmatch(r"\$\w+:", line):
@@ -148,7 +195,7 @@ def parse(text: str) -> dict[str, Kernel]:
             operands = OPERAND.findall(statement[3])
             kernel.code.append(Instruction(statement[1] or "", statement[2], operands))
         elif line not in ("", "{", "}", ")") and not re.match(
-            r"\.(version|target|address_size|pragma) ", line
+            r"\.(version|target|address_size|pragma|minnctapersm) ", line
         ):
             raise Trap(f"not understood: {line}")
     return kernels
@@ -183,6 +230,48 @@ def fma(a: np.ndarray, b: np.ndarray, c: np.ndarray) -> np.ndarray:
     return a.astype("f8") * b.astype("f8") + c.astype("f8")
 
 
+def permute(a: np.ndarray, b: np.ndarray, selector: np.ndarray) -> np.ndarray:
+    """Choose four bytes of eight."""
+    if (selector & np.uint32(0x8888)).any():
+        raise Trap("a permutation that repeats signs")
+    bytes_ = np.stack(np.broadcast_arrays(a, b), -1).view("u1")  # (threads, 8)
+    chosen = [selector >> np.uint32(4 * i) & np.uint32(7) for i in range(4)]
+    places = np.stack(np.broadcast_arrays(bytes_[:, 0], *chosen)[1:], -1).astype(np.int64)
+    return np.take_along_axis(bytes_, places, 1).view("u4")[:, 0]
+
+
+def insert(a: np.ndarray, b: np.ndarray, place: np.ndarray, size: np.ndarray) -> np.ndarray:
+    """Put the lowest bits of `a` into `b`."""
+    mask = ((np.uint64(1) << size.astype("u8")) - np.uint64(1)) << place.astype("u8")
+    moved = a.astype("u8") << place.astype("u8")
+    return ((b.astype("u8") & ~mask) | (moved & mask)).astype("u4")
+
+
+def split_pairs(words: np.ndarray, kind: str) -> np.ndarray:
+    """Return the two numbers of each word, `(..., 2)`, exactly."""
+    halves = np.ascontiguousarray(words)[..., None].view("u2")
+    if kind == "f16":
+        return halves.view("f2").astype("f8")
+    return (halves.astype("u4") << np.uint32(16)).view("f4").astype("f8")
+
+
+def join_pairs(values: np.ndarray, kind: str) -> np.ndarray:
+    """Round `(..., 2)` numbers to words of two, ties to even."""
+    if kind == "f16":
+        return values.astype("f2").view("u4")[..., 0]
+    bits = values.astype("f4").view("u4")
+    bits = bits + np.uint32(0x7FFF) + (bits >> np.uint32(16) & np.uint32(1))
+    return np.ascontiguousarray((bits >> np.uint32(16)).astype("u2")).view("u4")[..., 0]
+
+
+def fma_pairs(kind: str) -> Callable[..., np.ndarray]:
+    def apply(*words: np.ndarray) -> np.ndarray:
+        a, b, c = (split_pairs(word, kind) for word in np.broadcast_arrays(*words))
+        return join_pairs(a * b + c, kind)
+
+    return apply
+
+
 def same(value: np.ndarray) -> np.ndarray:
     return value
 
@@ -204,6 +293,10 @@ TABLE: dict[str, tuple[str, str, Callable[..., Any]]] = {
     **{f"or.{t}": (t, f"{t} {t}", operator.or_) for t in ("pred", "b16", "b32", "b64")},
     **{f"xor.{t}": (t, f"{t} {t}", operator.xor) for t in ("b32", "b64")},
     **{f"not.{t}": (t, t, operator.invert) for t in ("pred", "b32")},
+    "prmt.b32": ("b32", "b32 b32 u32", permute),
+    "bfe.u32": ("u32", "u32 u32 u32", lambda a, place, size: a >> place & (1 << size) - 1),
+    "bfi.b32": ("b32", "b32 b32 u32 u32", insert),
+    **{f"fma.rn.{kind}x2": ("b32", "b32 b32 b32", fma_pairs(kind)) for kind in ("f16", "bf16")},
     "lop3.b32": ("b32", "b32 b32 b32 u32", lop3),
     **{f"shl.{t}": (t, f"{t} u32", shift(operator.lshift)) for t in ("b32", "b64")},
     **{
@@ -237,9 +330,11 @@ LOADS = {
     "ld.global.nc.u16": 2,
     "ld.global.nc.u32": 4,
     "ld.global.nc.f32": 4,
+    "ld.global.nc.v2.u32": 8,
     "ld.global.nc.v4.u32": 16,
     "ld.global.nc.L1::no_allocate.v4.u32": 16,
 }
+TILES = re.compile(r"mma\.sync\.aligned\.m16n8k(8|16)\.row\.col\.f32\.(b?f16)\.\2\.f32")
 STORES = {"st.global.u16": 2, "st.global.v4.u32": 16}
 
 
@@ -259,6 +354,8 @@ class Grid:
             self.values |= {f"{prefix}{n}": np.zeros(self.count, dtype) for n in range(count)}
         self.written = {name: np.zeros(self.count, bool) for name in self.values}
         self.writers: dict[str, np.ndarray] = {}
+        self.threads, self.blocks = threads, index // threads
+        self.shared = SharedMemory(width * height, kernel.shared_size)
         self.special = {
             "%tid.x": index % threads,
             "%ntid.x": np.full(self.count, threads),
@@ -311,8 +408,19 @@ class Grid:
             self.load(LOADS[name], operands, active)
         elif name in STORES:
             self.store(STORES[name], operands, active)
-        elif name in ("ld.param.u32", "ld.param.u64"):
+        else:
+            self.execute_together(name, operands, active)
+
+    def execute_together(self, name: str, operands: list[str], active: np.ndarray) -> None:
+        """Execute what threads do with others, or with the arguments of the kernel."""
+        if name in ("ld.param.u32", "ld.param.u64"):
             self.load_parameter(name[-3:], operands, active)
+        elif name in ("ld.shared.f32", "st.shared.f32"):
+            self.share(name[:2], operands, active)
+        elif name == "bar.sync":
+            self.wait(active)
+        elif tile := TILES.fullmatch(name):
+            self.multiply_tiles(int(tile[1]), tile[2], operands, active)
         elif name == "shfl.sync.bfly.b32":
             self.shuffle(operands, active)
         else:
@@ -337,6 +445,8 @@ class Grid:
                 np.broadcast_to(self.read(h, half_type, active), len(active)) for h in halves
             ]
             return np.stack(columns, 1).view(dtype)[:, 0]
+        if operand in self.kernel.shared:
+            return np.array([self.kernel.shared[operand]], dtype)
         number = int(operand[2:], 16) if operand.startswith("0f") else int(operand, 0)
         bits = number % (1 << 8 * dtype.itemsize)
         return np.array([bits], f"u{dtype.itemsize}").view(dtype)
@@ -389,12 +499,68 @@ class Grid:
         distance, clamp, members = (self.read(operand, "b32", active) for operand in rest)
         if (clamp != WARP - 1).any() or (members != 0xFFFFFFFF).any() or len(set(distance)) > 1:
             raise Trap("a shuffle of a part of a warp")
-        warps = active[::WARP, None] // WARP * WARP + np.arange(WARP)
-        if not np.array_equal(active, warps.reshape(-1)):
-            raise Trap("a shuffle with threads that are gone or elsewhere")
+        self.check_warps(active, "a shuffle")
         values = self.read(source, "b32", active).reshape(-1, WARP)
         swapped = values[:, np.arange(WARP) ^ int(distance[0])].reshape(-1)
         result, _, predicate = target.partition("|")
         self.write(result, swapped, "b32", active)
         if predicate:
             self.write(predicate, np.ones(len(active), bool), "pred", active)
+
+    def check_warps(self, active: np.ndarray, what: str) -> None:
+        warps = active[::WARP, None] // WARP * WARP + np.arange(WARP)
+        if not np.array_equal(active, warps.reshape(-1)):
+            raise Trap(f"{what} with threads that are gone or elsewhere")
+
+    def share(self, action: str, operands: list[str], active: np.ndarray) -> None:
+        """Move 4 bytes a thread between a register and what its block shares."""
+        address = operands[1] if action == "ld" else operands[0]
+        register, _, offset = address[1:-1].partition("+")
+        start = np.broadcast_to(self.read(register, "u32", active), active.shape).astype(np.int64)
+        places = start[:, None] + int(offset or 0) + np.arange(4)
+        where = active, self.blocks[active], places
+        if action == "ld":
+            return self.write_bytes(operands[0], self.shared.load(*where), active)
+        values = np.broadcast_to(self.read(operands[1], "u32", active), active.shape)
+        self.shared.store(*where, np.ascontiguousarray(values)[:, None].view("u1"))
+
+    def wait(self, active: np.ndarray) -> None:
+        """Let blocks pass a barrier, which all of their threads must have reached."""
+        blocks, counts = np.unique(self.blocks[active], return_counts=True)
+        if (counts != self.threads).any():
+            raise Trap("a barrier with threads that are gone or elsewhere")
+        self.shared.time[blocks] += 1
+
+    def multiply_tiles(
+        self, depth: int, kind: str, operands: list[str], active: np.ndarray
+    ) -> None:
+        """Add the product of a 16 x depth and a depth x 8 matrix to a 16 x 8 one, in each warp."""
+        self.check_warps(active, "a tensor core")
+        names = [OPERAND.findall(operand.strip("{}")) for operand in operands]
+        if [len(group) for group in names] != [4, depth // 4, depth // 8, 4]:
+            raise Trap(f"a tensor core with {names}")
+        lane = np.arange(WARP)
+        row, pair = lane // 4, lane % 4 * 2
+        warps = len(active) // WARP
+        a, b = np.zeros((warps, 16, depth)), np.zeros((warps, depth, 8))
+        sums = np.zeros((warps, 16, 8))
+        for i, name in enumerate(names[1]):
+            numbers = split_pairs(self.read_warps(name, "b32", active), kind)
+            for k in (0, 1):
+                a[:, row + i % 2 * 8, pair + i // 2 * 8 + k] = numbers[..., k]
+        for i, name in enumerate(names[2]):
+            numbers = split_pairs(self.read_warps(name, "b32", active), kind)
+            for k in (0, 1):
+                b[:, pair + i * 8 + k, row] = numbers[..., k]
+        for i, name in enumerate(names[3]):
+            sums[:, row + i // 2 * 8, pair + i % 2] = self.read_warps(name, "f32", active)
+        sums += a @ b
+        for i, name in enumerate(names[0]):
+            result = sums[:, row + i // 2 * 8, pair + i % 2].astype("f4").reshape(-1)
+            self.write(name, np.where(np.isnan(result), NAN, result), "f32", active)
+
+    def read_warps(self, operand: str, type_name: str, active: np.ndarray) -> np.ndarray:
+        """Return `(warps, 32)`."""
+        return np.broadcast_to(self.read(operand, type_name, active), active.shape).reshape(
+            -1, WARP
+        )

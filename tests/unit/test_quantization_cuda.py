@@ -5,33 +5,21 @@ tests/ptx for what stands in for the driver. None of it shows what a GPU's own c
 do with the PTX: tests/gpu does, where there is one.
 """
 
-import ctypes
 import logging
 import re
 import sys
-import types
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
 import torch
 from chatglm_6b import quantization, quantization_cuda
 from chatglm_6b.quantization import dequantize_weight, quantized_linear
-from chatglm_6b.quantization_cuda import (
-    SOURCE,
-    CudaKernels,
-    KernelError,
-    find_kernels,
-    list_nvrtc_files,
-    load_nvrtc,
-)
 from ptx.cases import (
     CASES,
     FEW_CASES,
     NEWER,
     ODD_CASES,
-    OLDER,
     SMALL_CASES,
     WIDE,
     Case,
@@ -42,12 +30,13 @@ from ptx.cases import (
     make_operands,
     simulate,
 )
-from ptx.driver import INVALID_VALUE, NVCC, STREAM, DeviceMemory, NvccAsNvrtc, SimulatedDriver
+from ptx.driver import NVCC, NvccAsNvrtc
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.export import Dim
 
 HALF = Case(4, torch.float16, None, WIDE)
+WRONG_SOURCE = "__global__ void error() { wrong(); }"
 needs_nvcc = pytest.mark.skipif(NVCC is None, reason="nvcc is not on the path")
 each_case = pytest.mark.parametrize("case", CASES, ids=str)
 few_cases = pytest.mark.parametrize("case", FEW_CASES, ids=str)
@@ -55,6 +44,12 @@ few_cases = pytest.mark.parametrize("case", FEW_CASES, ids=str)
 
 def unpack(weight: Tensor, scale: Tensor, bits: int) -> Tensor:
     return dequantize_weight(weight, scale.double(), bits, torch.float64)
+
+
+@pytest.fixture
+def messages(caplog: pytest.LogCaptureFixture) -> Callable[[], list[str]]:
+    caplog.set_level(logging.WARNING, quantization_cuda.__name__)
+    return lambda: [record.getMessage() for record in caplog.records]
 
 
 # Values
@@ -176,7 +171,7 @@ def test_a_layer_and_its_gradient_come_from_the_kernels(
         monkeypatch.setitem(quantization.KERNEL_FINDERS, "cpu", lambda device: machine.kernels)
         weight, scale = make_operands(case)
         bias = torch.randn(case.shape[0]).to(case.dtype)
-        for rows, kernels in ((3, ["multiply_4x2"]), (9, ["dequantize_wide"])):
+        for rows, kernels in ((3, ["multiply_4x2"]), (65, ["dequantize_wide"])):
             machine.driver.launches.clear()
             input = make_input(case, rows).requires_grad_()
             output = quantized_linear(input, weight, scale, case.bits, bias)
@@ -242,7 +237,7 @@ def test_an_exported_product_comes_from_the_kernels(
     with simulate() as machine:
         use_kernels(monkeypatch, "cpu", InMemory(machine))
         weight, scale = make_operands(case)
-        for rows, name in ((1, "multiply_1x4"), (3, "multiply_4x2"), (9, "dequantize_wide")):
+        for rows, name in ((1, "multiply_1x4"), (3, "multiply_4x2"), (65, "dequantize_wide")):
             input = make_input(case, rows)
             output = program(input, weight, scale)
             assert machine.driver.launches.pop()[0] == name and not machine.driver.launches
@@ -294,6 +289,78 @@ def test_a_product_launches_and_does_nothing_else_once_it_has_run(case: Case) ->
     assert machine.driver.calls == launch * 2
 
 
+def test_what_has_run_once_is_captured_and_what_has_not_is_left_to_torch(
+    messages: Callable[[], list[str]],
+) -> None:
+    """All kernels of a module are loaded together, so that other numbers of rows have run too."""
+    with simulate() as machine:
+        operands = make_operands(HALF)
+        assert_multiplies(machine.kernels, HALF, 1)
+        machine.driver.is_capturing = True
+        for rows in (2, 5):
+            assert_multiplies(machine.kernels, HALF, rows)
+        assert_dequantizes(machine.kernels, HALF)
+        for _ in range(2):
+            assert machine.kernels.multiply(make_input(HALF, 9), *operands, 4) is None
+        assert machine.driver.calls.count("cuModuleLoadData") == 1
+        machine.driver.is_capturing = False
+        assert_multiplies(machine.kernels, HALF, 9)
+        machine.driver.is_capturing = True
+        assert_multiplies(machine.kernels, HALF, 12)
+    (line,) = messages()
+    assert line == (
+        "A CUDA graph on cuda:0 is captured before the kernel tensor_16 has ever run, and holds "
+        "torch's operations in its place, which are slower. Run the model with as many rows once "
+        "before the capture."
+    )
+
+
+@few_cases
+def test_torch_finds_no_fault_with_the_operation(
+    case: Case, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with simulate() as machine:
+        use_kernels(monkeypatch, "cpu", InMemory(machine))
+        for rows in (3, 9, 65):
+            arguments = (make_input(case, rows), *make_operands(case), case.bits, "exact")
+            torch.library.opcheck(
+                torch.ops.chatglm.packed_linear.default,
+                arguments,
+                test_utils=("test_schema", "test_faketensor"),
+            )
+
+
+@pytest.mark.parametrize("rows", [1, 8, 12])
+def test_a_captured_step_launches_each_layers_kernel_in_order_and_asks_for_no_more(
+    rows: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The launches that a CUDA graph of a model's step would record, after one step before it."""
+    shapes = ((96, 64), (64, 64), (128, 64), (64, 128))  # as the four matrices of a block
+    with simulate() as machine:
+        monkeypatch.setitem(quantization.KERNEL_FINDERS, "cpu", lambda device: machine.kernels)
+        layers = [HALF._replace(shape=shape) for shape in shapes] * 2
+        operands = [make_operands(layer) for layer in layers]
+        inputs = [make_input(layer, rows) for layer in layers]
+
+        def step() -> list[Tensor]:
+            products = zip(inputs, operands)
+            return [quantized_linear(input, *operand, 4) for input, operand in products]
+
+        first = step()
+        machine.driver.calls.clear()
+        machine.driver.launches.clear()
+        machine.driver.is_capturing = True
+        again = step()
+    assert all(map(torch.equal, first, again))
+    launch = ["cuCtxPushCurrent_v2", "cuLaunchKernel", "cuCtxPopCurrent_v2"]
+    assert machine.driver.calls == launch * len(layers)
+    name = {1: "multiply_1x", 8: "multiply_4x2", 12: "tensor_16"}[rows]
+    assert all(kernel.startswith(name) for kernel, _ in machine.driver.launches)
+    features = {1: 16, 8: 8, 12: 16}[rows]  # of a block
+    grids = [grid[0] for _, grid in machine.driver.launches]
+    assert grids == [-(-layer.shape[0] // features) for layer in layers]
+
+
 # Choices
 
 
@@ -310,9 +377,9 @@ def test_a_module_is_compiled_and_loaded_once() -> None:
         for _ in range(3):
             assert_dequantizes(machine.kernels, SMALL_CASES[0])
             assert_multiplies(machine.kernels, SMALL_CASES[0], 1)
-        assert count_calls(machine) == (1, 2, 6)
+        assert count_calls(machine) == (1, 7, 6)
         assert_dequantizes(machine.kernels, ODD_CASES[0])
-    assert count_calls(machine) == (2, 3, 7)
+    assert count_calls(machine) == (2, 14, 7)
     assert [options[1:] for options in machine.nvrtc.compiled] == [
         ("-DBITS=4", "-DBFLOAT16=0", "-DGROUPED=0"),
         ("-DBITS=8", "-DBFLOAT16=0", "-DGROUPED=0"),
@@ -353,7 +420,7 @@ def test_the_sources_of_all_variants_differ() -> None:
     assert len(set(machine.driver.images)) == 8
 
 
-@pytest.mark.parametrize("rows", [0, 9, 32])
+@pytest.mark.parametrize("rows", [0, 65, 300])
 def test_other_numbers_of_rows_are_declined(rows: int) -> None:
     with simulate() as machine:
         weight, scale = make_operands(HALF)
@@ -397,239 +464,3 @@ def test_what_the_kernels_do_not_compute_is_declined(
     assert machine.driver.launches == []
     has_other_dtypes = name.startswith(("float32", "bfloat16"))
     assert len(caplog.records) == has_other_dtypes  # a model's own, which its user can change
-
-
-# Failures
-
-
-@pytest.fixture
-def messages(caplog: pytest.LogCaptureFixture) -> Callable[[], list[str]]:
-    caplog.set_level(logging.WARNING, quantization_cuda.__name__)
-    return lambda: [record.getMessage() for record in caplog.records]
-
-
-def assert_falls_back(machine: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Assert that layers answer as plain torch does, twice, and that nothing is tried twice."""
-    monkeypatch.setitem(quantization.KERNEL_FINDERS, "cpu", lambda device: machine.kernels)
-    case = SMALL_CASES[0]
-    weight, scale = make_operands(case)
-    for rows in (1, 9):
-        input = make_input(case, rows)
-        matrix = dequantize_weight(weight, scale, case.bits, case.dtype)
-        expected = torch.nn.functional.linear(input, matrix)
-        assert torch.equal(quantized_linear(input, weight, scale, case.bits), expected)
-        calls = len(machine.driver.calls)
-    assert len(machine.driver.calls) == calls
-    assert machine.kernels.dequantize(weight, scale, case.bits, case.dtype) is None
-    assert len(machine.driver.calls) == calls
-
-
-@pytest.mark.parametrize(
-    "name", ["cuCtxPushCurrent_v2", "cuModuleLoadData", "cuModuleGetFunction", "cuLaunchKernel"]
-)
-def test_a_failing_driver_leaves_the_layer_to_torch(
-    name: str, monkeypatch: pytest.MonkeyPatch, messages: Callable[[], list[str]]
-) -> None:
-    with simulate() as machine:
-        machine.driver.failures[name] = INVALID_VALUE
-        assert_falls_back(machine, monkeypatch)
-    assert messages() == [
-        "Quantized layers on cuda:0 compute in plain torch, which is slower: "
-        f"{name} failed: CUDA_ERROR_INVALID_VALUE (1)."
-    ]
-
-
-@needs_nvcc
-@pytest.mark.parametrize(
-    ("options", "reason"),
-    [
-        ({"source": "__global__ void error() { wrong(); }"}, "is undefined"),
-        (
-            {"capability": 60, "nvrtc": NvccAsNvrtc([75, 80])},
-            "from sm_75 on, and this GPU is sm_60",
-        ),
-        ({"source": "", "capability": OLDER}, "cuModuleGetFunction failed: CUDA_ERROR_NOT_FOUND"),
-        ({"capability": 86}, "cuModuleLoadData failed: CUDA_ERROR_INVALID_IMAGE"),
-    ],
-    ids=["compile error", "old GPU", "no kernel", "image that the driver refuses"],
-)
-def test_a_failing_compiler_leaves_the_layer_to_torch(
-    options: Any,
-    reason: str,
-    monkeypatch: pytest.MonkeyPatch,
-    messages: Callable[[], list[str]],
-) -> None:
-    with simulate(**options) as machine:
-        assert_falls_back(machine, monkeypatch)
-    assert len(messages()) == 1
-    assert reason in messages()[0]
-    assert machine.nvrtc.destroyed == len(machine.nvrtc.compiled)
-
-
-def test_a_launch_that_fails_later_leaves_the_layer_to_torch(
-    monkeypatch: pytest.MonkeyPatch, messages: Callable[[], list[str]]
-) -> None:
-    with simulate() as machine:
-        assert_multiplies(machine.kernels, SMALL_CASES[0], 1)
-        machine.driver.failures["cuLaunchKernel"] = 700
-        assert_falls_back(machine, monkeypatch)
-    assert len(messages()) == 1
-    assert "cuLaunchKernel failed: unknown (700)" in messages()[0]
-
-
-@pytest.fixture
-def gpu(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
-    """Let torch report a GPU, with libraries that can be named by path or by name."""
-    monkeypatch.setattr(quantization_cuda, "_found", {})
-    monkeypatch.setattr(torch.version, "hip", None)
-    monkeypatch.setattr(torch.version, "cuda", "13.0")
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
-    properties = types.SimpleNamespace(major=7, minor=6, multi_processor_count=1)
-    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: properties)
-    stream = types.SimpleNamespace(cuda_stream=STREAM)
-    monkeypatch.setattr(torch.cuda, "current_stream", lambda index: stream)
-    libraries: dict[str, Any] = {}
-
-    def open_library(name: str, mode: int = 0) -> Any:
-        for part, library in libraries.items():
-            if part in name:
-                return library
-        raise OSError(f"{name}: cannot open shared object file")
-
-    monkeypatch.setattr(ctypes, "CDLL", open_library)
-    return libraries
-
-
-@needs_nvcc
-def test_kernels_of_a_device_are_found_once(gpu: dict[str, Any]) -> None:
-    memory = DeviceMemory()
-    gpu |= {"cuda.": SimulatedDriver(memory, device=1), "nvrtc": NvccAsNvrtc()}
-    kernels = find_kernels(torch.device("cuda", 1))
-    assert isinstance(kernels, CudaKernels)
-    assert find_kernels(torch.device("cuda", 1)) is kernels
-    assert find_kernels(torch.device("cuda")) is kernels  # the current device
-    with memory:
-        assert_multiplies(kernels, SMALL_CASES[0], 1)
-    assert gpu["cuda."].error is None
-
-
-def test_other_devices_have_no_kernels(messages: Callable[[], list[str]]) -> None:
-    assert find_kernels(torch.device("cpu")) is None
-    assert find_kernels(torch.device("meta")) is None
-    assert messages() == []
-
-
-@pytest.mark.parametrize(
-    ("missing", "reason"),
-    [
-        ("nvrtc", "there is no NVRTC of CUDA 13.0 that can be loaded"),
-        ("driver", "libcuda.so.1: cannot open shared object file"),
-        ("context", "cuDevicePrimaryCtxRetain failed: CUDA_ERROR_INVALID_VALUE (1)"),
-        ("rocm", "this torch is built for ROCm, and the kernels for CUDA"),
-        ("gpu", "torch finds no GPU"),
-    ],
-)
-def test_what_a_machine_lacks_is_said_once(
-    missing: str,
-    reason: str,
-    gpu: dict[str, Any],
-    monkeypatch: pytest.MonkeyPatch,
-    messages: Callable[[], list[str]],
-) -> None:
-    driver = SimulatedDriver(DeviceMemory())
-    gpu |= {"cuda.": driver, "nvrtc": NvccAsNvrtc([75])}
-    if missing == "context":
-        driver.failures["cuDevicePrimaryCtxRetain"] = INVALID_VALUE
-    elif missing == "rocm":
-        monkeypatch.setattr(torch.version, "hip", "6.4")
-    elif missing == "gpu":
-        monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    else:
-        del gpu["nvrtc" if missing == "nvrtc" else "cuda."]
-    for _ in range(3):
-        assert find_kernels(torch.device("cuda", 0)) is None
-    assert messages() == [
-        f"Quantized layers on cuda:0 compute in plain torch, which is slower: {reason}."
-    ]
-
-
-# NVRTC
-
-
-@pytest.mark.parametrize(
-    ("version", "files", "last"),
-    [
-        ("13.0", ["nvidia/cu13/lib/libnvrtc.so.13"], "libnvrtc.so.13"),
-        ("12.6", ["nvidia/cuda_nvrtc/lib/libnvrtc.so.12"], "libnvrtc.so.12"),
-        ("11.8", ["torch/lib/libnvrtc-672ee683.so.11.2"], "libnvrtc.so.11.2"),
-    ],
-)
-def test_nvrtc_is_looked_for_where_torch_keeps_it(
-    version: str, files: list[str], last: str, tmp_path: Path
-) -> None:
-    decoys = (
-        *("nvidia/cu13/lib/libnvrtc-builtins.so.13.0", "nvidia/cu13/lib/libnvrtc.alt.so.13"),
-        *("nvidia/cuda_nvrtc/lib/libnvrtc.so.99", "torch/lib/libnvrtc-builtins-8a2c.so.11.8"),
-    )
-    for name in (*files, *decoys):
-        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
-        (tmp_path / name).touch()
-    found = list(list_nvrtc_files(tmp_path / "torch", version))
-    assert found[-len(files) - 1 :] == [*(str(tmp_path / name) for name in files), last]
-
-
-def test_nvrtc_is_looked_for_by_its_windows_names(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("sys.platform", "win32")
-    folder = tmp_path / "torch" / "lib"
-    folder.mkdir(parents=True)
-    for name in ("nvrtc64_120_0.dll", "nvrtc64_120_0.alt.dll", "nvrtc-builtins64_126.dll"):
-        (folder / name).touch()
-    found = list(list_nvrtc_files(tmp_path / "torch", "12.6"))
-    assert found[-2:] == [str(folder / "nvrtc64_120_0.dll"), "nvrtc64_120_0.dll"]
-    assert list(list_nvrtc_files(tmp_path, "11.8"))[-1] == "nvrtc64_112_0.dll"
-
-
-def test_nvrtc_is_loaded_after_its_builtins_and_never_from_here(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    opened: list[str] = []
-
-    def open_library(name: str, mode: int = 0) -> Any:
-        if Path(name).is_absolute() and not name.startswith(str(tmp_path)):
-            raise OSError("mapped by torch itself")
-        opened.append(name)
-
-    monkeypatch.setattr(ctypes, "CDLL", open_library)
-    monkeypatch.setattr(torch, "__file__", str(tmp_path / "torch" / "__init__.py"))
-    monkeypatch.setattr(torch.version, "cuda", "13.0")
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "libnvrtc-builtins.so.13.0").touch()
-    load_nvrtc()
-    assert opened == ["libnvrtc.so.13"]
-
-    folder = tmp_path / "nvidia" / "cu13" / "lib"
-    folder.mkdir(parents=True)
-    names = [str(folder / "libnvrtc-builtins.so.13.0"), str(folder / "libnvrtc.so.13")]
-    for name in names:
-        Path(name).touch()
-    load_nvrtc()
-    assert opened[1:] == names
-
-
-def test_real_nvrtc_compiles_what_the_simulator_runs() -> None:
-    try:
-        nvrtc = load_nvrtc()
-    except KernelError as error:
-        pytest.skip(str(error))
-    with simulate(nvrtc=nvrtc) as machine:
-        assert_dequantizes(machine.kernels, SMALL_CASES[0])
-        assert_multiplies(machine.kernels, SMALL_CASES[0], 1)
-    code = quantization_cuda.compile_source(
-        nvrtc, SOURCE, 80, ["-DBITS=4", "-DBFLOAT16=1", "-DGROUPED=1"]
-    )
-    assert code.startswith(b"\x7fELF")
-    with pytest.raises(KernelError, match=r"NVRTC failed with error 6: .*wrong.*undefined"):
-        quantization_cuda.compile_source(nvrtc, "__global__ void error() { wrong(); }", 80, [])

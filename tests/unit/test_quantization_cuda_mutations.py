@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 import pytest
 import torch
-from chatglm_6b.quantization_cuda import SOURCE
+from chatglm_6b.quantization_cuda_source import SOURCES
 from ptx.cases import WIDE, Case, assert_dequantizes, assert_multiplies, simulate
 
 HALF, BFLOAT = torch.float16, torch.bfloat16
@@ -161,11 +161,12 @@ def keep_one_kernel(source: str, kernel: str) -> str:
 
 @pytest.mark.parametrize("mutant", MUTANTS, ids=[mutant.name for mutant in MUTANTS])
 def test_a_broken_kernel_is_noticed(mutant: Mutant) -> None:
-    assert SOURCE.count(mutant.old) == 1, "the mutant is out of date"
-    source = keep_one_kernel(SOURCE.replace(mutant.old, mutant.new), mutant.kernel)
+    whole = SOURCES["products"]
+    assert whole.count(mutant.old) == 1, "the mutant is out of date"
+    source = keep_one_kernel(whole.replace(mutant.old, mutant.new), mutant.kernel)
     case = Case(mutant.bits, mutant.dtype, mutant.group, WIDE)
     with (
         pytest.raises(Exception, match=re.escape(mutant.reason)),
-        simulate(source=source) as machine,
+        simulate(sources=SOURCES | {"products": source}) as machine,
     ):
         CHECKS[mutant.kernel](machine.kernels, case)
