@@ -26,6 +26,7 @@ LOG2_E = 1.4426950408889634
 LN2_HIGH, LN2_LOW = 0.693359375, -2.12194440e-4  # of ln 2; the first has few bits
 # exp(r) for |r| <= ln(2) / 2, from r**6 down: Taylor's, within 2e-7 there.
 EXP_TERMS = tuple(1 / math.factorial(n) for n in range(6, -1, -1))
+LAST_BITS = 1.5 * 2.0**23  # beside it, the last place of a float32 is 1
 LOWEST_EXPONENT = -87.0  # below, exp would leave the normal numbers
 
 
@@ -265,10 +266,13 @@ def exponential(writer: KernelWriter, numbers: Any) -> Any:
     result = constant(EXP_TERMS[0])
     for term in EXP_TERMS[1:]:
         result = writer.fma(result, rest, constant(term))
-    wide = writer.vector(writer.i32, count)
-    name = f"llvm.fptosi.sat.v{count}i32.v{count}f32"
-    power = builder.shl(writer.call(name, wide, [whole]), writer.filled(writer.i32, count, 23))
-    result = builder.bitcast(builder.add(builder.bitcast(result, wide), power), numbers.type)
+    # The last bits of so large a sum are n. A conversion that minds what fits in no integer, as of
+    # the tiny numbers below, would be made number by number.
+    bits = builder.fadd(whole, constant(LAST_BITS))
+    bits = builder.bitcast(bits, writer.vector(writer.i32, count))
+    power = builder.shl(bits, writer.filled(writer.i32, count, 23))
+    power = builder.add(power, writer.filled(writer.i32, count, 127 << 23))
+    result = builder.fmul(result, builder.bitcast(power, numbers.type))
     is_tiny = builder.fcmp_ordered("<", numbers, constant(LOWEST_EXPONENT))
     return builder.select(is_tiny, constant(0.0), result)
 
