@@ -338,7 +338,7 @@ def attend(
         return None
     kind = "i8" if past.key.dtype == torch.int8 else TYPE_NAMES.get(past.key.dtype)
     has_mask = attention_mask is not None
-    if kind is None or query.shape[2] > MOST_TOKENS or not _are_ready(query, past):
+    if kind is None or query.shape[2] > MOST_TOKENS or not are_ready(query, past):
         return None
     if not fits_mask(attention_mask, query.shape[0], query.shape[2], past.key.shape[2]):
         return None
@@ -350,7 +350,7 @@ def attend(
     return attended.to(query.dtype), None
 
 
-def _are_ready(query: Tensor, past: Any) -> bool:
+def are_ready(query: Tensor, past: Any) -> bool:
     """Tell whether the kernel can read the operands, and torch need not see it."""
     tensors = [tensor for tensor in past if tensor is not None]
     if wants_graph(query, *tensors) or query.dtype not in TYPE_NAMES or query.numel() == 0:
@@ -435,4 +435,4 @@ def _places(past: Any) -> dict[str, int]:
     return places
 
 
-__all__ = ["attend"]
+__all__ = ["are_ready", "attend", "fits_mask"]
