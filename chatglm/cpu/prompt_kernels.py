@@ -129,15 +129,23 @@ def write_prompt(writer: KernelWriter, shape: PromptShape) -> None:
 
 def _reserve(writer: KernelWriter, shape: PromptShape) -> Buffers:
     """Make room; scores and sums of a block stay in the second cache."""
-    lines = max(shape.head_dim, KEYS)
-    sizes = [shape.head_dim, KEYS, shape.head_dim, 1, 1, 1]
-    places = [writer.reserve(size * shape.line_bytes) for size in sizes]
-    left = writer.reserve(lines * KEYS * 4)
+
+    def make_room(lines: int) -> Any:
+        return writer.reserve(lines * shape.line_bytes)
+
     tiles = None
     if shape.has_tiles:
-        query = writer.reserve(shape.head_dim * shape.queries * 4)
-        tiles = TileSpace(query, writer.reserve(KEYS * shape.queries * 4))
-    return Buffers(*places, left, tiles)
+        tiles = TileSpace(query=make_room(shape.head_dim), weights=make_room(KEYS))
+    return Buffers(
+        query=make_room(shape.head_dim),
+        scores=make_room(KEYS),
+        sums=make_room(shape.head_dim),
+        peaks=make_room(1),
+        totals=make_room(1),
+        factors=make_room(1),
+        left=writer.reserve(4 * shape.head_dim * KEYS),
+        tiles=tiles,
+    )
 
 
 def _begin(writer: KernelWriter, shape: PromptShape, block: Block, buffers: Buffers) -> None:
