@@ -1,17 +1,19 @@
 """Attention of many tokens on a CPU: row by row of a batch, each on its own columns.
 
 Owns the choice between the kernel of few tokens (`attention`), that of many (`prompt_kernels`) and
-plain torch, and which columns a row attends to: those that a mask hides from all of its tokens are
+torch, and which columns a row attends to: those that a mask hides from all of its tokens are
 left out before anything is summed. So a row's result is the same bits alone and in a padded batch.
 
 Shapes: `B` rows, `N` heads, `S` new tokens, `K` keys, `D` head dim.
 """
 
+import functools
 import weakref
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from chatglm.cpu import attention
 from chatglm.cpu.amx import ask_for_tiles
@@ -46,6 +48,10 @@ class Seen(NamedTuple):
     rows: list[list[Part]]
 
 
+# Attends with query, key and value to write output, each `(N, S or K, D)`; by what a mask says, and
+# with scores that are scaled.
+Attention = Callable[[dict[str, Tensor], Part, float], None]
+
 _last_seen: Seen | None = None
 
 
@@ -68,20 +74,20 @@ def attend(
     if not fits_mask(attention_mask, batch, tokens, past.key.shape[2]):
         return None
     key, value = past.as_floats(query.dtype)
-    kernel = _choose_kernel(query, key)
-    if kernel is None:
+    attention_of_part = _choose_attention(query, key)
+    if attention_of_part is None:
         return None
-    scaling = torch.tensor([module.scaling], dtype=torch.float32, device="cpu")
     output = torch.empty_like(query.transpose(1, 2), memory_format=torch.contiguous_format)
     for row, parts in enumerate(_see(attention_mask, batch, tokens)):
         for part in parts:
             states = query[row], key[row], value[row]
-            _attend_part(kernel, part, states, scaling, output[row].transpose(0, 1))
+            target = output[row].transpose(0, 1)
+            _attend_part(attention_of_part, part, states, module.scaling, target)
     return output, None
 
 
-def _choose_kernel(query: Tensor, key: Tensor) -> tuple[Kernel, PromptShape] | None:
-    """Return the kernel for such tokens and keys; None if there is none."""
+def _choose_attention(query: Tensor, key: Tensor) -> Attention | None:
+    """Return what attends with such tokens and keys; None if nothing here does."""
     compiler, head_dim = find_compiler(), query.shape[-1]
     kinds = TYPE_NAMES.get(key.dtype), TYPE_NAMES[query.dtype]
     if compiler is None or kinds[0] is None or head_dim % compiler.processor.lanes:
@@ -89,9 +95,11 @@ def _choose_kernel(query: Tensor, key: Tensor) -> tuple[Kernel, PromptShape] | N
     is_able = "+amx-bf16" in compiler.processor.features.split(",")
     is_half = kinds[0] != "f32" and head_dim % 32 == 0
     has_tiles = is_half and is_able and ask_for_tiles()
+    if kinds[0] == "bf16" and not has_tiles:
+        return _attend_plainly
     shape = PromptShape(head_dim, kinds[0], kinds[1], has_tiles)
     kernel = find_kernel(PROMPT_ATTENTION, shape)
-    return None if kernel is None else (kernel, shape)
+    return None if kernel is None else functools.partial(_run, kernel, shape)
 
 
 def _see(mask: Tensor | None, batch: int, tokens: int) -> list[list[Part]]:
@@ -151,10 +159,10 @@ def _take(states: Tensor, numbers: Tensor | None) -> Tensor:
 
 
 def _attend_part(
-    kernel: tuple[Kernel, PromptShape],
+    attention_of_part: Attention,
     part: Part,
     states: tuple[Tensor, Tensor, Tensor],
-    scaling: Tensor,
+    scaling: float,
     output: Tensor,
 ) -> None:
     """Attend with some tokens of a row, and write their part of `(N, S, D)`."""
@@ -166,7 +174,7 @@ def _attend_part(
         "value": _take(value, part.columns),
         "output": target,
     }
-    _run(*kernel, operands, part, scaling)
+    attention_of_part(operands, part, scaling)
     if part.tokens is not None and not _is_run(part.tokens):
         output[:, part.tokens] = target
 
@@ -176,7 +184,7 @@ def _run(
     shape: PromptShape,
     operands: dict[str, Tensor],
     part: Part,
-    scaling: Tensor,
+    scaling: float,
 ) -> None:
     """Run the kernel for tokens of a row and the keys that they see."""
     heads, tokens, _ = operands["query"].shape
@@ -188,6 +196,7 @@ def _run(
         values[f"{name}_token"] = operands[name].stride(1) * operands[name].element_size()
     if part.mask is not None:
         values |= {"mask": part.mask.data_ptr(), "mask_key": part.mask.stride(0) * 4}
+    factor = torch.tensor([scaling], dtype=torch.float32, device="cpu")
     call = kernel.prepare(
         count_threads(heads * parts, heads * operands["key"][0].nbytes),
         blocks=heads * parts,
@@ -195,9 +204,22 @@ def _run(
         tokens=tokens,
         keys=keys,
         masked=keys if part.mask is None else part.masked,
-        scaling=scaling.data_ptr(),
+        scaling=factor.data_ptr(),
     )
     call.run(**values)
+
+
+def _attend_plainly(operands: dict[str, Tensor], part: Part, scaling: float) -> None:
+    """Attend by torch, whose products of bfloat16 are faster than float32 sums of ours."""
+    query, key, value = (operands[name][None] for name in ("query", "key", "value"))
+    mask = None
+    if part.mask is not None:
+        mask = query.new_zeros(query.shape[2], key.shape[2])
+        mask[:, part.masked :] = part.mask[:, : query.shape[2]].T
+    found = nn.functional.scaled_dot_product_attention(
+        query, key, value, attn_mask=mask, scale=scaling
+    )
+    operands["output"].copy_(found[0])
 
 
 __all__ = ["attend"]
