@@ -7,7 +7,7 @@ many rows is compared with a step of one that was taken within seconds of it.
 import argparse
 from collections.abc import Iterator, Sequence
 
-from benchmarks.contenders import Side, ask_decode, ask_rows
+from benchmarks.contenders import SHORT_CONTEXT, Side, ask_decode, ask_rows
 from benchmarks.results import Case, Recorder
 from benchmarks.workers import (
     Company,
@@ -20,7 +20,6 @@ from benchmarks.workers import (
     run_turns,
 )
 
-ROWS_CONTEXT = 64
 # The contexts that rows of mixed lengths have in turn.
 MIXED_CONTEXTS = (64, 200, 500, 1000)
 MIXED_ROWS = (8, 32)
@@ -28,7 +27,6 @@ MIXED_ROWS = (8, 32)
 PEERS_ROWS = 16
 # A step of many rows takes so long that a part of the tokens that one row gets is enough.
 STEP_SHARE = 4
-COMPANY_CONTEXT = 64
 BUSY = (0, 1, 2)
 
 
@@ -38,7 +36,7 @@ def iter_row_turns(worker: Worker, args: argparse.Namespace) -> Iterator[tuple[s
     steps = max(1, args.tokens // STEP_SHARE)
     for count in args.rows:
         name = f"{worker.name}, {count} rows"
-        yield "rows", count, Turn(name, worker, ask_rows([ROWS_CONTEXT] * count, steps))
+        yield "rows", count, Turn(name, worker, ask_rows([SHORT_CONTEXT] * count, steps))
         if count in MIXED_ROWS:
             contexts = [mixed[place % len(mixed)] for place in range(count)]
             turn = Turn(f"{name} of mixed lengths", worker, ask_rows(contexts, steps))
@@ -52,10 +50,10 @@ def measure_rows(side: Side) -> None:
     """
     args, able = side.args, side.able("rows")
     steps = max(1, args.tokens // STEP_SHARE)
-    task = ask_decode(ROWS_CONTEXT, steps)
+    task = ask_decode(SHORT_CONTEXT, steps)
     peers = [Turn(worker.name, worker, task) for worker in side.workers if worker not in able]
     for worker in able:
-        one = Turn(f"{worker.name}, one", worker, ask_rows([ROWS_CONTEXT], steps))
+        one = Turn(f"{worker.name}, one", worker, ask_rows([SHORT_CONTEXT], steps))
         for case, count, turn in iter_row_turns(worker, args):
             beside = peers if count == PEERS_ROWS and case == "rows" else []
             rounds = run_turns([one, turn, *beside], side.probe, args.rounds)
@@ -81,7 +79,7 @@ def record_rows(
     name, count, turn = measured
     worker, load = turn.worker, max(round_.foreign_load for round_ in rounds)
     versions = worker.facts["versions"]
-    case = Case(worker.name, name, versions, ROWS_CONTEXT, count, len(rounds), load)
+    case = Case(worker.name, name, versions, SHORT_CONTEXT, count, len(rounds), load)
     times = Spread.of([round_.seconds[turn.name] for round_ in rounds])
     recorder.add(case, times.scaled(1000), "ms/step")
     price = Spread.of([round_.seconds[turn.name] / round_.seconds[one.name] for round_ in rounds])
@@ -94,7 +92,7 @@ def record_rows(
 
 def measure_company(side: Side) -> None:
     """Measure a token of every contender alone and beside busy processes."""
-    task = ask_decode(COMPANY_CONTEXT, side.args.tokens)
+    task = ask_decode(SHORT_CONTEXT, side.args.tokens)
     turns = [Turn(worker.name, worker, task) for worker in side.workers]
     for count in BUSY:
         with Company(count) as company:
@@ -108,7 +106,7 @@ def record_company(side: Side, worker: Worker, rounds: Sequence[Round], busy: in
     """Record a contender's token beside so many busy processes, ours with ratios to the peers."""
     load = max(round_.foreign_load for round_ in rounds)
     versions, name = worker.facts["versions"], f"beside {busy} busy"
-    case = Case(worker.name, name, versions, COMPANY_CONTEXT, 1, len(rounds), load)
+    case = Case(worker.name, name, versions, SHORT_CONTEXT, 1, len(rounds), load)
     times = Spread.of([round_.seconds[worker.name] for round_ in rounds]).scaled(1000)
     peers = [other.name for other in side.workers if not other.name.startswith("ours")]
     for peer in (peers if worker.name.startswith("ours") else []) or [""]:

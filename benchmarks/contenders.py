@@ -19,6 +19,8 @@ from benchmarks.results import Recorder, read_commit
 from benchmarks.workers import Spread, Worker
 
 ROOT = Path(__file__).resolve().parent.parent
+# Tokens behind which many rows, busy processes and batches are measured, whatever else is.
+SHORT_CONTEXT = 64
 PLAIN_OPTIONS = ("--layers", "--hidden", "--dtype", "--bits", "--group-size")
 
 
@@ -106,7 +108,7 @@ def start_all(args: argparse.Namespace, stack: ExitStack) -> list[Worker]:
             workers.append(stack.enter_context(peer))
     if args.chatglm_cpp:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(dir=args.dir)))
-        longest = max(*args.prompts, *args.contexts) + 2 * args.tokens
+        longest = max(SHORT_CONTEXT, *args.prompts, *args.contexts) + 2 * args.tokens
         peer = start_chatglm_cpp(args.chatglm_cpp, folder, args.layers, longest)
         workers.append(stack.enter_context(peer))
         if peer.facts["threads"] != args.threads:

@@ -11,6 +11,7 @@ from contextlib import ExitStack
 
 from benchmarks.beside import measure_company, measure_rows
 from benchmarks.contenders import (
+    SHORT_CONTEXT,
     Side,
     ask_decode,
     ask_prefill,
@@ -32,7 +33,6 @@ from benchmarks.workers import (
     start_probe,
 )
 
-BATCH_CONTEXT = 64
 OVERHEAD_CONTEXT = 64
 OVERHEAD_WIDTH = 64
 TOP_P = 0.7
@@ -126,14 +126,14 @@ def measure_batches(side: Side) -> None:
     """Measure padded batches, which peers have none of."""
     ours = [worker for worker in side.workers if worker.name.startswith("ours")]
     for batch in side.args.batches:
-        positions = BATCH_CONTEXT + side.args.tokens // 2
+        positions = SHORT_CONTEXT + side.args.tokens // 2
         tasks = (
-            ("prefill", 0, ask_prefill(BATCH_CONTEXT, batch)),
-            ("decode", positions, ask_decode(BATCH_CONTEXT, side.args.tokens, batch)),
+            ("prefill", 0, ask_prefill(SHORT_CONTEXT, batch)),
+            ("decode", positions, ask_decode(SHORT_CONTEXT, side.args.tokens, batch)),
         )
         for name, read, task in tasks:
             rounds = run_rounds(ours, side.probe, task, side.args.rounds)
-            record_rounds(side.recorder, ours, rounds, (name, BATCH_CONTEXT, batch), read)
+            record_rounds(side.recorder, ours, rounds, (name, SHORT_CONTEXT, batch), read)
 
 
 MEASURES: dict[str, Callable[[Side], None]] = {
