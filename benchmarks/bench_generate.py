@@ -8,12 +8,12 @@
 Cases: `decode` (a token behind a context), `prefill` (a prompt up to its first token, and how much
 of that is the products' own time), `rows` (a step of many rows beside a step of one), `company` (a
 token beside busy processes), `batch` (padded batches), `lookup` (drafts that are looked up in the
-prompt), `overhead` (a token of a model with blocks so narrow that Python, sampling and the head
-remain), `first` (the first prompt of a process beside later ones), `start` (a fresh process that
-loads a quantized checkpoint from a warm disk cache and answers, beside the imports alone), `memory`
-(of such a process, over time, up to a long chat), `own` (the model of this repository, as `chatglm
-bench` measures it). Each can be measured alone, and adds its rows to the file as soon as it has
-them: what is stopped is repeated from there with `--only`.
+prompt), `overhead` (a token of a chat with a model whose blocks are so narrow that Python, sampling
+and the head remain), `first` (the first prompt of a process beside later ones), `start` (a fresh
+process that loads a quantized checkpoint from a warm disk cache and answers, beside the imports
+alone), `memory` (of such a process, over time, up to a long chat), `own` (the model of this
+repository, as `chatglm bench` measures it). Each can be measured alone, and adds its rows to the
+file as soon as it has them: what is stopped is repeated from there with `--only`.
 
 A recipe with `alone=1` is measured without the engine, as where the model's files are alone.
 

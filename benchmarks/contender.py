@@ -7,10 +7,11 @@ python -m benchmarks.contender [--bits 4] [--dtype float32] [--layers 28] [--alo
 import argparse
 import os
 import time
-from collections import Counter, deque
+from collections import Counter
 from collections.abc import Sequence
 from contextlib import nullcontext
-from typing import Any
+from itertools import pairwise
+from typing import Any, cast
 
 import torch
 import transformers
@@ -109,13 +110,23 @@ class Contender:
         options: dict[str, Any] = {"do_sample": False, "max_new_tokens": tokens + 1}
         if drafts:
             options["prompt_lookup_num_tokens"] = drafts
+        seconds, ids = self._stream(prompt, options)
+        return {"seconds": sum(seconds), "ids": ids}
+
+    def answer(self, context: int, tokens: int, top_p: float | None = None) -> dict[str, Any]:
+        """Return the seconds of each of so many tokens behind a context, as `chat` decodes them."""
+        options = {"do_sample": bool(top_p), "top_p": top_p, "max_new_tokens": tokens + 1}
+        prompt = draw_prompt(self.model, context)[0]
+        return {"seconds": self._stream(cast(Any, prompt).tolist(), options)[0]}
+
+    def _stream(self, prompt: list[int], options: dict[str, Any]) -> tuple[list[float], list[int]]:
+        """Return the seconds of each step of an answer beyond the first token, and its ids."""
         decoding = import_model_module(self.model, "decoding_chatglm")
         stream = decoding.stream_answer(self.model, prompt, options)
         # The first token comes with the prompt, whose time is not what is asked for.
-        next(stream)
-        began = time.perf_counter()
-        last = deque(stream, maxlen=1).pop()
-        return {"seconds": time.perf_counter() - began, "ids": last.answer_ids}
+        answer = next(stream)  # and the same, with more tokens, after every step
+        times = [time.perf_counter(), *(time.perf_counter() for _ in stream)]
+        return [after - before for before, after in pairwise(times)], answer.answer_ids
 
 
 def main() -> None:

@@ -146,13 +146,13 @@ MEASURES: dict[str, Callable[[Side], None]] = {
 
 
 def measure_overhead(args: argparse.Namespace, recorder: Recorder) -> None:
-    """Measure a token of a model with all blocks and hardly any work in them."""
+    """Measure a token of a model with all blocks and hardly any work in them, as chat decodes."""
     recipe = parse_recipe(args.ours[0])._replace(layers=args.layers, hidden=OVERHEAD_WIDTH)
     name = f"ours {recipe}, width {OVERHEAD_WIDTH}"
     with start_ours(recipe, args.threads, name) as worker:
         for case, top_p in (("greedy", None), (f"top_p {TOP_P}", TOP_P)):
             call = {"context": OVERHEAD_CONTEXT, "tokens": args.tokens, "top_p": top_p}
-            answers = [worker.ask("decode", **call)["seconds"] for _ in range(args.rounds + 1)]
+            answers = [worker.ask("answer", **call)["seconds"] for _ in range(args.rounds + 1)]
             figures = [Spread.of(seconds).median for seconds in answers[1:]]  # one warms up
             name, versions = f"overhead, {case}", worker.facts["versions"]
             place = Case(worker.name, name, versions, OVERHEAD_CONTEXT, rounds=len(figures))

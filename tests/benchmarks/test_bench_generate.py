@@ -108,10 +108,12 @@ def test_the_lines_of_many_rows_are_tried_quickly(
 def test_the_lines_of_prompts_are_tried_quickly(
     quick_python: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    found = try_quickly(monkeypatch, quick_python, "lookup", "first")
+    found = try_quickly(monkeypatch, quick_python, "lookup", "overhead", "first")
     for text in copying.TEXTS:
         names = [name.rpartition(", ")[2] for name, _ in found[f"lookup, {text}", 1, "ms/token"]]
         assert names == [lookup.DRAFTED, lookup.PLAIN]
+    for case in ("greedy", "top_p 0.7"):
+        assert found[f"overhead, {case}", 1, "ms/token"][0][1] > 0
     assert found["first prompt", 1, "later prompts"][0][1] > 0
 
 
