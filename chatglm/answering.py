@@ -93,7 +93,7 @@ def find_reasons(model: Any, options: dict[str, Any]) -> list[str]:
     Rows are decoded with the same ease anywhere, but where a step is not one program of the
     engine's each of them takes calls of its own in every block, and a batch is faster.
     """
-    foreign = import_model_module(model, "drawing_chatglm").find_foreign_options(model, options)
+    foreign = _find_foreign(model, options)
     if foreign:
         return [REPLACED if name == ALONE else f"rows do not know {name}" for name in foreign]
     if model.device.type != "cpu":
@@ -108,6 +108,15 @@ def find_reasons(model: Any, options: dict[str, Any]) -> list[str]:
     if is_plain and is_for_programs(model.transformer.layers, model.dtype):
         return []
     return ["a batch is faster through adapters, prefixes, hooks and layers of others"]
+
+
+def uses_seeds(model: Any, options: dict[str, Any]) -> bool:
+    """Tell whether each answer is drawn with a seed of its own: only `generate`'s are not."""
+    return set(_find_foreign(model, options)) <= {ALONE}
+
+
+def _find_foreign(model: Any, options: dict[str, Any]) -> list[str]:
+    return import_model_module(model, "drawing_chatglm").find_foreign_options(model, options)
 
 
 def _answer_in_rows(
@@ -184,8 +193,7 @@ def _answer_batch(
     settings = drawing.settle(model, options)
     inputs = _pad(model, prompts)
     width = inputs["input_ids"].shape[1]
-    foreign = set(drawing.find_foreign_options(model, options)) - {ALONE}
-    if settings["do_sample"] and not foreign:
+    if settings["do_sample"] and uses_seeds(model, options):
         ids = _generate_by_seeds(model, inputs, settings, seeds)
     else:
         ids = model.generate(**inputs, **{"pad_token_id": model.config.pad_token_id} | options)
@@ -266,4 +274,11 @@ def cut_answer(ids: Sequence[int], ends: Sequence[int]) -> list[int]:
     return list(ids[:stop])
 
 
-__all__ = ["answer_prompts", "cut_answer", "derive_seed", "find_reasons", "only_options"]
+__all__ = [
+    "answer_prompts",
+    "cut_answer",
+    "derive_seed",
+    "find_reasons",
+    "only_options",
+    "uses_seeds",
+]

@@ -207,7 +207,7 @@ def test_what_cannot_be_a_step_is_refused() -> None:
 
 def test_a_prompt_is_shared_with_rows_that_have_it_unread() -> None:
     model = build_model()
-    row, logits = read_prompt(model, [5, 6, 301, 304])
+    row, _ = read_prompt(model, [5, 6, 301, 304])
     other = Row(model, [5, 6, 301, 304])
     other.share_prompt(row)
     for one in (row, other):
