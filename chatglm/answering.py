@@ -1,7 +1,7 @@
 """Owns answers to many prompts at once, for roll-outs and evaluations: ids to ids, two ways.
 
     prompts ──> rows that join as others end, on a CPU whose engine runs their steps as one program
-            └─> padded batches of `generate`, elsewhere
+            └─> padded batches of `generate`, elsewhere and where answers are short
 
 As a row an answer is what it is alone, bit for bit. In a batch, pads move its scores by roundings.
 Either way an answer that is drawn at random has a seed of its own: who asks, how many are answered
@@ -29,6 +29,9 @@ from chatglm.model_modules import import_model_module
 
 logger = logging.getLogger(__name__)
 ALONE = "generate"  # how it is called that a model's `generate` is needed, whatever is asked of it
+# Prompts are read one by one for rows, each in about the time of a step: shorter answers, whose
+# lengths can differ little, do not make up for that (`benchmarks.bench_rollouts`).
+SHORTEST = 32  # tokens that an answer may have
 REPLACED = "the model's generate() is another's, or several processes are at work"
 # What is left for `generate` to do where tokens are drawn by a processor of ours.
 KEPT_OPTIONS = ("max_new_tokens", "max_length", "eos_token_id", "cache_implementation")
@@ -96,6 +99,9 @@ def find_reasons(model: Any, options: dict[str, Any]) -> list[str]:
     foreign = _find_foreign(model, options)
     if foreign:
         return [REPLACED if name == ALONE else f"rows do not know {name}" for name in foreign]
+    most = options.get("max_new_tokens") or SHORTEST
+    if most < SHORTEST:
+        return [f"a batch is faster for answers of {most} tokens or fewer"]
     if model.device.type != "cpu":
         return [f"a batch is faster on {model.device.type}"]
     if torch.is_autocast_enabled("cpu"):

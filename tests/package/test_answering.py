@@ -26,9 +26,10 @@ def model() -> Any:
 
 
 @pytest.fixture(autouse=True)
-def forget_lines() -> None:
-    """Tell again what was told in another test."""
+def forget_lines(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tell again what was told in another test; and short answers are rows here."""
     answering._tell_once.cache_clear()
+    monkeypatch.setattr(answering, "SHORTEST", 1)
 
 
 def in_batches(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -92,6 +93,14 @@ def test_rows_stay_as_many_as_wait(model: Any, monkeypatch: pytest.MonkeyPatch) 
     still = [count for count in counts[full:] if count == 3]
     assert counts[full : full + len(still)] == still, "fewer only when nobody waits"
     assert sum(done) == len(PROMPTS)
+
+
+@needs_engine
+def test_short_answers_are_decoded_in_batches(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(answering, "SHORTEST", 32)
+    for most, count in ((31, 1), (32, 0), (None, 0)):
+        assert len(find_reasons(model, {"max_new_tokens": most})) == count
+    assert find_reasons(model, SAMPLED) == ["a batch is faster for answers of 12 tokens or fewer"]
 
 
 @needs_engine

@@ -23,6 +23,7 @@ from transformers import (
     TrainingArguments,
 )
 
+from chatglm import answering
 from chatglm.training import run_log
 from chatglm.training.data.batches import pick_rows
 from chatglm.training.json_lines import cut_lines
@@ -205,10 +206,12 @@ def test_log_probs_are_those_of_the_models_own_logits(actor: ActorCritic, rows: 
         torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("shortest", (1, 32), ids=("rows", "batches"))
 def test_answers_are_drawn_with_the_probabilities_that_are_recomputed(
-    actor: ActorCritic, rows: Any
+    actor: ActorCritic, rows: Any, shortest: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Whose draws they are for their seeds, and that the folder's top_p of 0.7 cuts nothing."""
+    monkeypatch.setattr(answering, "SHORTEST", shortest)
     sampler = Sampler(actor.policy, max_new_tokens=5, temperature=0.8)
     own = actor.policy.generation_config
     answers = sampler(rows[0], [5, 6, 7, 8])
