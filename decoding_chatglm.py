@@ -38,6 +38,7 @@ class Answer:
         finish_reason: None while it goes on; then "stop" (an end token), "criteria" (one of
             `stopping_criteria`), "length", "time" or "error".
         error: what a processor or a criterion raised, or None.
+        group: what it shares with the other answers to one prompt.
     """
 
     def __init__(
@@ -46,12 +47,14 @@ class Answer:
         input_ids: Sequence[int],
         options: dict[str, Any],
         generator: torch.Generator | None = None,
+        group: Any = None,
     ) -> None:
         settings = settle(model, options)
         device = find_input_device(model)
         self.reading: PromptReading | None = PromptReading(model, input_ids, make_cache(settings))
         self.row: Row = self.reading.row
         self.generator = generator
+        self.group = object() if group is None else group
         self.do_sample = bool(settings["do_sample"])
         self.limit = find_limit(settings, len(input_ids))
         ends = settings["eos_token_id"]
@@ -195,13 +198,19 @@ class RowDecoder:
         self.answers: list[Answer] = []
 
     def add(
-        self, input_ids: Sequence[int], generator: torch.Generator | None = None, **options: Any
+        self,
+        input_ids: Sequence[int],
+        generator: torch.Generator | None = None,
+        group: Any = None,
+        **options: Any,
     ) -> Answer:
         """Begin an answer, whose prompt the next steps read.
 
         Args:
             input_ids: of the prompt, with its border.
             generator: that its tokens are drawn with, for a seed of its own; None is torch's.
+            group: the same object for answers to the same prompt, which is read once for those
+                that wait for it together; None for an answer by itself.
             options: those of `generate` that `drawing_chatglm.NEUTRAL` lists, a limit among them.
 
         Raises:
@@ -213,13 +222,20 @@ class RowDecoder:
                 f"Rows are not decoded with {', '.join(sorted(foreign))}: leave it out, or call "
                 "generate()."
             )
-        answer = Answer(self.model, input_ids, options, generator)
+        answer = Answer(self.model, input_ids, options, generator, group)
         self.answers.append(answer)
         return answer
 
     def remove(self, answer: Answer) -> None:
         """Let an answer go before its end; nothing is done if it has left already."""
         self.answers = [other for other in self.answers if other is not answer]
+
+    @torch.no_grad()
+    def read(self) -> None:
+        """Read all prompts that wait, where nobody waits for a token of the other answers."""
+        for answer in self.answers:
+            while answer.reading is not None:
+                self._read(answer)
 
     @torch.no_grad()
     def step(self) -> list[Answer]:
@@ -229,7 +245,7 @@ class RowDecoder:
             The answers that ended, which have left. Look at their `error`.
         """
         unread = next((answer for answer in self.answers if answer.reading is not None), None)
-        ready = [answer for answer in self.answers if answer.reading is None]
+        ready = [a for a in self.answers if a.reading is None and not a.finish_reason]
         if unread is not None:
             self._read(unread)
         if ready:
@@ -239,13 +255,18 @@ class RowDecoder:
         return finished
 
     def _read(self, answer: Answer) -> None:
-        """Read the next piece of a prompt, and behind its end draw the first token."""
+        """Read the next piece of a prompt, and behind its end draw the first tokens."""
         reading = answer.reading
         assert reading is not None
-        if reading.advance():
-            assert reading.logits is not None
-            answer.reading = None
-            answer.take(reading.logits)
+        if not reading.advance():
+            return
+        assert reading.logits is not None
+        others = [other for other in self.answers if _waits_with(other, answer)]
+        for other in others:  # before a token is drawn, which would be one of the row
+            other.row.share_prompt(answer.row)
+        for one in (answer, *others):
+            one.reading = None
+            one.take(reading.logits)
 
     def _decode(self, answers: list[Answer]) -> None:
         """Run one step of the rows, with drafts where one is alone.
@@ -261,6 +282,11 @@ class RowDecoder:
             answer.take(scores)
         if is_alone:
             answers[0].learn(time.perf_counter() - began)
+
+
+def _waits_with(other: Answer, answer: Answer) -> bool:
+    """Tell whether another answer waits for the prompt that was just read for one."""
+    return other is not answer and other.group is answer.group and other.reading is not None
 
 
 @torch.no_grad()

@@ -101,6 +101,9 @@ NO_MATTER = ("bos_token_id", "pad_token_id", "decoder_start_token_id", "transfor
 OWN_CRITERIA = (EosTokenCriteria, MaxLengthCriteria, MaxTimeCriteria)
 
 
+MOST = 0.3  # of the vocabulary that may be drawn; with 0.4 of it torch is as fast
+
+
 class Draw(NamedTuple):
     """What processors are made from.
 
@@ -320,9 +323,10 @@ def draw_token(shares: Tensor, generator: torch.Generator | None = None) -> int:
 
     torch draws an exponential time for each token, divides, and takes the token that comes first.
     Times are needed of tokens alone that may be drawn at all; the uniform numbers that all of them
-    are made from leave the generator where torch would.
+    are made from leave the generator where torch would. Where many may be drawn torch is faster.
     """
-    if shares.device.type != "cpu" or not is_draw_known():
+    is_ours = shares.device.type == "cpu" and int(shares.count_nonzero()) < MOST * shares.numel()
+    if not is_ours or not is_draw_known():
         return int(torch.multinomial(shares, num_samples=1, generator=generator))
     return _draw_first(shares, generator)
 

@@ -11,6 +11,7 @@ Shapes: `N` rows, `S` pending tokens of all rows together, `P` position axes, `H
 `V` vocabulary.
 """
 
+import copy
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -77,6 +78,20 @@ class Row:
     def block_position(self) -> int:
         """The last token's place in the answer, 1 for `<sop>`; 0 before, and with one axis."""
         return (*self._places.find(len(self.input_ids) - 1), 0)[1]
+
+    def share_prompt(self, other: "Row") -> None:
+        """Put a copy of what another row has cached of the same prompt in the place of its own.
+
+        Raises:
+            ValueError: if the prompts differ, or this one is read already.
+        """
+        if other.input_ids != self.input_ids or self.num_cached:
+            raise ValueError(
+                f"A row of {len(self.input_ids)} tokens, {self.num_cached} of them cached, cannot "
+                f"take over the cache of one of {len(other.input_ids)}: that needs the same prompt "
+                "and a row that has read nothing."
+            )
+        self._cache = copy.deepcopy(other._cache)
 
     def append(self, *token_ids: int) -> None:
         """Add tokens to the answer."""

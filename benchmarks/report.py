@@ -144,6 +144,12 @@ SECTIONS = (
         lambda row: row.bench == "bench_train",
     ),
     Section(
+        "Roll-outs",
+        "python -m benchmarks.bench_rollouts",
+        "answers",
+        lambda row: row.bench == "bench_rollouts",
+    ),
+    Section(
         "Single products",
         "python -m benchmarks.bench_kernels --shapes 4096x12288 4096x130528",
         "rows",

@@ -5,6 +5,9 @@
     chatglm bench ../chatglm-6b-int4 --prompt-length 512 --batch 8 --json
     chatglm bench --train lora --length 256 --batch 4
 
+`--batch` measures `generate` on prompts of one length, whose answers nothing ends: padded batches
+are at their best there, as no row waits for another (`benchmarks.bench_rollouts`).
+
 Does not know how the phases are timed (`measuring`), what a training step is (`training`), nor how
 a folder becomes a model (`chatglm.loading`).
 """

@@ -83,7 +83,27 @@ def decode_step(
     Returns:
         What comes out of the last block, `(B, S, H)`, and nothing of what is between.
     """
-    is_looked_at = output_hidden_states or output_attentions or any(x is not None for x in prefixes)
+    # Nothing in it is for `FastProducts`, which would be asked at thousands of calls of torch.
+    with torch._C.DisableTorchFunction():
+        return _decode_step(
+            stack,
+            hidden_states,
+            attention_mask,
+            position_embeddings,
+            any(x is not None for x in prefixes) or output_hidden_states or output_attentions,
+            past_key_values,
+        )
+
+
+def _decode_step(
+    stack: Any,
+    hidden_states: Tensor,
+    attention_mask: Tensor | None,
+    position_embeddings: tuple[Tensor, Tensor],
+    is_looked_at: bool,
+    past_key_values: Any,
+) -> tuple[Tensor, tuple[()], tuple[()]] | None:
+    """Do what `decode_step` says, unless somebody looks at what is between."""
     if is_looked_at or not len(stack) or stack[0].attention.config._attn_implementation != "sdpa":
         return None
     kind = TYPE_NAMES.get(hidden_states.dtype)
@@ -105,6 +125,20 @@ def decode_step(
         return None
     last = program.run(hidden_states, position_embeddings, attention_mask, rows)
     return last, (), ()
+
+
+def is_for_programs(stack: Any, dtype: torch.dtype) -> bool:
+    """Tell whether steps of a stack of blocks run as programs, as far as the model decides.
+
+    Adapters and hooks in the blocks keep them from it, and what the processor lacks.
+
+    Args:
+        stack: the blocks, a `ModuleList` on a CPU.
+        dtype: of hidden states and caches.
+    """
+    if not len(stack) or stack[0].attention.config._attn_implementation != "sdpa":
+        return False
+    return dtype in TYPE_NAMES and can_run() and Parts(stack).are_usable(TYPE_NAMES[dtype])
 
 
 class StepRow(NamedTuple):
@@ -492,4 +526,4 @@ def _describe(layer: Any, tokens: int, threads: int) -> tuple[Sizes, str]:
     return Sizes(weights, *sizes), layer.activations
 
 
-__all__ = ["decode_step"]
+__all__ = ["decode_step", "is_for_programs"]

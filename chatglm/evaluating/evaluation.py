@@ -19,6 +19,7 @@ from transformers import set_seed
 from transformers.trainer_utils import EvalPrediction
 
 from chatglm import door
+from chatglm.answering import derive_seed
 from chatglm.checking.quick import require_text
 from chatglm.data.dialects import read_answers
 from chatglm.data.files import RecordFiles, open_records
@@ -128,7 +129,9 @@ class Generation:
         prompts = Examples(self.records, lambda record: renderer.render_prompt(record, room))
         set_seed(self.settings.seed)
         options = build_options(self.settings, renderer.pad_id)
-        answers = evaluated.model.generate([prompts[i] for i in range(len(prompts))], options)
+        asked = [prompts[i] for i in range(len(prompts))]
+        seeds = [derive_seed(self.settings.seed, row) for row in prompts.kept]
+        answers = evaluated.model.generate(asked, options, seeds)
         labels = [renderer.encode_text(self.records[i].answer) for i in prompts.kept]
         pairs = list(zip(_decode(evaluated, answers), _decode(evaluated, labels)))
         write_predictions(pairs, folder / PREDICTIONS_FILE)

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from chatglm.answering import answer_prompts
 from chatglm.training.data.batches import Examples, pad_rows
 from chatglm.training.data.rendering import Example
 
@@ -68,22 +69,23 @@ class BatchedModel:
             scores[batch] = chosen.double().cpu()
         return check_scores(scores, self.model.dtype)
 
-    @torch.no_grad()
-    def generate(self, prompts: Sequence[list[int]], options: dict[str, Any]) -> list[list[int]]:
+    def generate(
+        self,
+        prompts: Sequence[list[int]],
+        options: dict[str, Any],
+        seeds: Sequence[int] | None = None,
+    ) -> list[list[int]]:
         """Return the ids that follow each prompt.
 
         Args:
             prompts: their ids.
             options: of the model's `generate`.
+            seeds: one an answer, if they are drawn at random.
         """
-        answers: list[list[int]] = [[] for _ in prompts]
-        lengths = [len(prompt) for prompt in prompts]
-        for batch in iter_batches(lengths, self.batch_size, "answers"):
-            input_ids, mask = self._pad([prompts[i] for i in batch])
-            outputs = self.model.generate(input_ids=input_ids, attention_mask=mask, **options)
-            for i, row in zip(batch, outputs[:, input_ids.shape[1] :].tolist()):
-                answers[i] = row
-        return answers
+        bar = tqdm(total=len(prompts), unit=" answers", disable=None, leave=False)
+        with bar as progress:
+            size = self.batch_size
+            return answer_prompts(self.model, prompts, options, seeds, size, progress.update)
 
     def _pad(self, rows: Sequence[list[int]]) -> tuple[Tensor, Tensor]:
         """Return ids and mask, each `(B, S)`, on the model's device."""

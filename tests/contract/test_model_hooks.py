@@ -39,6 +39,7 @@ from packaging.version import Version
 from peft import IA3Config, LoraConfig, TaskType, get_peft_model
 from safetensors.torch import load_file, save_file
 from torch import nn
+from torch.overrides import TorchFunctionMode
 from transformers import PreTrainedModel
 from transformers.quantizers.auto import AutoHfQuantizer, AutoQuantizationConfig
 from transformers.quantizers.base import HfQuantizer
@@ -89,6 +90,23 @@ def test_the_dictionaries_of_a_module(hook: str) -> None:
     replacement: Any = nn.Identity() if module is outer else nn.Parameter(torch.zeros(1, 1))
     setattr(module, key, replacement)
     assert dictionary[key] is replacement, f"{hook} is no longer what a module has"
+
+
+@pytest.mark.parametrize("hook", ["torch._C.DisableTorchFunction"])
+def test_a_step_is_not_asked_about_by_whoever_watches_functions(hook: str) -> None:
+    seen: list[Any] = []
+
+    class Watch(TorchFunctionMode):
+        def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None):
+            seen.append(func)
+            return func(*args, **(kwargs or {}))
+
+    with Watch():
+        with getattr(torch._C, hook.rpartition(".")[2])():
+            torch.ones(3).sum()
+        assert not seen, f"{hook} does not keep a mode from being asked"
+        torch.ones(3).sum()
+    assert len(seen) == 2
 
 
 @pytest.mark.parametrize("hook", ["logging.Logger.warning_once"])

@@ -155,6 +155,43 @@ def test_answers_and_their_probabilities_are_the_models_own(
         torch.testing.assert_close(found[number, : len(answer)], expected, rtol=1e-4, atol=1e-4)
 
 
+def test_an_answer_is_drawn_by_its_own_seed(tiny_repo: Path, data: Path, judges: Path) -> None:
+    """Whoever is asked beside it, with torch's generator anywhere; but not twice the same."""
+    trainer = build(tiny_repo, data, {"reward_function": [f"{judges}:says_yes"]})
+    trainer.model.train()
+    rows = [row for row in trainer.train_dataset for _ in range(3)]
+
+    def draw(rows: list[Any], step: int) -> list[list[int]]:
+        trainer.state.global_step = step
+        batch = trainer._generate_and_score_completions(rows)
+        pairs = zip(batch["completion_ids"], batch["completion_mask"])
+        return [ids[mask.bool()].tolist() for ids, mask in pairs]
+
+    first = draw(rows, 0)
+    again = draw(rows[:6], 0)  # the same questions in the same step
+    other = draw(rows, 1)
+    torch.manual_seed(5)
+    trainer._asked = (None, trainer._asked[1])  # as a run that goes on
+    assert draw(rows[:6], 1) == other[:6]
+    assert draw(rows[6:], 1) == other[6:]
+    answers = [*first, *again, *other]
+    assert len({tuple(ids) for ids in answers}) == len(answers)
+    trainer.model.eval()
+    assert draw(rows[:6], 1) == draw(rows, 1)[:6]  # every evaluation draws alike
+
+
+def test_beams_of_a_user_are_trls(tiny_repo: Path, data: Path, judges: Path) -> None:
+    fields = {"reward_function": [f"{judges}:says_yes"]}
+    trainer = build(tiny_repo, data, fields, generation_kwargs={"num_beams": 2, "do_sample": False})
+    batch = trainer._generate_and_score_completions(list(trainer.train_dataset) * 2)
+    model, _ = load(tiny_repo)
+    prompt = torch.tensor([trainer.train_dataset[0]["prompt_ids"]])
+    options = {"num_beams": 2, "do_sample": False, "max_new_tokens": 6, "eos_token_id": 7853}
+    expected = model.generate(prompt, **options)[0, prompt.shape[1] :].tolist()
+    found = batch["completion_ids"][0][batch["completion_mask"][0].bool()].tolist()
+    assert found == expected
+
+
 def test_rewards_are_those_of_the_folder_and_the_functions(
     tiny_repo: Path, data: Path, judges: Path, scorer: Path
 ) -> None:

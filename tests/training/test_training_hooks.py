@@ -42,6 +42,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:.*gradient_checkpointing.* is de
 
 SIZE, EPOCHS, STEPS = 2, 2, 6
 ALIGNED = ("dpo", "reward", "grpo")
+QUESTION_STEPS = "_tokenize_prompts", "_generate_and_score_completions", "_generate_single_turn"
 JUDGE = "def count(prompts, answers, references):\n    return [len(a) for a in answers]\n"
 
 
@@ -289,7 +290,7 @@ def aligned(tiny_repo: Path, tmp_path_factory: pytest.TempPathFactory) -> Any:
     with pytest.MonkeyPatch.context() as monkeypatch:
         monkeypatch.delenv("CI", raising=False)
         monkeypatch.setattr("trl.trainer.base_trainer.send_telemetry", lambda **kw: sent.append(kw))
-        for name in ("_tokenize_prompts", "_generate_and_score_completions"):
+        for name in QUESTION_STEPS:
             count_calls(monkeypatch, GroupTrainer, name, calls)
         trainers = keep_trainer(monkeypatch)
         for stage in ALIGNED:
@@ -337,10 +338,23 @@ def test_rows_are_taken_as_they_are_rendered(hook: str, aligned: Any) -> None:
 
 
 @pytest.mark.parametrize(
-    "hook", ["GRPOTrainer._tokenize_prompts", "GRPOTrainer._generate_and_score_completions"]
+    "hook",
+    [
+        "GRPOTrainer._tokenize_prompts",
+        "GRPOTrainer._generate_and_score_completions",
+        "GRPOTrainer._generate_single_turn",
+    ],
 )
 def test_questions_go_through_our_steps(hook: str, aligned: Any) -> None:
     assert aligned.calls[hook.split(".")[1]] > 0, f"{hook} is not called"
+
+
+@pytest.mark.parametrize("hook", ["GRPOTrainer.generation_kwargs"])
+def test_the_options_of_answers_are_trl_s(hook: str, aligned: Any) -> None:
+    """What a key of trl's says about draws would be lost without a word."""
+    options = getattr(aligned.trainers["grpo"], hook.split(".")[1])
+    assert options["max_new_tokens"] == 4 and options["do_sample"] is True, hook
+    assert {"temperature", "top_p", "top_k", "min_p", "repetition_penalty"} <= options.keys(), hook
 
 
 @pytest.mark.parametrize(

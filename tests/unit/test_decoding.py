@@ -8,6 +8,7 @@ import torch
 from chatglm_6b.decoding_chatglm import Answer, RowDecoder, stream_answer
 from chatglm_6b.drawing_chatglm import NEUTRAL, find_foreign_options
 from chatglm_6b.modeling_chatglm import ChatGLMForConditionalGeneration
+from chatglm_6b.rows_chatglm import PromptReading
 from chatglm_6b.tokenization_chatglm import ChatGLMTokenizer
 from conftest import ROOT, build_model
 from transformers import (
@@ -357,3 +358,43 @@ def test_the_caches_of_a_row_are_the_ones_asked_for(model: Any) -> None:
     plain, packed = answer(model), answer(model, **OPTIONS["int8-cache"])
     kinds = [row.row.cache.layers[0].__class__.__name__ for row in (plain, packed)]
     assert kinds == ["ReservedLayer", "QuantizedReservedLayer"]
+
+
+def test_a_prompt_of_several_answers_is_read_once(
+    model: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And each of them says what it says by itself, with a cache that is its own."""
+    generators = [torch.Generator().manual_seed(seed) for seed in (3, 4, 5)]
+    alone = [answer(model, seed=seed, do_sample=True).answer_ids for seed in (3, 4, 5)]
+    blocks: list[int] = []
+    read = PromptReading.read_block
+    monkeypatch.setattr(PromptReading, "read_block", lambda r: (blocks.append(1), read(r)))
+    decoder, group = RowDecoder(model), object()
+    options = {"max_new_tokens": NEW, "do_sample": True}
+    answers = [decoder.add(PROMPT, one, group, **options) for one in generators]
+    other = decoder.add(OTHERS[0], max_new_tokens=NEW)
+    decoder.read()
+    assert len(blocks) == 2 * len(model.transformer.layers)
+    assert [len(one.answer_ids) for one in (*answers, other)] == [1] * 4
+    while decoder.answers:
+        decoder.step()
+    assert [one.answer_ids for one in answers] == alone
+    assert len({id(one.row.cache) for one in answers}) == 3 and len(set(map(tuple, alone))) == 3
+
+
+def test_who_waits_for_a_prompt_reads_it_when_the_first_is_taken_out(model: Any) -> None:
+    decoder, group = RowDecoder(model), object()
+    first, second = (decoder.add(PROMPT, group=group, max_new_tokens=NEW) for _ in range(2))
+    decoder.step()  # a block
+    decoder.remove(first)
+    while decoder.answers:
+        decoder.step()
+    assert second.answer_ids == answer(model).answer_ids and not first.answer_ids
+
+
+def test_an_answer_of_one_token_takes_no_step(model: Any) -> None:
+    decoder = RowDecoder(model)
+    short = decoder.add(PROMPT, max_new_tokens=1)
+    decoder.read()
+    assert short.finish_reason == "length" and decoder.step() == [short]
+    assert len(short.answer_ids) == 1 and not decoder.answers

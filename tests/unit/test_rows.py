@@ -203,3 +203,17 @@ def test_what_cannot_be_a_step_is_refused() -> None:
         read_prompt(model, PROMPTS[0], static)
     assert decode_rows(model, []) == []
     decode_rows(model, [row])  # and none of that has changed the row
+
+
+def test_a_prompt_is_shared_with_rows_that_have_it_unread() -> None:
+    model = build_model()
+    row, _ = read_prompt(model, [5, 6, 301, 304])
+    other = Row(model, [5, 6, 301, 304])
+    other.share_prompt(row)
+    for one in (row, other):
+        one.append(9)
+    apart = [decode_rows(model, [one])[0] for one in (row, other)]
+    assert torch.equal(*apart) and other.num_cached == 5
+    for wrong in (row, Row(model, [5, 7, 301, 304])):
+        with pytest.raises(ValueError, match="needs the same prompt and a row that has read"):
+            wrong.share_prompt(read_prompt(model, [5, 6, 301, 304])[0])

@@ -225,3 +225,11 @@ def test_a_broken_row_of_a_batch_ends_alone() -> None:
         outputs = model.generate(rows, inputs_embeds=embeddings, **options)
         assert outputs[1, 4:].tolist() == [11] * 8
         assert torch.equal(outputs[:1], expected)
+
+
+def test_where_many_tokens_may_be_drawn_torch_draws(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(drawing_chatglm, "_draw_first", lambda *args: 99)
+    shares = torch.full((1, 10), 0.1)
+    assert draw_token(shares) in range(10)
+    shares[:, 2:] = 0
+    assert draw_token(shares) == 99

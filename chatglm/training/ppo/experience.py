@@ -104,11 +104,11 @@ class ExperienceMaker:
     warn: Callable[[str], None]
     has_warned: bool = False
 
-    def rollout(self, prompts: Sequence[Prompt]) -> Rollout:
-        """Sample an answer to each prompt, and score it."""
+    def rollout(self, prompts: Sequence[Prompt], seeds: Sequence[int] | None = None) -> Rollout:
+        """Sample an answer to each prompt, each with a seed of its own, and score it."""
         self.model.eval()
         with self.run.accelerator.autocast():
-            answers = self.sampler([prompt.ids for prompt in prompts])
+            answers = self.sampler([prompt.ids for prompt in prompts], seeds)
         sampled = describe_answers(prompts, answers, self.tokenizer)
         scores = self.reward(sampled)
         if self.run.settings.subtract_reference:

@@ -11,8 +11,8 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from transformers import GenerationConfig
 
+from chatglm.answering import answer_prompts, only_options
 from chatglm.data.dialects import read_prompts
 from chatglm.data.files import open_records
 from chatglm.data.records import Record
@@ -95,48 +95,31 @@ class Sampler:
         self.core, self.max_new_tokens, self.batch_size = core, max_new_tokens, batch_size
         self.pad_id: int = core.config.pad_token_id
         self.end_id: int = core.config.eos_token_id
-        self.options = GenerationConfig(
-            do_sample=True,
-            temperature=temperature,
-            top_p=top_p,
-            top_k=0,
+        self.options: dict[str, Any] = {
+            "do_sample": True,
+            "temperature": temperature,
+            "top_p": top_p,
+            "top_k": 0,
             # With a NaN replaced here, `evaluate_answers` can say in words that there was one.
-            remove_invalid_values=True,
-            max_new_tokens=max_new_tokens,
-            eos_token_id=self.end_id,
-            pad_token_id=self.pad_id,
-        )
+            "remove_invalid_values": True,
+            "max_new_tokens": max_new_tokens,
+            "eos_token_id": self.end_id,
+            "pad_token_id": self.pad_id,
+        }
 
-    @torch.no_grad()
-    def __call__(self, prompts: Sequence[Sequence[int]]) -> Answers:
-        """Return an answer to each prompt, on the model's device."""
-        size = self.batch_size or len(prompts)
-        answers: list[list[int]] = [[] for _ in prompts]
-        order = range(len(prompts))
-        if size < len(prompts):
-            # Prompts of like length are answered together: little is padded.
-            order = sorted(order, key=lambda i: len(prompts[i]))
-        for start in range(0, len(prompts), size):
-            rows = order[start : start + size]
-            for row, answer in zip(rows, self._answer([prompts[i] for i in rows])):
-                answers[row] = answer
+    def __call__(
+        self, prompts: Sequence[Sequence[int]], seeds: Sequence[int] | None = None
+    ) -> Answers:
+        """Return an answer to each prompt, on the model's device.
+
+        Args:
+            prompts: their ids.
+            seeds: one an answer, which then depends on nothing else; None draws them.
+        """
+        options = self.options
+        with only_options(self.core, options):
+            answers = answer_prompts(self.core, prompts, options, seeds, self.batch_size)
         return build_answers(prompts, answers, self.pad_id, self.core.device)
-
-    def _answer(self, prompts: Sequence[Sequence[int]]) -> list[list[int]]:
-        ids, mask = (x.to(self.core.device) for x in pad_rows(prompts, self.pad_id, side="left"))
-        # In its place, not beside it: what the folder's own sets would be mixed in.
-        own, self.core.generation_config = self.core.generation_config, self.options
-        try:
-            rows = self.core.generate(inputs=ids, attention_mask=mask)
-        finally:
-            self.core.generation_config = own
-        return [cut_answer(row, self.end_id) for row in rows[:, ids.shape[1] :].tolist()]
-
-
-def cut_answer(ids: Sequence[int], end_id: int) -> list[int]:
-    """Return an answer up to its first end token, which belongs to it."""
-    stop = ids.index(end_id) + 1 if end_id in ids else len(ids)
-    return list(ids[:stop])
 
 
 def build_answers(

@@ -3,6 +3,7 @@
 Does not know policies, answers or losses.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from accelerate.utils import ProjectConfiguration
 from torch import Tensor
 from transformers import set_seed
 
+from chatglm.answering import derive_seed
 from chatglm.training.ppo.settings import PpoArguments, PpoSettings
 from chatglm.training.precision import check_launcher, name_format
 from chatglm.training.processes import tell_of_gpus
@@ -70,6 +72,17 @@ class Run:
         """Begin a stretch of random numbers that only the seed, a number and the process decide."""
         place = (self.arguments.seed, number, self.accelerator.process_index)
         set_seed(int(np.random.SeedSequence(place).generate_state(1)[0]))
+
+    def seed_answers(self, stretch: int, numbers: Sequence[int]) -> list[int]:
+        """Return the seeds of answers, which only the run's seed and their numbers decide.
+
+        Neither how many are answered at once nor by how many processes changes one.
+
+        Args:
+            stretch: which of the sequences of questions the numbers count.
+            numbers: of the questions in it.
+        """
+        return [derive_seed(self.arguments.seed, stretch, number) for number in numbers]
 
     def total(self, values: Tensor) -> Tensor:
         """Add up over processes."""

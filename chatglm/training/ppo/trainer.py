@@ -63,6 +63,8 @@ from chatglm.training.telling import Teller
 
 # Evaluations draw from the seed with this number; the steps have the numbers from 0 on.
 EVALUATION_SEED = 2**32 - 1
+# The questions of all steps are one sequence, those of every evaluation another.
+STEPS, EVALUATIONS = 0, 1
 
 
 def main(settings: PpoSettings, given: dict[str, Any]) -> dict[str, Any]:
@@ -296,7 +298,9 @@ class PpoTrainer:
         """Roll out, compute advantages, update; returns the figures and all processes' tokens."""
         run = self.run
         run.seed(run.step)
-        answers, sampled, scores = self.maker.rollout(self.pick_prompts())
+        start = run.batches_before * run.batch_size
+        seeds = run.seed_answers(STEPS, range(start, start + run.batch_size))
+        answers, sampled, scores = self.maker.rollout(self.pick_prompts(), seeds)
         if (run.step + 1) % run.arguments.logging_steps == 0:
             example = (sampled.prompts[0], sampled.answers[0], scores[0].item())
             self.log.write_sample(run.step + 1, *example)
@@ -335,8 +339,9 @@ class PpoTrainer:
         mine = range(rank, len(held_out), size)
         sums = torch.zeros(5, device=run.device)
         for start in range(0, len(mine), run.batch_size):
-            prompts = [held_out[row] for row in mine[start : start + run.batch_size]]
-            answers, _, scores = maker.rollout(prompts)
+            rows = mine[start : start + run.batch_size]
+            seeds = run.seed_answers(EVALUATIONS, rows)
+            answers, _, scores = maker.rollout([held_out[row] for row in rows], seeds)
             sums += maker.sum_figures(answers, scores, maker.evaluate(answers)[1])
         return {f"eval_{key}": value for key, value in maker.name_figures(sums).items()}
 

@@ -6,14 +6,17 @@
 Each question is answered several times, and an answer's advantage is how much better than the
 others of its group it is rewarded. Rewards are those of PPO: a reward model, functions of texts, or
 all of them in a sum (`reward_weights`, the model's first). `beta` holds the policy near where it
-began. Answers are drawn by the model's own `generate`.
+began. Answers are drawn as PPO's are, each with a seed of its own; the question of a group is read
+once where they are rows.
 """
 
+from collections import Counter
 from collections.abc import Mapping
 from typing import Any
 
 from torch import Tensor
 
+from chatglm.answering import answer_prompts, derive_seed, only_options, uses_seeds
 from chatglm.training.beside import BesideTrainer
 from chatglm.training.data.reading import Data, read_both
 from chatglm.training.data.rendering import SHORTEST_PROMPT, Renderer
@@ -178,7 +181,13 @@ class TrlReward:
 
 
 class GroupTrainer(BesideTrainer, AlignmentTrainer, GRPOTrainer):
-    """trl's trainer of group relative optimization on rendered questions."""
+    """trl's trainer of group relative optimization on rendered questions.
+
+    A question's answers are drawn by seeds that follow from the run's seed, the step, the process
+    and how often the question was asked in it.
+    """
+
+    _asked: tuple[Any, Counter[int]] = (None, Counter())
 
     def count_tokens(self, inputs: dict[str, Any]) -> int:
         """Return how many tokens questions and answers have, pads left out."""
@@ -197,11 +206,41 @@ class GroupTrainer(BesideTrainer, AlignmentTrainer, GRPOTrainer):
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Tensor]:
         """Answer questions, keeping their ids for the step that would encode them."""
         self._prompt_ids = [row["prompt_ids"] for row in inputs]
+        self._seeds = self._find_seeds([row["row"] for row in inputs])
         return super()._generate_and_score_completions(inputs)
 
     def _tokenize_prompts(self, prompts: list[str]) -> tuple[list[list[int]], None, dict[str, Any]]:
         """Return the ids of the questions as they were rendered."""
         return self._prompt_ids, None, {}
+
+    def _find_seeds(self, numbers: list[int]) -> list[int]:
+        """Return the seeds of answers to the questions of some numbers, which may be there twice.
+
+        In a step that answers several times the counts go on.
+        """
+        place = (self.args.seed, int(self.model.training), self.state.global_step)
+        if self._asked[0] != place or not self.model.training:
+            self._asked = (place, Counter())
+        seeds = []
+        for number in numbers:
+            count = self._asked[1][number]
+            seeds.append(derive_seed(*place, self.args.process_index, number, count))
+            self._asked[1][number] += 1
+        return seeds
+
+    def _generate_single_turn(self, prompt_ids: list[list[int]], *args: Any, **kwargs: Any) -> Any:
+        """Return the ids of an answer to each question, and no probabilities.
+
+        trl's own way remains where weights lie in parts on several processes, and for options that
+        only `generate` knows.
+        """
+        core, options = find_core(self.model), self.generation_kwargs
+        is_whole = not (self.is_fsdp_enabled or self.is_deepspeed_enabled)
+        with only_options(core, options):
+            if is_whole and uses_seeds(core, options):
+                return answer_prompts(core, prompt_ids, options, self._seeds), None
+        trainer: Any = super()
+        return trainer._generate_single_turn(prompt_ids, *args, **kwargs)
 
 
 STAGE = TrainerStage(
