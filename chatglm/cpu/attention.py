@@ -23,6 +23,7 @@ MOST_TOKENS = 8  # beyond, the keys are better multiplied as matrices
 STEP = 16  # keys that are scored, and scores that are made exponentials, at once
 LINE, AHEAD = 64, 4096  # bytes that memory gives at once, and that are asked for before their use
 
+LARGEST_INTEGER = 127.0  # of an 8-bit cache
 LOG2_E = 1.4426950408889634
 LN2_HIGH, LN2_LOW = 0.693359375, -2.12194440e-4  # of ln 2; the first has few bits
 # exp(r) for |r| <= ln(2) / 2, from r**6 down: Taylor's, within 2e-7 there.
@@ -97,15 +98,15 @@ def write_step(writer: KernelWriter, shape: HeadShape) -> None:
         places = _load_fields(writer, "places", PLACE_FIELDS, number)
         past = {
             name: writer.add(places[name], writer.times(head, places[f"{name}_head"]))
-            for name in ("key", "value")
+            for name in _operands(shape)
         }
         with writer.loop(writer.const(0), row["count"]) as index:
             token = writer.add(row["first"], index)
             _, key, value = _load_mixed(writer, shape, head, token)
-            offset = writer.times(writer.add(row["past"], index), shape.row_bytes)
+            column = writer.add(row["past"], index)
             key = _rotate(writer, shape, key, token)
-            writer.store_as(key, writer.address(past["key"], offset), shape.kind)
-            writer.store_as(value, writer.address(past["value"], offset), shape.kind)
+            _store_column(writer, shape, past, "key", column, key)
+            _store_column(writer, shape, past, "value", column, value)
         with writer.loop(writer.const(0), row["count"]) as index:
             token = writer.add(row["first"], index)
             query = _rotate(writer, shape, _load_mixed(writer, shape, head, token)[0], token)
@@ -166,6 +167,44 @@ def _rotate(writer: KernelWriter, shape: HeadShape, states: Any, token: Any) -> 
     turned = builder.fmul(writer.shuffle(states, swapped), signs)
     cos, sin = (_load_angles(writer, shape, name, token) for name in ("cos", "sin"))
     return writer.fma(states, cos, builder.fmul(turned, sin))
+
+
+def _store_column(
+    writer: KernelWriter,
+    shape: HeadShape,
+    past: dict[str, Any],
+    name: str,
+    column: Any,
+    states: Any,
+) -> None:
+    """Write a head's new key or value, as the cache keeps it."""
+    place = writer.address(past[name], writer.times(column, shape.row_bytes))
+    if shape.kind != "i8":
+        writer.store_as(states, place, shape.kind)
+        return
+    integers, scale = round_states(writer, states)
+    writer.store(integers, place)
+    writer.store(scale, writer.address(past[f"{name}_scale"], writer.times(column, 4)))
+
+
+def round_states(writer: KernelWriter, states: Any) -> tuple[Any, Any]:
+    """Return a vector's integers and scale; the twin is the cache's `quantize_columns`.
+
+    An infinity or NaN has the largest bits, and becomes the scale, as there.
+    """
+    builder, count = writer.builder, states.type.count
+    wide = writer.vector(writer.i32, count)
+    bits = builder.and_(builder.bitcast(states, wide), writer.filled(writer.i32, count, 0x7FFFFFFF))
+    largest = builder.bitcast(writer.largest(bits), writer.f32)
+    scale = builder.fdiv(largest, writer.f32(LARGEST_INTEGER))
+    whole = writer.call_vector("rint", builder.fdiv(states, writer.splat(scale, count)))
+    zeros = writer.filled(writer.f32, count, 0.0)
+    whole = builder.select(builder.fcmp_ordered("ord", whole, whole), whole, zeros)
+    for sign, limit in ((">", LARGEST_INTEGER), ("<", -LARGEST_INTEGER)):
+        limits = writer.filled(writer.f32, count, limit)
+        whole = builder.select(builder.fcmp_ordered(sign, whole, limits), limits, whole)
+    integers = builder.trunc(builder.fptosi(whole, wide), writer.vector(writer.i8, count))
+    return integers, scale
 
 
 def _load_angles(writer: KernelWriter, shape: HeadShape, name: str, token: Any) -> Any:
@@ -404,8 +443,9 @@ ATTENTION = KernelSource((*SHARED, "query"), write_attention)
 # Of a row in a step: its first token and how many, the columns cached before, how many keys the
 # first token sees and each further one more, and where its mask stands, a line a token.
 ROW_FIELDS = ("first", "count", "past", "seen", "growth", "mask")
-# Of a row in a layer: where keys and values begin, and the bytes from head to head.
-PLACE_FIELDS = ("key", "key_head", "value", "value_head")
+# Of a row in a layer: where keys and values begin, and the bytes from head to head; of integers
+# also their scales.
+PLACE_FIELDS = tuple(name for name in PLACES if not name.endswith("_row"))
 STEP_ATTENTION = KernelSource(
     (
         *("blocks", "heads", "tokens", "rows", "places", "mixed", "cos", "sin", "scaling"),
