@@ -251,6 +251,7 @@ class QuantizedReservedLayer(ReservedLayer):
         for part in (self._key_part, self._value_part):
             getattr(part, name)(*args, **kwargs)
 
+    extend: Any = partialmethod(_do_to_parts, "extend")
     crop: Any = partialmethod(_do_to_parts, "crop")
     reorder_cache: Any = partialmethod(_do_to_parts, "reorder_cache")
     batch_repeat_interleave: Any = partialmethod(_do_to_parts, "batch_repeat_interleave")

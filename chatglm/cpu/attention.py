@@ -20,8 +20,10 @@ from chatglm.cpu.runtime import Call, Kernel, count_threads
 from chatglm.cpu.writer import KernelSource, KernelWriter
 
 MOST_TOKENS = 8  # beyond, the keys are better multiplied as matrices
-STEP = 16  # scores that are made exponentials at once
+STEP = 16  # keys that are scored, and scores that are made exponentials, at once
+LINE, AHEAD = 64, 4096  # bytes that memory gives at once, and that are asked for before their use
 
+LARGEST_INTEGER = 127.0  # of an 8-bit cache
 LOG2_E = 1.4426950408889634
 LN2_HIGH, LN2_LOW = 0.693359375, -2.12194440e-4  # of ln 2; the first has few bits
 # exp(r) for |r| <= ln(2) / 2, from r**6 down: Taylor's, within 2e-7 there.
@@ -96,15 +98,15 @@ def write_step(writer: KernelWriter, shape: HeadShape) -> None:
         places = _load_fields(writer, "places", PLACE_FIELDS, number)
         past = {
             name: writer.add(places[name], writer.times(head, places[f"{name}_head"]))
-            for name in ("key", "value")
+            for name in _operands(shape)
         }
         with writer.loop(writer.const(0), row["count"]) as index:
             token = writer.add(row["first"], index)
             _, key, value = _load_mixed(writer, shape, head, token)
-            offset = writer.times(writer.add(row["past"], index), shape.row_bytes)
+            column = writer.add(row["past"], index)
             key = _rotate(writer, shape, key, token)
-            writer.store_as(key, writer.address(past["key"], offset), shape.kind)
-            writer.store_as(value, writer.address(past["value"], offset), shape.kind)
+            _store_column(writer, shape, past, "key", column, key)
+            _store_column(writer, shape, past, "value", column, value)
         with writer.loop(writer.const(0), row["count"]) as index:
             token = writer.add(row["first"], index)
             query = _rotate(writer, shape, _load_mixed(writer, shape, head, token)[0], token)
@@ -167,6 +169,44 @@ def _rotate(writer: KernelWriter, shape: HeadShape, states: Any, token: Any) -> 
     return writer.fma(states, cos, builder.fmul(turned, sin))
 
 
+def _store_column(
+    writer: KernelWriter,
+    shape: HeadShape,
+    past: dict[str, Any],
+    name: str,
+    column: Any,
+    states: Any,
+) -> None:
+    """Write a head's new key or value, as the cache keeps it."""
+    place = writer.address(past[name], writer.times(column, shape.row_bytes))
+    if shape.kind != "i8":
+        writer.store_as(states, place, shape.kind)
+        return
+    integers, scale = round_states(writer, states)
+    writer.store(integers, place)
+    writer.store(scale, writer.address(past[f"{name}_scale"], writer.times(column, 4)))
+
+
+def round_states(writer: KernelWriter, states: Any) -> tuple[Any, Any]:
+    """Return a vector's integers and scale; the twin is the cache's `quantize_columns`.
+
+    An infinity or NaN has the largest bits, and becomes the scale, as there.
+    """
+    builder, count = writer.builder, states.type.count
+    wide = writer.vector(writer.i32, count)
+    bits = builder.and_(builder.bitcast(states, wide), writer.filled(writer.i32, count, 0x7FFFFFFF))
+    largest = builder.bitcast(writer.largest(bits), writer.f32)
+    scale = builder.fdiv(largest, writer.f32(LARGEST_INTEGER))
+    whole = writer.call_vector("rint", builder.fdiv(states, writer.splat(scale, count)))
+    zeros = writer.filled(writer.f32, count, 0.0)
+    whole = builder.select(builder.fcmp_ordered("ord", whole, whole), whole, zeros)
+    for sign, limit in ((">", LARGEST_INTEGER), ("<", -LARGEST_INTEGER)):
+        limits = writer.filled(writer.f32, count, limit)
+        whole = builder.select(builder.fcmp_ordered(sign, whole, limits), limits, whole)
+    integers = builder.trunc(builder.fptosi(whole, wide), writer.vector(writer.i8, count))
+    return integers, scale
+
+
 def _load_angles(writer: KernelWriter, shape: HeadShape, name: str, token: Any) -> Any:
     """Load a token's cosines or sines, `(T, P, D / P)`, all axes in one vector."""
     size = shape.head_dim * shape.input_bytes
@@ -209,28 +249,121 @@ def _load_row(writer: KernelWriter, shape: HeadShape, base: Any, index: Any) -> 
     return writer.builder.sitofp(wide, writer.vector(writer.f32, shape.head_dim))
 
 
-def _scale_of(writer: KernelWriter, base: Any, index: Any) -> Any:
-    return writer.load(writer.address(base, writer.times(index, 4)), writer.f32)
-
-
 def _score_keys(
     writer: KernelWriter, shape: HeadShape, operands: tuple[Any, Any, Any, Any], scores: Any
 ) -> Any:
-    """Write a token's scores, and return the largest."""
-    builder, (query, past, mask, keys) = writer.builder, operands
-    largest = writer.variable(writer.f32(-math.inf))
-    with writer.loop(writer.const(0), keys) as key:
-        score = writer.sum(builder.fmul(_load_row(writer, shape, past["key"], key), query))
-        if shape.kind == "i8":
-            score = builder.fmul(score, _scale_of(writer, past["key_scale"], key))
-        offset = writer.times(key, 4)
-        if shape.has_mask:
-            score = builder.fadd(score, writer.load(writer.address(mask, offset), writer.f32))
-        writer.store(score, writer.address(scores, offset))
+    """Write a token's scores, 16 keys at once, and return the largest.
+
+    Behind the last key there is room for what completes its group: -inf, whose weight is 0.
+    """
+    builder, keys = writer.builder, operands[3]
+    kind = writer.vector(writer.f32, STEP)
+    largest = writer.variable(writer.filled(writer.f32, STEP, -math.inf))
+    whole = builder.and_(keys, writer.const(-STEP))
+
+    def keep(first: Any, found: Any) -> None:
+        writer.store(found, writer.address(scores, writer.times(first, 4)))
         # A NaN is never larger, but it stays among the scores and so in their sum.
-        is_larger = builder.fcmp_ordered(">", score, largest.get())
-        largest.set(builder.select(is_larger, score, largest.get()))
-    return largest.get()
+        is_larger = builder.fcmp_ordered(">", found, largest.get())
+        largest.set(builder.select(is_larger, found, largest.get()))
+
+    with writer.loop(writer.const(0), whole, STEP) as first:
+        keep(first, _score_group(writer, shape, operands, first, None))
+    left = builder.sub(keys, whole)
+    with writer.when(builder.icmp_signed(">", left, writer.const(0))):
+        found = _score_group(writer, shape, operands, whole, left)
+        places = writer.ir.Constant(writer.vector(writer.i64, STEP), list(range(STEP)))
+        is_key = builder.icmp_signed("<", places, writer.splat(left, STEP))
+        keep(whole, builder.select(is_key, found, writer.ir.Constant(kind, [-math.inf] * STEP)))
+    return _largest_of(writer, largest.get())
+
+
+def _score_group(
+    writer: KernelWriter,
+    shape: HeadShape,
+    operands: tuple[Any, Any, Any, Any],
+    first: Any,
+    left: Any,
+) -> Any:
+    """Return the scores of 16 keys; of `left`, if fewer, and then of the last one over again."""
+    builder, (query, past, mask, _) = writer.builder, operands
+    products = []
+    for number in range(STEP):
+        index: Any = writer.const(number)
+        if left is not None:
+            is_key = builder.icmp_signed("<", index, left)
+            index = builder.select(is_key, index, builder.sub(left, writer.const(1)))
+        index = writer.add(first, index)
+        _fetch_ahead(writer, shape, past["key"], index)
+        products.append(_fold(writer, shape, _load_row(writer, shape, past["key"], index), query))
+    score = _sum_each(writer, products)
+    offset = writer.times(first, 4)
+    if shape.kind == "i8":
+        scale = writer.address(past["key_scale"], offset)
+        score = builder.fmul(score, _load_group(writer, scale, left))
+    if shape.has_mask:
+        score = builder.fadd(score, _load_group(writer, writer.address(mask, offset), left))
+    return score
+
+
+def _load_group(writer: KernelWriter, place: Any, left: Any) -> Any:
+    """Load a number for each key of a group, and nothing behind the last one."""
+    kind = writer.vector(writer.f32, STEP)
+    return writer.load(place, kind) if left is None else writer.load_first(place, kind, left)
+
+
+def _fetch_ahead(writer: KernelWriter, shape: HeadShape, base: Any, index: Any) -> None:
+    """Ask for the row that is read a page later: the processor itself stops at a page's end."""
+    place = writer.add(base, writer.times(index, shape.row_bytes))
+    for offset in range(AHEAD, AHEAD + shape.row_bytes, LINE):
+        writer.prefetch(writer.address(place, offset))
+
+
+def _fold(writer: KernelWriter, shape: HeadShape, row: Any, query: Any) -> Any:
+    """Multiply a key by the query, and add up the products till one register holds them."""
+    width = math.gcd(shape.head_dim, STEP)
+    sums = None
+    for start in range(0, shape.head_dim, width):
+        picks = range(start, start + width)
+        factors = writer.shuffle(row, picks), writer.shuffle(query, picks)
+        sums = writer.builder.fmul(*factors) if sums is None else writer.fma(*factors, sums)
+    return sums
+
+
+def _sum_each(writer: KernelWriter, vectors: list[Any]) -> Any:
+    """Return the sums of some vectors as one vector, every sum in the same order.
+
+    Two vectors at a time lay their first halves side by side, and so their second halves, and are
+    added: so many sums share their steps, where one alone would leave most of a register empty.
+    """
+    parts = vectors
+    size = parts[0].type.count  # numbers still to be added up to one
+    while size > 1:
+        parts = [_add_halves(writer, *pair, size) for pair in zip(parts[::2], parts[1::2])]
+        size //= 2
+    while len(parts) > 1:
+        count = 2 * parts[0].type.count
+        parts = [writer.shuffle(a, range(count), b) for a, b in zip(parts[::2], parts[1::2])]
+    return parts[0]
+
+
+def _add_halves(writer: KernelWriter, first: Any, second: Any, size: int) -> Any:
+    """Add the halves of every `size` numbers of two vectors, the first one's before the other's."""
+    starts = range(0, 2 * first.type.count, size)
+    half = size // 2
+    low = [start + n for start in starts for n in range(half)]
+    halves = (writer.shuffle(first, [n + add for n in low], second) for add in (0, half))
+    return writer.builder.fadd(*halves)
+
+
+def _largest_of(writer: KernelWriter, vector: Any) -> Any:
+    """Return the largest number of a vector that holds no NaN."""
+    builder, count = writer.builder, vector.type.count
+    while count > 1:
+        count //= 2
+        low, high = (writer.shuffle(vector, range(n, n + count)) for n in (0, count))
+        vector = builder.select(builder.fcmp_ordered(">", high, low), high, low)
+    return builder.extract_element(vector, writer.i32(0))
 
 
 def _exponentiate(writer: KernelWriter, scores: Any, largest: Any, keys: Any) -> Any:
@@ -291,7 +424,9 @@ def _sum_values(
     with writer.loop(writer.const(0), keys) as key:
         weight = writer.load(writer.address(scores, writer.times(key, 4)), writer.f32)
         if shape.kind == "i8":
-            weight = builder.fmul(weight, _scale_of(writer, past["value_scale"], key))
+            place = writer.address(past["value_scale"], writer.times(key, 4))
+            weight = builder.fmul(weight, writer.load(place, writer.f32))
+        _fetch_ahead(writer, shape, past["value"], key)
         value = _load_row(writer, shape, past["value"], key)
         sums.set(writer.fma(value, writer.splat(weight, count), sums.get()))
     mean = builder.fdiv(sums.get(), writer.splat(total, count))
@@ -308,8 +443,9 @@ ATTENTION = KernelSource((*SHARED, "query"), write_attention)
 # Of a row in a step: its first token and how many, the columns cached before, how many keys the
 # first token sees and each further one more, and where its mask stands, a line a token.
 ROW_FIELDS = ("first", "count", "past", "seen", "growth", "mask")
-# Of a row in a layer: where keys and values begin, and the bytes from head to head.
-PLACE_FIELDS = ("key", "key_head", "value", "value_head")
+# Of a row in a layer: where keys and values begin, and the bytes from head to head; of integers
+# also their scales.
+PLACE_FIELDS = tuple(name for name in PLACES if not name.endswith("_row"))
 STEP_ATTENTION = KernelSource(
     (
         *("blocks", "heads", "tokens", "rows", "places", "mixed", "cos", "sin", "scaling"),

@@ -49,6 +49,7 @@ class StepShape(NamedTuple):
         kind: "f32", "f16" or "bf16", of parameters and cache.
         has_mask: whether there is a mask.
         threads: torch's.
+        caches: the kinds of the rows' caches, "i8" for integers with scales; each has a stage.
     """
 
     tokens: int
@@ -56,6 +57,7 @@ class StepShape(NamedTuple):
     kind: str
     has_mask: bool
     threads: int
+    caches: tuple[str, ...]
 
 
 def decode_step(
@@ -114,7 +116,8 @@ def _decode_step(
         return None
     batch, _, axes, tokens, _ = position_embeddings[0].shape
     has_mask, threads = attention_mask is not None, torch.get_num_threads()
-    shape = StepShape(batch * tokens, axes, kind, has_mask, threads)
+    caches = tuple(sorted({name_cache(row, kind) for row in rows}))
+    shape = StepShape(batch * tokens, axes, kind, has_mask, threads, caches)
     program = _find_program(stack, shape)
     if program is None or not program.takes(hidden_states, rows):
         return None
@@ -159,6 +162,11 @@ class StepRow(NamedTuple):
     is_causal: bool
 
 
+def name_cache(row: StepRow, kind: str) -> str:
+    """Return the kind of a row's cache in a model of some kind."""
+    return "i8" if type(row.layers[0]).__name__ == "QuantizedReservedLayer" else kind
+
+
 def list_rows(cache: Any, count: int, hidden_states: Tensor) -> list[StepRow] | None:
     """Return the rows of a step, of one cache or of many; None if they are not for a program."""
     batch, tokens, _ = hidden_states.shape
@@ -166,11 +174,11 @@ def list_rows(cache: Any, count: int, hidden_states: Tensor) -> list[StepRow] | 
         layers = list_reserved_layers(cache, count)
         if layers is None:
             return None
-        past = layers[0].keys.shape[2]
+        past = layers[0].get_seq_length()
         return [StepRow(layers, line, tokens, past, False) for line in range(batch)]
     found = [list_reserved_layers(one, count) for one in cache.caches]
     rows = [
-        StepRow(layers, 0, tokens, layers[0].keys.shape[2], True)
+        StepRow(layers, 0, tokens, layers[0].get_seq_length(), True)
         for layers, tokens in zip(found, cache.counts)
         if layers is not None
     ]
@@ -183,13 +191,17 @@ def list_reserved_layers(cache: Any, count: int) -> list[Any] | None:
     Each copy of the model's files has a class of its own: the name tells.
     """
     layers = getattr(cache, "layers", ())[:count]
-    are_reserved = all(
-        type(layer).__name__ == "ReservedLayer"
-        and layer.keys is not None
-        and layer.get_seq_length() > 0
-        for layer in layers
-    )
+    names = {type(layer).__name__ for layer in layers}
+    are_alike = names in ({"ReservedLayer"}, {"QuantizedReservedLayer"})
+    are_reserved = are_alike and all(layer.get_seq_length() > 0 for layer in layers)
     return list(layers) if are_reserved and len(layers) == count else None
+
+
+def list_columns(layer: Any) -> tuple[Tensor, ...]:
+    """Return what a layer keeps: keys and values, `(B, N, K, D)`, or integers, and their scales."""
+    if type(layer).__name__ == "ReservedLayer":
+        return layer.keys, layer.values
+    return layer.key_integers, layer.value_integers, layer.key_scales, layer.value_scales
 
 
 def _find_program(layers: Any, shape: StepShape) -> "StepProgram | None":
@@ -295,7 +307,7 @@ class StepProgram:
         self.heads = first.attention.dense.in_features // self.head_dim
         self._kept: list[Tensor] = []
         self._calls: list[Call] = []
-        self._attentions: list[int] = []
+        self._attentions: list[tuple[str, int]] = []  # of which caches, and where they stand
         self._lay_out_buffers(first)
         for layer in parts.layers:
             self._add_block(layer)
@@ -409,35 +421,33 @@ class StepProgram:
 
     def _add_attention(self) -> None:
         shape = self.shape
-        heads = HeadShape(self.head_dim, shape.kind, shape.has_mask, shape.axes)
-        self._attentions.append(len(self._calls))
-        self._add(
-            STEP_ATTENTION,
-            heads,
-            heads=self.heads,
-            tokens=shape.tokens,
-            mixed=self.mixed.data_ptr(),
-            cos=self.angles[0].data_ptr(),
-            sin=self.angles[1].data_ptr(),
-            scaling=self.scaling.data_ptr(),
-            output=self.attended.data_ptr(),
-        )
+        values = {"heads": self.heads, "tokens": shape.tokens, "mixed": self.mixed.data_ptr()}
+        values |= {"cos": self.angles[0].data_ptr(), "sin": self.angles[1].data_ptr()}
+        values |= {"scaling": self.scaling.data_ptr(), "output": self.attended.data_ptr()}
+        for kind in shape.caches:
+            heads = HeadShape(self.head_dim, kind, shape.has_mask, shape.axes)
+            self._attentions.append((kind, len(self._calls)))
+            self._add(STEP_ATTENTION, heads, **values)
 
     def takes(self, hidden_states: Tensor, rows: Sequence[StepRow]) -> bool:
-        """Tell whether caches fit: plain memory of the model's own type and shapes.
+        """Tell whether caches fit: plain memory of the model's own type and shapes, or integers.
 
         Every layer has the same number of columns then.
         """
         lines = 1 if rows[0].is_causal else len(rows)  # of each cache
         return hidden_states.shape[2] == self._hidden and all(
-            states.dtype == hidden_states.dtype
-            and is_plain(states)
-            and states.shape == (lines, self.heads, row.past, self.head_dim)
+            self._takes_layer(layer, hidden_states.dtype, (lines, self.heads, row.past))
             for row in rows
             if row.line == 0
             for layer in row.layers
-            for states in (layer.keys, layer.values)
         )
+
+    def _takes_layer(self, layer: Any, dtype: torch.dtype, shape: tuple[int, ...]) -> bool:
+        columns = list_columns(layer)
+        first = (dtype if len(columns) == 2 else torch.int8, (*shape, self.head_dim))
+        expected = [first, first, (torch.float32, shape), (torch.float32, shape)]
+        found = [(states.dtype, tuple(states.shape)) for states in columns]
+        return found == expected[: len(found)] and all(map(is_plain, columns))
 
     def run(
         self,
@@ -464,16 +474,30 @@ class StepProgram:
         if attention_mask is not None:
             sizes = (len(rows), 1, rows[0].count, rows[0].past + rows[0].count)
             mask = attention_mask.expand(sizes).float().contiguous()
-        table = torch.tensor(_describe_rows(rows, mask), dtype=torch.int64, device="cpu")
-        places = torch.tensor(_extend_rows(rows), dtype=torch.int64, device="cpu")
         padded = -(-max(row.past + row.count for row in rows) // STEP) * STEP
         self._reserve_scores(padded)
-        shared = {"rows": table.data_ptr(), "blocks": len(rows) * self.heads}
-        shared |= {"scores": self._scores.data_ptr(), "scores_bytes": 4 * padded}
-        for number, stage in enumerate(self._attentions):
-            self._program.change(stage, places=places[number].data_ptr(), **shared)
+        tables = self._write_tables(rows, mask, padded)
         self._program.run()
+        del tables  # until here the kernels read there
         return self.stream.view(hidden_states.shape).to(hidden_states.dtype, copy=True)
+
+    def _write_tables(
+        self, rows: Sequence[StepRow], mask: Tensor | None, padded: int
+    ) -> list[Tensor]:
+        """Tell the attentions where the rows of their caches' kind are; return what they read."""
+        lines = torch.tensor(_describe_rows(rows, mask), dtype=torch.int64, device="cpu")
+        places = torch.tensor(_extend_rows(rows), dtype=torch.int64, device="cpu")
+        kinds, kept = [name_cache(row, self.shape.kind) for row in rows], []
+        for kind in self.shape.caches:
+            chosen = [number for number, name in enumerate(kinds) if name == kind]
+            table, layers = lines[chosen], places[:, chosen]
+            shared = {"rows": table.data_ptr(), "blocks": len(chosen) * self.heads}
+            shared |= {"scores": self._scores.data_ptr(), "scores_bytes": 4 * padded}
+            stages = [stage for name, stage in self._attentions if name == kind]
+            for stage, layer in zip(stages, layers):
+                self._program.change(stage, places=layer.data_ptr(), **shared)
+            kept += [table, layers]
+        return kept
 
     def _reserve_scores(self, padded: int) -> None:
         needed = self.heads * self._tokens * padded
@@ -500,12 +524,11 @@ def _extend_rows(rows: Sequence[StepRow]) -> list[list[tuple[int, ...]]]:
         for table, layer in zip(tables, row.layers):
             if row.line == 0:
                 layer.extend(row.count)
-            states = (layer.keys, layer.values)
-            line = [
-                (x.data_ptr() + row.line * x.stride(0) * x.itemsize, x.stride(1) * x.itemsize)
-                for x in states
-            ]
-            table.append((*line[0], *line[1]))
+            line: list[int] = []
+            for x in list_columns(layer):
+                line += [x.data_ptr() + row.line * x.stride(0) * x.itemsize]
+                line += [x.stride(1) * x.itemsize]
+            table.append((*line, *[0] * (len(PLACE_FIELDS) - len(line))))
     assert all(len(table[0]) == len(PLACE_FIELDS) for table in tables)
     return tables
 

@@ -598,6 +598,7 @@ def list_kernels(processor: Processor) -> list[tuple[Any, Any]]:
         (float_products.FLOATS, float_products.FloatTile("f16", 1, 1)),
         (float_products.FLOATS, float_products.FloatTile("f16", 2, 4, is_widened=True)),
         (attention.STEP_ATTENTION, attention.HeadShape(64, "f16", True, 2)),
+        (attention.STEP_ATTENTION, attention.HeadShape(64, "i8", True, 2)),
     ]
 
 

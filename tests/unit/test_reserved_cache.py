@@ -582,9 +582,14 @@ def test_only_layers_with_room_and_columns_are_decoded_in_one_call() -> None:
     assert list_reserved_layers(cache, 3) is None
     cache.reset()
     assert list_reserved_layers(cache, 1) is None
-    for other in (ChatGLMCache(bits=8), DynamicCache()):
+    rounded, plain = ChatGLMCache(bits=8), DynamicCache()
+    for other in (rounded, plain):
         other.update(randn(1), randn(1), 0)
-        assert list_reserved_layers(other, 1) is None
+    assert list_reserved_layers(rounded, 1) == rounded.layers
+    assert list_reserved_layers(plain, 1) is None
+    cache.update(randn(1), randn(1), 0)
+    cache.layers = [cache.layers[0], rounded.layers[0]]
+    assert list_reserved_layers(cache, 2) is None  # a row has one kind
 
 
 def test_append_columns_keeps_both() -> None:
