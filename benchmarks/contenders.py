@@ -19,7 +19,7 @@ from benchmarks.results import Recorder, read_commit
 from benchmarks.workers import Spread, Worker
 
 ROOT = Path(__file__).resolve().parent.parent
-# Tokens behind which many rows, busy processes and batches are measured, whatever else is.
+# Tokens behind which rows, batches, busy processes and the overhead are measured, whatever else is.
 SHORT_CONTEXT = 64
 PLAIN_OPTIONS = ("--layers", "--hidden", "--dtype", "--bits", "--group-size")
 

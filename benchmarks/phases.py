@@ -33,7 +33,6 @@ from benchmarks.workers import (
     start_probe,
 )
 
-OVERHEAD_CONTEXT = 64
 OVERHEAD_WIDTH = 64
 TOP_P = 0.7
 
@@ -151,9 +150,9 @@ def measure_overhead(args: argparse.Namespace, recorder: Recorder) -> None:
     name = f"ours {recipe}, width {OVERHEAD_WIDTH}"
     with start_ours(recipe, args.threads, name) as worker:
         for case, top_p in (("greedy", None), (f"top_p {TOP_P}", TOP_P)):
-            call = {"context": OVERHEAD_CONTEXT, "tokens": args.tokens, "top_p": top_p}
+            call = {"context": SHORT_CONTEXT, "tokens": args.tokens, "top_p": top_p}
             answers = [worker.ask("answer", **call)["seconds"] for _ in range(args.rounds + 1)]
             figures = [Spread.of(seconds).median for seconds in answers[1:]]  # one warms up
             name, versions = f"overhead, {case}", worker.facts["versions"]
-            place = Case(worker.name, name, versions, OVERHEAD_CONTEXT, rounds=len(figures))
+            place = Case(worker.name, name, versions, SHORT_CONTEXT, rounds=len(figures))
             recorder.add(place, Spread.of(figures).scaled(1000), "ms/token")

@@ -18,7 +18,7 @@ import functools
 import logging
 from collections import defaultdict, deque
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -26,6 +26,7 @@ from torch import Tensor
 from transformers import GenerationConfig, LogitsProcessor
 
 from chatglm.model_modules import import_model_module
+from chatglm.training.data.batches import pad_rows
 
 logger = logging.getLogger(__name__)
 ALONE = "generate"  # how it is called that a model's `generate` is needed, whatever is asked of it
@@ -36,6 +37,16 @@ REPLACED = "the model's generate() is another's, or several processes are at wor
 # What is left for `generate` to do where tokens are drawn by a processor of ours.
 KEPT_OPTIONS = ("max_new_tokens", "max_length", "eos_token_id", "cache_implementation")
 KEPT_OPTIONS += ("cache_config", "max_time", "stopping_criteria")
+
+
+class Asked(NamedTuple):
+    """What `answer_prompts` was asked, with as many seeds as prompts and a size of 1 or more."""
+
+    prompts: Sequence[Sequence[int]]
+    options: dict[str, Any]
+    seeds: Sequence[int]
+    size: int
+    note: Callable[[int], Any]
 
 
 def derive_seed(*place: int) -> int:
@@ -80,7 +91,7 @@ def answer_prompts(
         _tell_once(tuple(reasons))
     answer = _answer_in_batches if reasons else _answer_in_rows
     with torch.no_grad():
-        return answer(model, prompts, options, seeds, size or len(prompts), note)
+        return answer(model, Asked(prompts, options, seeds, size or len(prompts), note))
 
 
 @functools.cache
@@ -125,15 +136,9 @@ def _find_foreign(model: Any, options: dict[str, Any]) -> list[str]:
     return import_model_module(model, "drawing_chatglm").find_foreign_options(model, options)
 
 
-def _answer_in_rows(
-    model: Any,
-    prompts: Sequence[Sequence[int]],
-    options: dict[str, Any],
-    seeds: Sequence[int],
-    size: int,
-    note: Callable[[int], Any],
-) -> list[list[int]]:
+def _answer_in_rows(model: Any, asked: Asked) -> list[list[int]]:
     """Decode all prompts as rows, of which there are `size` as long as any wait."""
+    prompts, size = asked.prompts, asked.size
     decoder = import_model_module(model, "decoding_chatglm").RowDecoder(model)
     waiting = deque(_group_alike(prompts, size))
     numbers: dict[int, int] = {}  # of the prompt of each answer
@@ -142,8 +147,8 @@ def _answer_in_rows(
         while waiting and len(decoder.answers) + len(waiting[0]) <= size:
             group = object()
             for number in waiting.popleft():
-                generator = torch.Generator().manual_seed(seeds[number])
-                added = decoder.add(prompts[number], generator, group, **options)
+                generator = torch.Generator().manual_seed(asked.seeds[number])
+                added = decoder.add(prompts[number], generator, group, **asked.options)
                 numbers[id(added)] = number
         decoder.read()
         ended = decoder.step()
@@ -151,7 +156,7 @@ def _answer_in_rows(
             if answer.error is not None:
                 raise answer.error
             answers[numbers.pop(id(answer))] = answer.answer_ids
-        note(len(ended))
+        asked.note(len(ended))
     return answers
 
 
@@ -170,24 +175,19 @@ def _group_alike(prompts: Sequence[Sequence[int]], size: int) -> list[list[int]]
     ]
 
 
-def _answer_in_batches(
-    model: Any,
-    prompts: Sequence[Sequence[int]],
-    options: dict[str, Any],
-    seeds: Sequence[int],
-    size: int,
-    note: Callable[[int], Any],
-) -> list[list[int]]:
+def _answer_in_batches(model: Any, asked: Asked) -> list[list[int]]:
     """Decode prompts of like length together, the longest first: little is padded then."""
+    prompts, size = asked.prompts, asked.size
     answers: list[list[int]] = [[] for _ in prompts]
     order = sorted(range(len(prompts)), key=lambda number: -len(prompts[number]))
     for start in range(0, len(order), size):
         batch = order[start : start + size]
         given = [prompts[number] for number in batch]
-        found = _answer_batch(model, given, options, [seeds[number] for number in batch])
+        seeds = [asked.seeds[number] for number in batch]
+        found = _answer_batch(model, given, asked.options, seeds)
         for number, answer in zip(batch, found):
             answers[number] = answer
-        note(len(batch))
+        asked.note(len(batch))
     return answers
 
 
@@ -197,8 +197,10 @@ def _answer_batch(
     """Return the answers of one batch."""
     drawing = import_model_module(model, "drawing_chatglm")
     settings = drawing.settle(model, options)
-    inputs = _pad(model, prompts)
-    width = inputs["input_ids"].shape[1]
+    padded = pad_rows(prompts, model.config.pad_token_id, side="left")
+    names = ("input_ids", "attention_mask")
+    inputs = {name: part.to(model.device) for name, part in zip(names, padded)}
+    width = padded[0].shape[1]
     if settings["do_sample"] and uses_seeds(model, options):
         ids = _generate_by_seeds(model, inputs, settings, seeds)
     else:
@@ -206,15 +208,6 @@ def _answer_batch(
     ends = settings["eos_token_id"]
     ends = [] if ends is None else torch.as_tensor(ends).reshape(-1).tolist()
     return [cut_answer(row, ends) for row in ids[:, width:].tolist()]
-
-
-def _pad(model: Any, prompts: Sequence[Sequence[int]]) -> dict[str, Tensor]:
-    """Return ids and mask, each `(B, S)`, padded on the left."""
-    width, pad = max(map(len, prompts)), model.config.pad_token_id
-    ids = [[pad] * (width - len(prompt)) + [*prompt] for prompt in prompts]
-    mask = [[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts]
-    parts = {"input_ids": ids, "attention_mask": mask}
-    return {name: torch.tensor(rows, device=model.device) for name, rows in parts.items()}
 
 
 def _generate_by_seeds(

@@ -24,11 +24,8 @@ def make_row(model: Any, context: int) -> Any:
         ValueError: for a context shorter than a prompt can be.
     """
     prompt = draw_prompt(model, context)[0]
-    row = (
-        import_model_module(model, "rows_chatglm")
-        .PromptReading(model, cast(Any, prompt).tolist())
-        .row
-    )
+    rows = import_model_module(model, "rows_chatglm")
+    row = rows.PromptReading(model, cast(Any, prompt).tolist()).row
     add_states(model, row.cache, context)
     return row
 

@@ -106,7 +106,7 @@ def _decode_step(
     past_key_values: Any,
 ) -> tuple[Tensor, tuple[()], tuple[()]] | None:
     """Do what `decode_step` says, unless somebody looks at what is between."""
-    if is_looked_at or not len(stack) or stack[0].attention.config._attn_implementation != "sdpa":
+    if is_looked_at or not _attends_by_sdpa(stack):
         return None
     kind = TYPE_NAMES.get(hidden_states.dtype)
     rows = list_rows(past_key_values, len(stack), hidden_states)
@@ -139,9 +139,14 @@ def is_for_programs(stack: Any, dtype: torch.dtype) -> bool:
         stack: the blocks, a `ModuleList` on a CPU.
         dtype: of hidden states and caches.
     """
-    if not len(stack) or stack[0].attention.config._attn_implementation != "sdpa":
+    if not _attends_by_sdpa(stack) or dtype not in TYPE_NAMES or not can_run():
         return False
-    return dtype in TYPE_NAMES and can_run() and Parts(stack).are_usable(TYPE_NAMES[dtype])
+    return Parts(stack).are_usable(TYPE_NAMES[dtype])
+
+
+def _attends_by_sdpa(stack: Any) -> bool:
+    """Tell whether there are blocks, and torch's own attention is asked for, which programs do."""
+    return len(stack) > 0 and stack[0].attention.config._attn_implementation == "sdpa"
 
 
 class StepRow(NamedTuple):

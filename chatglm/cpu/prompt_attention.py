@@ -15,9 +15,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from chatglm.cpu import attention
 from chatglm.cpu.amx import ask_for_tiles
-from chatglm.cpu.attention import are_ready, fits_mask
+from chatglm.cpu.attention import MOST_TOKENS, are_ready, fits_mask
+from chatglm.cpu.attention import attend as attend_few
 from chatglm.cpu.compiler import find_compiler, find_kernel
 from chatglm.cpu.products import TYPE_NAMES
 from chatglm.cpu.prompt_kernels import PROMPT_ATTENTION, TILE_QUERIES, PromptShape
@@ -64,8 +64,8 @@ def attend(
     always for the kernel of many tokens, however short: pads may make it longer in a batch.
     """
     is_prompt = query.shape[2] == past.key.shape[2]
-    if query.shape[2] <= attention.MOST_TOKENS and not is_prompt:
-        return attention.attend(module, query, past, attention_mask, output_attentions)
+    if query.shape[2] <= MOST_TOKENS and not is_prompt:
+        return attend_few(module, query, past, attention_mask, output_attentions)
     if output_attentions or module.config._attn_implementation != "sdpa":
         return None
     batch, _, tokens, _ = query.shape

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from .driver import NVCC, STREAM, DeviceMemory, NvccAsNvrtc, SimulatedDriver
 
+needs_nvcc = pytest.mark.skipif(NVCC is None, reason="nvcc is not on the path")
 # Both are newer than nvcc's 7.5 and 12.1, and so get the PTX of those: the compiler has one front
 # end for GPUs before sm_100 and another one from there on, which write different PTX.
 OLDER, NEWER = 76, 129
@@ -49,6 +50,7 @@ def list_cases(shape: tuple[int, int], *groups: int | None) -> list[Case]:
 # and an odd number of them, so that the last warp has rows too many.
 WIDE = (67, 1152)
 CASES = list_cases(WIDE, None, 32, 128)
+HALF = Case(4, torch.float16, None, WIDE)
 # Every value of bits, of dtype and of grouping, in few of their combinations.
 FEW_CASES = [
     Case(bits, dtype, 64 if (bits == 8) == (dtype == torch.float16) else None, WIDE)

@@ -18,26 +18,24 @@ from chatglm_6b.quantization import dequantize_weight, quantized_linear
 from ptx.cases import (
     CASES,
     FEW_CASES,
+    HALF,
     NEWER,
     ODD_CASES,
     SMALL_CASES,
-    WIDE,
     Case,
     assert_dequantizes,
     assert_multiplies,
     assert_product,
     make_input,
     make_operands,
+    needs_nvcc,
     simulate,
 )
-from ptx.driver import NVCC, NvccAsNvrtc
+from ptx.driver import NvccAsNvrtc
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.export import Dim
 
-HALF = Case(4, torch.float16, None, WIDE)
-WRONG_SOURCE = "__global__ void error() { wrong(); }"
-needs_nvcc = pytest.mark.skipif(NVCC is None, reason="nvcc is not on the path")
 each_case = pytest.mark.parametrize("case", CASES, ids=str)
 few_cases = pytest.mark.parametrize("case", FEW_CASES, ids=str)
 

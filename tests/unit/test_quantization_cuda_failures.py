@@ -13,20 +13,18 @@ from chatglm_6b.quantization import dequantize_weight, quantized_linear
 from chatglm_6b.quantization_cuda import CudaKernels, find_kernels
 from chatglm_6b.quantization_cuda_source import SOURCES
 from ptx.cases import (
+    HALF,
     SMALL_CASES,
-    WIDE,
-    Case,
     assert_dequantizes,
     assert_multiplies,
     make_input,
     make_operands,
+    needs_nvcc,
     simulate,
 )
-from ptx.driver import INVALID_VALUE, NVCC, STREAM, DeviceMemory, NvccAsNvrtc, SimulatedDriver
+from ptx.driver import INVALID_VALUE, STREAM, DeviceMemory, NvccAsNvrtc, SimulatedDriver
 
-HALF = Case(4, torch.float16, None, WIDE)
 WRONG_SOURCE = "__global__ void error() { wrong(); }"
-needs_nvcc = pytest.mark.skipif(NVCC is None, reason="nvcc is not on the path")
 
 
 @pytest.fixture

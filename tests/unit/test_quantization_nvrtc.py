@@ -15,17 +15,10 @@ from chatglm_6b.quantization_nvrtc import (
 )
 from ptx.cases import (
     SMALL_CASES,
-    WIDE,
-    Case,
     assert_dequantizes,
     assert_multiplies,
     simulate,
 )
-from ptx.driver import NVCC
-
-HALF = Case(4, torch.float16, None, WIDE)
-WRONG_SOURCE = "__global__ void error() { wrong(); }"
-needs_nvcc = pytest.mark.skipif(NVCC is None, reason="nvcc is not on the path")
 
 
 @pytest.mark.parametrize(
